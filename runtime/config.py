@@ -1,0 +1,111 @@
+"""What a model is made of: sizes and features (`Config`) and its tensors (`Weights`).
+
+The forward pass depends on these and never on a model's name; the converter turns each
+architecture into features, `runtime.model` reads them back from a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32, F16, Q8_0 = 0, 1, 8
+"""Types of the unfactorized matrices (embedding, head); the values are GGML's type ids."""
+
+ADJACENT, HALVES = 0, 1
+"""RoPE pairing: (2i, 2i+1), llama.cpp's "norm" order, or (i, i + dims/2), its "neox" order."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and features of a decoder."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int  # GQA: query head h reads KV head h // (n_heads // n_kv_heads)
+    head_dim: int
+    n_vocab: int
+    n_ctx_train: int  # context length that the model was trained for
+    norm_eps: float
+    rope_theta: float
+    rope_dims: int  # leading dimensions of each head that RoPE rotates; even, <= head_dim
+    rope_pairing: int  # ADJACENT or HALVES
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = s_out * A(s_mid * B(s_in * x)) + bias, A and B in {-1, +1} as DBF1 bytes."""
+
+    a: NDArray[np.uint8]  # (rows, rank/8)
+    b: NDArray[np.uint8]  # (rank, pad8(cols)/8)
+    s_out: NDArray[np.float16]  # (rows,)
+    s_mid: NDArray[np.float16]  # (rank,), rank % 8 == 0
+    s_in: NDArray[np.float16]  # (cols,)
+    bias: NDArray[np.float32] | None = None  # (rows,)
+
+    @property
+    def rows(self) -> int:
+        return int(self.s_out.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return int(self.s_mid.shape[0])
+
+    @property
+    def cols(self) -> int:
+        return int(self.s_in.shape[0])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """An unfactorized matrix, rows contiguous, in GGML's own layout of its type."""
+
+    type: int  # F32, F16 or Q8_0
+    rows: int
+    cols: int
+    data: NDArray[np.uint8]  # (rows, bytes of a row)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder block."""
+
+    attn_norm: NDArray[np.float32]  # (d_model,)
+    ffn_norm: NDArray[np.float32]  # (d_model,)
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a model."""
+
+    embed: Dense  # (n_vocab, d_model)
+    layers: tuple[Layer, ...]
+    out_norm: NDArray[np.float32]  # (d_model,)
+    head: Dense  # (n_vocab, d_model); the embedding itself when the head is tied
+    rope_freqs: NDArray[np.float32] | None = None  # (rope_dims/2,), divides the frequencies
+
+
+def rope_table(config: Config, freqs: NDArray[np.float32] | None, n_ctx: int) -> NDArray[np.float32]:
+    """cos and sin of every rotation, computed once in float64 and shared by all backends.
+
+    ->  (n_ctx, rope_dims/2, 2) float32: [p, i] = cos, sin of p * theta^(-2i/dims) / freqs[i]
+
+    Source: RoFormer, arXiv:2104.09864; `freqs` is llama.cpp's tensor rope_freqs.weight.
+    """
+    half = config.rope_dims // 2
+    inv = config.rope_theta ** (-np.arange(half, dtype=np.float64) * 2.0 / config.rope_dims)
+    if freqs is not None:
+        inv = inv / freqs.astype(np.float64)
+    angle = np.arange(n_ctx, dtype=np.float64)[:, None] * inv
+    return np.ascontiguousarray(np.stack([np.cos(angle), np.sin(angle)], axis=-1), dtype=np.float32)

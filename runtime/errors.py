@@ -1,0 +1,25 @@
+"""The exception tree of dbf2gguf.
+
+Every message says what failed, where, what was found, what was wanted and, where there is one,
+the next step. Command-line programs print it as one line (`error: ...`) and exit with 1.
+"""
+
+
+class DbfError(Exception):
+    """Superclass of all errors that a user can cause or repair. Never raised directly."""
+
+
+class FormatError(DbfError):
+    """A file is not what it claims to be: truncated, inconsistent, or of an unknown type."""
+
+
+class UnsupportedModelError(DbfError):
+    """A well-formed model uses an architecture or a feature that is not implemented."""
+
+
+class BackendError(DbfError):
+    """The compute backend is missing, was misused, or failed."""
+
+
+class OptionError(DbfError):
+    """An option's value is out of range or contradicts another."""
