@@ -23,3 +23,11 @@ class BackendError(DbfError):
 
 class OptionError(DbfError):
     """An option's value is out of range or contradicts another."""
+
+
+class ContextError(DbfError):
+    """A prompt does not fit the context; raised before anything is computed."""
+
+
+class TemplateError(DbfError):
+    """A model's chat template is broken, forbidden something, or tried something forbidden."""

@@ -1,0 +1,287 @@
+"""From a GGUF file to `Config` and `Weights`: every tensor's name, shape and type is checked.
+
+Tensors and keys that this version does not know are features it would silently leave out, so they are
+errors. The arrays are views of the mapped file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from runtime.config import ADJACENT, F16, F32, HALVES, Q8_0, Config, Dense, Layer, Linear, Weights
+from runtime.errors import FormatError, UnsupportedModelError
+from runtime.format import DBF1, FORMAT_VERSION, LINEARS, pad8
+from runtime.gguf import GgufFile, TensorInfo, type_name
+
+I8 = int(GGMLQuantizationType.I8)
+
+ROPE_PAIRINGS = {"adjacent": ADJACENT, "halves": HALVES}
+
+MAX_SIZE = 1 << 24
+"""Largest dimension of a model: sizes and their sums then fit int32 everywhere."""
+
+FORBIDDEN = (
+    ("rope.scaling.type", ("none", "llama3"), "RoPE scaling"),
+    ("attention.sliding_window", (0,), "sliding-window attention"),
+    ("attn_logit_softcapping", (0.0,), "soft-capped attention scores"),
+    ("final_logit_softcapping", (0.0,), "soft-capped logits"),
+    ("attention.scale", (0.0,), "a scale of attention scores"),
+    ("logit_scale", (0.0, 1.0), "a logit scale"),
+    ("embedding_scale", (0.0, 1.0), "an embedding scale"),
+    ("residual_scale", (0.0, 1.0), "a residual scale"),
+    ("attention.causal", (True,), "non-causal attention"),
+    ("use_parallel_residual", (False,), "parallel residual branches"),
+    ("expert_count", (0,), "mixture of experts"),
+)
+"""Keys (after the architecture) whose other values stand for features that are not implemented.
+Llama 3's RoPE scaling is: its factors are the tensor rope_freqs.weight."""
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An opened DBF GGUF file. `file` must stay open as long as `weights` are used."""
+
+    path: str
+    architecture: str
+    config: Config
+    weights: Weights
+    metadata: Mapping[str, Any]
+    file: GgufFile
+
+    @property
+    def name(self) -> str:
+        """The model's own name, else the file's."""
+        name = self.metadata.get("general.name")
+        return name if isinstance(name, str) and name else os.path.basename(self.path)
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """The Hugging Face tokenizer, as JSON text."""
+        value = self.metadata.get("tokenizer.huggingface.json")
+        return value if isinstance(value, str) else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's Jinja source."""
+        value = self.metadata.get("tokenizer.chat_template")
+        return value if isinstance(value, str) else None
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def load_model_file(path: str | os.PathLike[str]) -> ModelFile:
+    """Open and check a file made by dbf2gguf.
+
+    Raises FormatError if it is damaged or inconsistent, UnsupportedModelError if it is a plain GGUF file or
+    uses a feature that is not implemented, OSError if it cannot be read.
+    """
+    file = GgufFile(path)
+    try:
+        reader = _Reader(file)
+        config = reader.config()
+        weights = reader.weights(config)
+        return ModelFile(file.path, reader.arch, config, weights, file.metadata, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+class _Reader:
+    """Reads keys and tensors of one file and keeps account of the tensors it used."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.meta = file.metadata
+        self.used: set[str] = set()
+        if "dbf.version" not in self.meta:
+            raise UnsupportedModelError(
+                f"{file.path}: a plain GGUF file, not one of dbf2gguf (no key dbf.version); "
+                f"convert it first: dbf2gguf {file.path} OUT.gguf --bpw 1.2"
+            )
+        version = self._get("dbf.version", int)
+        if version != FORMAT_VERSION:
+            raise UnsupportedModelError(
+                f"{file.path}: dbf.version is {version}, this program reads {FORMAT_VERSION}; update dbf2gguf"
+            )
+        carrier = self._get("dbf.carrier", str, "dbf1")
+        if carrier not in ("dbf1", "i8"):
+            raise self._unsupported(f"dbf.carrier is {carrier!r}, wanted 'dbf1' or 'i8'")
+        self.carrier = I8 if carrier == "i8" else DBF1
+        self.arch = self._get("general.architecture", str)
+
+    # -- metadata ---------------------------------------------------------------------------------------
+
+    def _fail(self, what: str) -> FormatError:
+        return FormatError(f"{self.file.path}: {what}")
+
+    def _unsupported(self, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.file.path}: {what}")
+
+    def _get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.meta.get(key, default)
+        if value is None:
+            raise self._fail(f"metadata key {key} is missing")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise self._fail(f"{key} is {value!r:.60}, wanted {kind.__name__}")
+        return value
+
+    def _size(self, name: str, default: int | None = None) -> int:
+        """A size under <architecture>.<name>: 1..MAX_SIZE; per-layer arrays only if all the same."""
+        key = f"{self.arch}.{name}"
+        value = self.meta.get(key)
+        if isinstance(value, list):
+            if not value or any(v != value[0] for v in value):
+                raise self._unsupported(f"{key} differs from layer to layer, which is not implemented")
+            value = value[0]
+        if value is None:
+            value = default
+        if value is None:
+            raise self._fail(f"metadata key {key} is missing")
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise self._fail(f"{key} is {value!r:.60}, wanted an integer in 1..{MAX_SIZE}")
+        return value
+
+    def _positive(self, name: str, default: float | None = None) -> float:
+        key = f"{self.arch}.{name}"
+        value = float(self._get(key, float, default))
+        if not (value > 0 and math.isfinite(value)):
+            raise self._fail(f"{key} is {value}, wanted a positive number")
+        return value
+
+    def _choice(self, key: str, default: str, known: tuple[str, ...]) -> str:
+        value = str(self._get(key, str, default))
+        if value not in known:
+            raise self._unsupported(f"{key} is {value!r}; implemented: {', '.join(known)}")
+        return value
+
+    def config(self) -> Config:
+        for name, harmless, feature in FORBIDDEN:
+            value = self.meta.get(f"{self.arch}.{name}")
+            if value is not None and value not in harmless:
+                raise self._unsupported(f"{self.arch}.{name} is {value!r:.60}: {feature} is not implemented")
+        self._choice("dbf.activation", "silu", ("silu",))
+        self._choice("dbf.norm", "rms", ("rms",))
+        pairing = self._choice("dbf.rope.pairing", "", tuple(ROPE_PAIRINGS))
+        d_model, n_heads = self._size("embedding_length"), self._size("attention.head_count")
+        head_dim = self._size("attention.key_length", max(1, d_model // n_heads))
+        n_vocab = self._tensor("token_embd.weight").shape[0]
+        config = Config(
+            n_layers=self._size("block_count"),
+            d_model=d_model,
+            d_ff=self._size("feed_forward_length"),
+            n_heads=n_heads,
+            n_kv_heads=self._size("attention.head_count_kv", n_heads),
+            head_dim=head_dim,
+            n_vocab=self._size("vocab_size", n_vocab),
+            n_ctx_train=self._size("context_length"),
+            norm_eps=self._positive("attention.layer_norm_rms_epsilon"),
+            rope_theta=self._positive("rope.freq_base", 10000.0),
+            rope_dims=self._size("rope.dimension_count", head_dim),
+            rope_pairing=ROPE_PAIRINGS[pairing],
+        )
+        if config.n_heads % config.n_kv_heads:
+            raise self._fail(f"{config.n_heads} heads are no multiple of {config.n_kv_heads} KV heads")
+        if config.n_heads * head_dim > MAX_SIZE:
+            raise self._fail(
+                f"{config.n_heads} heads of {head_dim} dimensions, wanted {MAX_SIZE} in all at most"
+            )
+        if config.rope_dims % 2 or config.rope_dims > head_dim:
+            raise self._fail(
+                f"RoPE rotates {config.rope_dims} dimensions of {head_dim}, wanted an even number of them"
+            )
+        if self._size("attention.value_length", head_dim) != head_dim:
+            raise self._unsupported("keys and values of different length are not implemented")
+        return config
+
+    # -- tensors ----------------------------------------------------------------------------------------
+
+    def _tensor(self, name: str) -> TensorInfo:
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise self._fail(f"tensor {name} is missing")
+        return info
+
+    def _array(self, name: str, kind: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A tensor's data, after its type and shape; floats must be finite."""
+        info = self._tensor(name)
+        if info.type != kind:
+            raise self._fail(f"tensor {name} has type {info.type_name}, wanted {type_name(kind)}")
+        if info.shape != shape:
+            raise self._fail(f"tensor {name} has shape {info.shape}, wanted {shape}")
+        self.used.add(name)
+        data = self.file.data(name)
+        if data.dtype.kind == "f" and not np.isfinite(data).all():
+            raise self._fail(f"tensor {name} holds a value that is not finite")
+        return data
+
+    def _vector(self, name: str, n: int) -> NDArray[np.float32]:
+        return self._array(name, F32, (n,))
+
+    def _signs(self, name: str, rows: int, cols: int) -> NDArray[np.uint8]:
+        """DBF1 bytes (rows, cols/8), whichever tensor type carries them."""
+        data = self._array(name, self.carrier, (rows, cols if self.carrier == DBF1 else cols // 8))
+        return data.view(np.uint8)
+
+    def _linear(self, name: str, rows: int, cols: int) -> Linear:
+        mid = self._tensor(f"{name}.dbf_mid").shape
+        if len(mid) != 1 or mid[0] % 8 or mid[0] > MAX_SIZE:
+            raise self._fail(f"tensor {name}.dbf_mid has shape {mid}, wanted (rank,), rank a multiple of 8")
+        rank = mid[0]
+        return Linear(
+            a=self._signs(f"{name}.dbf_a", rows, rank),
+            b=self._signs(f"{name}.dbf_b", rank, pad8(cols)),
+            s_out=self._array(f"{name}.dbf_out", F16, (rows,)),
+            s_mid=self._array(f"{name}.dbf_mid", F16, (rank,)),
+            s_in=self._array(f"{name}.dbf_in", F16, (cols,)),
+            bias=self._vector(f"{name}.bias", rows) if f"{name}.bias" in self.file.tensors else None,
+        )
+
+    def _dense(self, name: str, rows: int, cols: int) -> Dense:
+        info = self._tensor(name)
+        if info.type not in (F32, F16, Q8_0):
+            raise self._unsupported(f"tensor {name} has type {info.type_name}; implemented: F32, F16, Q8_0")
+        if info.shape != (rows, cols):
+            raise self._fail(f"tensor {name} has shape {info.shape}, wanted ({rows}, {cols})")
+        self.used.add(name)
+        data = self.file.data(name)
+        return Dense(info.type, rows, cols, data.view(np.uint8).reshape(rows, -1))
+
+    def _layer(self, i: int, c: Config) -> Layer:
+        d, q, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        sizes = ((q, d), (kv, d), (kv, d), (d, q), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
+        linears = [self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)]
+        attn_norm, ffn_norm = (self._vector(f"blk.{i}.{n}.weight", d) for n in ("attn_norm", "ffn_norm"))
+        return Layer(attn_norm, ffn_norm, *linears)
+
+    def weights(self, c: Config) -> Weights:
+        embed = self._dense("token_embd.weight", c.n_vocab, c.d_model)
+        tied = "output.weight" not in self.file.tensors
+        freqs = None
+        if "rope_freqs.weight" in self.file.tensors:
+            freqs = self._vector("rope_freqs.weight", c.rope_dims // 2)
+            if not (freqs > 0).all():
+                raise self._fail("tensor rope_freqs.weight holds a value that is not positive")
+        weights = Weights(
+            embed=embed,
+            layers=tuple(self._layer(i, c) for i in range(c.n_layers)),
+            out_norm=self._vector("output_norm.weight", c.d_model),
+            head=embed if tied else self._dense("output.weight", c.n_vocab, c.d_model),
+            rope_freqs=freqs,
+        )
+        unknown = [name for name in self.file.tensors if name not in self.used]
+        if unknown:
+            raise self._unsupported(
+                f"tensor {unknown[0]} ({len(unknown)} such) belongs to a feature that is not implemented"
+            )
+        return weights
