@@ -1,0 +1,69 @@
+"""What the command-line programs share: options, one-line errors, exit codes.
+
+stdout is for the answer, stderr for the rest. Exit codes: 0, 1 (an error), 2 (usage), 130 (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+
+from runtime.errors import DbfError
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """An ArgumentParser whose help shows defaults, with the option --debug."""
+    p = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return p
+
+
+def add_backend_options(p: argparse.ArgumentParser) -> None:
+    """--backend and -t."""
+    p.add_argument("--backend", choices=("auto", "c", "numba"), default="auto", help="what computes")
+    p.add_argument(
+        "-t", "--threads", type=int, default=argparse.SUPPRESS, metavar="N", help="(default: physical cores)"
+    )
+
+
+def peak_rss() -> int:
+    """The process's largest resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Call command(args) and turn its exceptions into one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    try:
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of stdout left: no error, but nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except (DbfError, OSError, MemoryError) as e:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {_line(e)}", file=sys.stderr)
+        return 1
+
+
+def _line(e: BaseException) -> str:
+    if isinstance(e, OSError) and e.filename is not None:
+        return f"{os.fsdecode(e.filename)}: {e.strerror}"
+    if isinstance(e, MemoryError):
+        return "out of memory"
+    return " ".join(str(e).split())
