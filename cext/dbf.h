@@ -75,4 +75,30 @@ int dbf_eval(dbf_session *session, const int32_t *tokens, int n, int pos, float 
 const char *dbf_strerror(int code);
 int dbf_default_threads(void); /* physical cores */
 
+/* Instruction sets that this build has, this CPU runs and whose self-test passed; number 0 is "scalar", the last
+ * is the fastest. The environment variable DBF_ISA names the one to use; an unknown or unusable name makes
+ * dbf_model_new return DBF_EISA. A model keeps the set that was active when it was made. */
+int dbf_isa_count(void);
+const char *dbf_isa_name(int i);    /* NULL if i is out of range */
+const char *dbf_isa_active(void);   /* NULL if DBF_ISA names none of them */
+const char *dbf_isa_demoted(void);  /* a set that this CPU has, but whose self-test failed; NULL if there is none */
+int dbf_isa_use(const char *name);  /* NULL: the fastest */
+
+/* Single kernels of the active instruction set, for tests and benchmarks. */
+
+/* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
+ * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 */
+int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols);
+
+/* scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)))
+ * q[n], scale[1], x[n] */
+int dbf_quantize(int16_t *q, float *scale, const float *x, int n);
+
+/* y[r] = sum_k w[r,k] * x[k]
+ * y[w->rows], x[w->cols] */
+int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x);
+
+/* repeat a sign product on weights packed once, in memory of the caller's thread; *seconds is the time of all */
+int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int repeats);
+
 #endif

@@ -1,0 +1,174 @@
+/* dispatch.c - which instruction sets there are, which this CPU has, which one is used. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "../dbf.h"
+#include "scalar.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static int have_avx2(void)
+{
+    unsigned a, b, c = 0, d;
+    __builtin_cpu_init();
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2");
+}
+#elif defined(__aarch64__)
+static int have_neon(void)
+{
+    return 1; /* part of the base architecture */
+}
+#endif
+
+/* one row per instruction set, from slow to fast */
+static const struct {
+    const char *name;
+    int (*have)(void);
+    void (*set)(kernels_t *k);
+} isas[] = {
+#if defined(__x86_64__)
+    { "avx2", have_avx2, kernels_avx2 },
+#elif defined(__aarch64__)
+    { "neon", have_neon, kernels_neon },
+#endif
+    { NULL, NULL, NULL },
+};
+
+#define MAX_ISAS 8
+static kernels_t usable[MAX_ISAS];
+static int n_usable;
+static const char *demoted;
+static _Atomic(const kernels_t *) active;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* ---- self-test -------------------------------------------------------------------------------------------- */
+
+enum { ROWS = 64, COLS = 1091, DIM = 40, HELD = 19 }; /* COLS: more than 128 groups of 8, and odd */
+
+typedef struct golden { /* input, and after it the output, of every kernel that may be replaced */
+    uint8_t bits[ROWS * ((COLS + 7) / 8)], q8[8 * 3 * DBF_Q8_0_BYTES];
+    float x[COLS], w[8 * COLS];
+    uint16_t h[HELD * COLS];
+    int32_t isum[DBF_PANEL];
+    int16_t q[COLS];
+    float scale, scaled[COLS], descaled[DBF_PANEL], f32[8], f16[8], q8_0[8], norm[COLS], attended[DIM], gated[COLS],
+        added[COLS], widened[COLS], score[HELD];
+    uint16_t narrowed[COLS];
+} golden_t;
+
+static uint32_t next(uint32_t *state)
+{
+    *state = *state * 1664525u + 1013904223u;
+    return *state >> 8;
+}
+
+static int run_all(golden_t *g, const kernels_t *k)
+{
+    uint32_t s = 1;
+    memset(g, 0, sizeof *g);
+    for (size_t i = 0; i < sizeof g->bits; i++) g->bits[i] = (uint8_t)next(&s);
+    for (size_t i = 0; i < sizeof g->q8; i++) g->q8[i] = i % DBF_Q8_0_BYTES == 1 ? 0x2c : (uint8_t)next(&s);
+    for (int i = 0; i < COLS; i++) g->x[i] = ((float)next(&s) - 8388608.0f) / (float)(1u << next(&s) % 24);
+    for (int i = 0; i < 8 * COLS; i++) g->w[i] = ((float)next(&s) - 8388608.0f) / 4194304.0f;
+    for (int i = 0; i < HELD * COLS; i++) g->h[i] = f16_from_f32(((float)next(&s) - 8388608.0f) / 4194304.0f);
+
+    g->scale = k->quantize(g->q, g->x, COLS);
+    size_t bytes = k->sign_pack_bytes(ROWS, COLS);
+    uint8_t *packed = malloc(bytes + 1), *table = malloc(k->sign_table_bytes(COLS));
+    if (packed && table) {
+        if (bytes) k->sign_pack(packed, g->bits, ROWS, COLS);
+        k->sign_table(table, g->q, COLS);
+        k->sign_gemv(g->isum, bytes ? packed : g->bits, table, ROWS, COLS);
+    }
+    free(packed);
+    free(table);
+    if (!packed || !table) return 0;
+
+    k->scale(g->scaled, g->x, g->h, COLS);
+    k->descale(g->descaled, g->isum, g->scale, g->h, g->w, DBF_PANEL - 1);
+    k->gemv_f32(g->f32, g->w, g->x, 8, COLS);
+    k->gemv_f16(g->f16, g->h, g->x, 8, COLS);
+    k->gemv_q8_0(g->q8_0, g->q8, g->q, g->scale, 8, 3 * DBF_Q8_0_BLOCK);
+    k->rmsnorm(g->norm, g->x, g->w, 1e-5f, COLS);
+    k->attend(g->attended, g->w, g->h, g->h + HELD * DIM, g->score, 0.15f, HELD, DIM);
+    k->silu_mul(g->gated, g->w, g->x, COLS);
+    k->add(g->added, g->x, COLS);
+    k->to_f16(g->narrowed, g->x, COLS);
+    k->from_f16(g->widened, g->h, COLS);
+    return 1;
+}
+
+static int proven(const kernels_t *k)
+{
+    golden_t *want = malloc(sizeof *want), *got = malloc(sizeof *got);
+    int same = want && got && run_all(want, &kernels_ref) && run_all(got, k) && memcmp(want, got, sizeof *want) == 0;
+    free(want);
+    free(got);
+    return same;
+}
+
+/* ---- the choice ------------------------------------------------------------------------------------------- */
+
+static const kernels_t *find(const char *name)
+{
+    if (!name || !*name) return &usable[n_usable - 1];
+    for (int i = 0; i < n_usable; i++)
+        if (strcmp(usable[i].name, name) == 0) return &usable[i];
+    return NULL;
+}
+
+static void detect(void)
+{
+    usable[n_usable++] = kernels_ref;
+    for (int i = 0; isas[i].name; i++) {
+        if (!isas[i].have()) continue;
+        kernels_t k = kernels_ref;
+        isas[i].set(&k);
+        if (proven(&k))
+            usable[n_usable++] = k;
+        else
+            demoted = isas[i].name;
+    }
+    active = find(getenv("DBF_ISA"));
+}
+
+const kernels_t *dbf_kernels_active(void)
+{
+    pthread_once(&once, detect);
+    return active;
+}
+
+int dbf_isa_count(void)
+{
+    pthread_once(&once, detect);
+    return n_usable;
+}
+
+const char *dbf_isa_name(int i)
+{
+    pthread_once(&once, detect);
+    return i >= 0 && i < n_usable ? usable[i].name : NULL;
+}
+
+const char *dbf_isa_active(void)
+{
+    const kernels_t *k = dbf_kernels_active();
+    return k ? k->name : NULL;
+}
+
+const char *dbf_isa_demoted(void)
+{
+    pthread_once(&once, detect);
+    return demoted;
+}
+
+int dbf_isa_use(const char *name)
+{
+    pthread_once(&once, detect);
+    const kernels_t *k = find(name);
+    if (!k) return DBF_EISA;
+    active = k;
+    return DBF_OK;
+}

@@ -1,0 +1,219 @@
+/* float_simd.h - the float kernels for any vector width VW that divides DBF_LANES; included by kernels_<isa>.c.
+ *
+ * The including file defines, for vectors of VW floats (vf) and int32 (vi), on which + - * / work:
+ *   vf_load vf_store vf_set1 vf_max(a, b) vf_min(a, b) vf_rint,
+ *   vf_f16(const uint16_t *) and vf_to_f16(uint16_t *, vf), vf_store_i16(int16_t *, vf integers),
+ *   vf_from_i32(const int32_t *), vf_pow2(vf integers) = 2^n, vf_abs_bits, vi_max, vi_store, lanes_of
+ * Element i of a sum stays in lane i % DBF_LANES, so the results are those of kernels_ref.c, bit for bit. */
+#ifndef DBF_FLOAT_SIMD_H
+#define DBF_FLOAT_SIMD_H
+
+#define ACCS (DBF_LANES / VW)
+
+static inline vf vf_exp(vf x)
+{
+    /* with the operands in this order both max and min hand a NaN on */
+    x = vf_min(vf_set1(EXP_HIGH), vf_max(vf_set1(EXP_LOW), x));
+    vf n = vf_rint(x * vf_set1(EXP_LOG2E));
+    vf r = (x - n * vf_set1(EXP_LN2_HIGH)) - n * vf_set1(EXP_LN2_LOW);
+    vf p = vf_set1(EXP_P0) * r + vf_set1(EXP_P1);
+    p = p * r + vf_set1(EXP_P2);
+    p = p * r + vf_set1(EXP_P3);
+    p = p * r + vf_set1(EXP_P4);
+    p = p * r + vf_set1(EXP_P5);
+    return ((p * (r * r) + r) + vf_set1(1.0f)) * vf_pow2(n);
+}
+
+/* add the last elements, fewer than DBF_LANES, and then the lanes */
+#define SUM_TAIL(acc, first, n, term)                                        \
+    do {                                                                     \
+        float lane_[DBF_LANES];                                              \
+        for (int a_ = 0; a_ < ACCS; a_++) vf_store(lane_ + a_ * VW, acc[a_]); \
+        for (int i = first; i < n; i++) lane_[i - first] = lane_[i - first] + (term); \
+        sum = lanes_sum(lane_);                                              \
+    } while (0)
+
+static float quantize_simd(int16_t *q, const float *x, int n)
+{
+    int i = 0;
+    vi top = { 0 };
+    for (; i + VW <= n; i += VW) top = vi_max(top, vf_abs_bits(vf_load(x + i)));
+    int32_t tops[VW];
+    vi_store(tops, top);
+    uint32_t magnitude = 0;
+    for (int l = 0; l < VW; l++) magnitude = (uint32_t)tops[l] > magnitude ? (uint32_t)tops[l] : magnitude;
+    for (; i < n; i++) {
+        uint32_t m = bits_of(x[i]) & 0x7fffffffu;
+        magnitude = m > magnitude ? m : magnitude;
+    }
+    float inverse, scale = quantize_scale(magnitude, &inverse);
+    if (!(inverse > 0.0f)) {
+        memset(q, 0, (size_t)n * sizeof *q);
+        return scale;
+    }
+    for (i = 0; i + VW <= n; i += VW) vf_store_i16(q + i, vf_load(x + i) * vf_set1(inverse));
+    for (; i < n; i++) q[i] = (int16_t)rintf(x[i] * inverse);
+    return scale;
+}
+
+static void scale_simd(float *y, const float *x, const uint16_t *s, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(x + i) * vf_f16(s + i));
+    for (; i < n; i++) y[i] = x[i] * f32_from_f16(s[i]);
+}
+
+static void descale_simd(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf v = (vf_from_i32(isum + i) * vf_set1(scale)) * vf_f16(s + i);
+        if (bias) v = v + vf_load(bias + i);
+        vf_store(y + i, v);
+    }
+    for (; i < n; i++) {
+        float v = ((float)isum[i] * scale) * f32_from_f16(s[i]);
+        y[i] = bias ? v + bias[i] : v;
+    }
+}
+
+static void gemv_f32_simd(float *y, const float *w, const float *x, int rows, int cols)
+{
+    int full = cols / DBF_LANES * DBF_LANES;
+    for (int r = 0; r < rows; r++, w += cols) {
+        vf acc[ACCS] = { 0 };
+        float sum;
+        for (int k = 0; k < full; k += DBF_LANES)
+            for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_load(w + k + a * VW) * vf_load(x + k + a * VW);
+        SUM_TAIL(acc, full, cols, w[i] * x[i]);
+        y[r] = sum;
+    }
+}
+
+static inline float dot_f16_simd(const uint16_t *w, const float *x, int n)
+{
+    int full = n / DBF_LANES * DBF_LANES;
+    vf acc[ACCS] = { 0 };
+    float sum;
+    for (int k = 0; k < full; k += DBF_LANES)
+        for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_f16(w + k + a * VW) * vf_load(x + k + a * VW);
+    if (full == n) return lanes_of(acc);
+    SUM_TAIL(acc, full, n, f32_from_f16(w[i]) * x[i]);
+    return sum;
+}
+
+static void gemv_f16_simd(float *y, const uint16_t *w, const float *x, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) y[r] = dot_f16_simd(w + (size_t)r * cols, x, cols);
+}
+
+static void rmsnorm_simd(float *y, const float *x, const float *w, float eps, int n)
+{
+    int full = n / DBF_LANES * DBF_LANES, i = 0;
+    vf acc[ACCS] = { 0 };
+    float sum;
+    for (int k = 0; k < full; k += DBF_LANES)
+        for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_load(x + k + a * VW) * vf_load(x + k + a * VW);
+    SUM_TAIL(acc, full, n, x[i] * x[i]);
+    float root = 1.0f / sqrtf(sum / (float)n + eps);
+    for (; i + VW <= n; i += VW) vf_store(y + i, (vf_load(x + i) * vf_set1(root)) * vf_load(w + i));
+    for (; i < n; i++) y[i] = (x[i] * root) * w[i];
+}
+
+static void attend_simd(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
+                        int held, int dim)
+{
+    float top = -INFINITY;
+    for (int j = 0; j < held; j++) {
+        score[j] = dot_f16_simd(k + (size_t)j * dim, x, dim) * factor;
+        top = score[j] > top ? score[j] : top;
+    }
+
+    int full = held / DBF_LANES * DBF_LANES;
+    vf acc[ACCS] = { 0 };
+    float sum;
+    for (int j = 0; j < full; j += DBF_LANES)
+        for (int a = 0; a < ACCS; a++) {
+            vf e = vf_exp(vf_load(score + j + a * VW) - vf_set1(top));
+            vf_store(score + j + a * VW, e);
+            acc[a] = acc[a] + e;
+        }
+    for (int j = full; j < held; j++) score[j] = exp_f32(score[j] - top);
+    SUM_TAIL(acc, full, held, score[i]);
+    float inverse = 1.0f / sum;
+
+    int i = 0;
+    for (; i + 4 * VW <= dim; i += 4 * VW) { /* four registers of y at a time */
+        vf y0 = { 0 }, y1 = y0, y2 = y0, y3 = y0;
+        for (int j = 0; j < held; j++) {
+            const uint16_t *vj = v + (size_t)j * dim + i;
+            vf p = vf_set1(score[j]);
+            y0 = y0 + p * vf_f16(vj);
+            y1 = y1 + p * vf_f16(vj + VW);
+            y2 = y2 + p * vf_f16(vj + 2 * VW);
+            y3 = y3 + p * vf_f16(vj + 3 * VW);
+        }
+        vf_store(y + i, y0 * vf_set1(inverse));
+        vf_store(y + i + VW, y1 * vf_set1(inverse));
+        vf_store(y + i + 2 * VW, y2 * vf_set1(inverse));
+        vf_store(y + i + 3 * VW, y3 * vf_set1(inverse));
+    }
+    for (; i + VW <= dim; i += VW) {
+        vf y0 = { 0 };
+        for (int j = 0; j < held; j++) y0 = y0 + vf_set1(score[j]) * vf_f16(v + (size_t)j * dim + i);
+        vf_store(y + i, y0 * vf_set1(inverse));
+    }
+    for (; i < dim; i++) {
+        float y0 = 0.0f;
+        for (int j = 0; j < held; j++) y0 = y0 + score[j] * f32_from_f16(v[(size_t)j * dim + i]);
+        y[i] = y0 * inverse;
+    }
+}
+
+static void silu_mul_simd(float *y, const float *gate, const float *up, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf g = vf_load(gate + i);
+        vf_store(y + i, g / (vf_set1(1.0f) + vf_exp(-g)) * vf_load(up + i));
+    }
+    for (; i < n; i++) y[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+}
+
+static void add_simd(float *y, const float *x, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(y + i) + vf_load(x + i));
+    for (; i < n; i++) y[i] = y[i] + x[i];
+}
+
+static void to_f16_simd(uint16_t *y, const float *x, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) vf_to_f16(y + i, vf_load(x + i));
+    for (; i < n; i++) y[i] = f16_from_f32(x[i]);
+}
+
+static void from_f16_simd(float *y, const uint16_t *x, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) vf_store(y + i, vf_f16(x + i));
+    for (; i < n; i++) y[i] = f32_from_f16(x[i]);
+}
+
+static void set_float_kernels(kernels_t *k)
+{
+    k->quantize = quantize_simd;
+    k->scale = scale_simd;
+    k->descale = descale_simd;
+    k->gemv_f32 = gemv_f32_simd;
+    k->gemv_f16 = gemv_f16_simd;
+    k->rmsnorm = rmsnorm_simd;
+    k->attend = attend_simd;
+    k->silu_mul = silu_mul_simd;
+    k->add = add_simd;
+    k->to_f16 = to_f16_simd;
+    k->from_f16 = from_f16_simd;
+}
+
+#endif

@@ -1,0 +1,336 @@
+/* forward.c - the forward pass.  Mirror: runtime/forward.py.
+ *
+ * x = embedding
+ * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
+ *               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
+ * logits = Head RMSNorm(x)
+ *
+ * All threads run forward() side by side and meet at barriers. Rows of matrices are divided among them, in panels.
+ * What precedes a product (norm, quantization, table) is divided by tokens; for a single token every thread does
+ * it for itself, which costs less than waiting for one that does it for all. */
+#include <math.h>
+#include <string.h>
+
+#include "model.h"
+#include "scalar.h"
+
+typedef struct job {
+    dbf_session *s;
+    const int32_t *tokens; /* of this chunk */
+    int n, pos;
+    float *logits;
+    int first; /* the first of the n tokens whose logits are wanted */
+} job_t;
+
+/* y = linear(x), or y += linear(x) */
+typedef struct apply {
+    const linear_t *w;
+    const float *x; /* [n][cols] */
+    float *y;       /* [n][rows] */
+    int add;
+} apply_t;
+
+static int panels_of(int rows)
+{
+    return (rows + DBF_PANEL - 1) / DBF_PANEL;
+}
+
+static size_t panel_bytes(int cols)
+{
+    return (size_t)DBF_PANEL * (size_t)((cols + 7) / 8);
+}
+
+/* table = the quantized s * x (s may be NULL); returns the scale */
+static float prepare(const kernels_t *k, scratch_t *own, void *table, const float *x, const uint16_t *s, int cols)
+{
+    if (s) {
+        k->scale(own->scaled, x, s, cols);
+        x = own->scaled;
+    }
+    float scale = k->quantize(own->q, x, cols);
+    k->sign_table(table, own->q, cols);
+    return scale;
+}
+
+/* mid = s_mid * B(table), rows of one panel */
+static void panel_b(const kernels_t *k, const linear_t *w, int panel, const void *table, float scale, float *mid)
+{
+    int32_t isum[DBF_PANEL];
+    int r = panel * DBF_PANEL, rows = w->rank - r < DBF_PANEL ? w->rank - r : DBF_PANEL;
+    k->sign_gemv(isum, w->b + panel * panel_bytes(w->cols), table, rows, w->cols);
+    k->descale(mid + r, isum, scale, w->s_mid + r, NULL, rows);
+}
+
+/* y = s_out * A(table) + bias, rows of one panel */
+static void panel_a(const kernels_t *k, const apply_t *p, int panel, const void *table, float scale, float *y)
+{
+    int32_t isum[DBF_PANEL];
+    float out[DBF_PANEL];
+    const linear_t *w = p->w;
+    int r = panel * DBF_PANEL, rows = w->rows - r < DBF_PANEL ? w->rows - r : DBF_PANEL;
+    k->sign_gemv(isum, w->a + panel * panel_bytes(w->rank), table, rows, w->rank);
+    k->descale(p->add ? out : y + r, isum, scale, w->s_out + r, w->bias ? w->bias + r : NULL, rows);
+    if (p->add) k->add(y + r, out, rows);
+}
+
+/* several linears of one token: their panels are divided as one list, so that two barriers serve all of them */
+static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
+{
+    const dbf_model *m = s->model;
+    const kernels_t *k = m->kernels;
+    scratch_t *own = &s->scratch[thread];
+    int total[2] = { 0, 0 };
+    for (int i = 0; i < count; i++) {
+        total[0] += panels_of(p[i].w->rank);
+        total[1] += panels_of(p[i].w->rows);
+    }
+    for (int phase = 0; phase < 2; phase++) {
+        int begin, end, first = 0;
+        pool_split(m->pool, thread, total[phase], &begin, &end);
+        for (int i = 0; i < count; i++) {
+            const linear_t *w = p[i].w;
+            float *mid = s->mid + (size_t)i * m->max_rank, scale = 0.0f;
+            int panels = panels_of(phase == 0 ? w->rank : w->rows), ready = 0;
+            for (int panel = 0; panel < panels; panel++) {
+                if (first + panel < begin || first + panel >= end) continue;
+                if (!ready) {
+                    scale = phase == 0 ? prepare(k, own, own->table, p[i].x, w->s_in, w->cols)
+                                       : prepare(k, own, own->table, mid, NULL, w->rank);
+                    ready = 1;
+                }
+                if (phase == 0)
+                    panel_b(k, w, panel, own->table, scale, mid);
+                else
+                    panel_a(k, &p[i], panel, own->table, scale, p[i].y);
+            }
+            first += panels;
+        }
+        pool_barrier(m->pool);
+    }
+}
+
+/* one linear of n tokens: a panel of weights stays in the L1 cache while the tokens pass */
+static void linear_many(dbf_session *s, int thread, const apply_t *p, int n)
+{
+    const dbf_model *m = s->model;
+    const kernels_t *k = m->kernels;
+    const linear_t *w = p->w;
+    scratch_t *own = &s->scratch[thread];
+    int begin, end;
+
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++)
+        s->in_scale[i] =
+            prepare(k, own, s->tables + i * s->table_bytes, p->x + (size_t)i * w->cols, w->s_in, w->cols);
+    pool_barrier(m->pool);
+
+    pool_split(m->pool, thread, panels_of(w->rank), &begin, &end);
+    for (int panel = begin; panel < end; panel++)
+        for (int i = 0; i < n; i++)
+            panel_b(k, w, panel, s->tables + i * s->table_bytes, s->in_scale[i], s->mid + (size_t)i * m->max_rank);
+    pool_barrier(m->pool);
+
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++)
+        s->in_scale[i] =
+            prepare(k, own, s->tables + i * s->table_bytes, s->mid + (size_t)i * m->max_rank, NULL, w->rank);
+    pool_barrier(m->pool);
+
+    pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
+    for (int panel = begin; panel < end; panel++)
+        for (int i = 0; i < n; i++)
+            panel_a(k, p, panel, s->tables + i * s->table_bytes, s->in_scale[i], p->y + (size_t)i * w->rows);
+    pool_barrier(m->pool);
+}
+
+static void linears(dbf_session *s, int thread, const apply_t *p, int count, int n)
+{
+    if (n == 1) {
+        linears_one(s, thread, p, count);
+        return;
+    }
+    for (int i = 0; i < count; i++) linear_many(s, thread, &p[i], n);
+}
+
+/* row r of a dense matrix as float32 */
+static void dense_row(const kernels_t *k, float *y, const dbf_dense *w, int r)
+{
+    size_t cols = (size_t)w->cols;
+    if (w->type == DBF_F32) memcpy(y, (const float *)w->data + r * cols, cols * sizeof *y);
+    if (w->type == DBF_F16) k->from_f16(y, (const uint16_t *)w->data + r * cols, w->cols);
+    if (w->type == DBF_Q8_0) {
+        const uint8_t *block = (const uint8_t *)w->data + r * (cols / DBF_Q8_0_BLOCK) * DBF_Q8_0_BYTES;
+        for (size_t i = 0; i < cols; i++) {
+            const uint8_t *b = block + i / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES;
+            y[i] = f32_from_f16((uint16_t)(b[0] | b[1] << 8)) * (float)(int8_t)b[2 + i % DBF_Q8_0_BLOCK];
+        }
+    }
+}
+
+/* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */
+static float *norms(dbf_session *s, int thread, const float *w, int first, int n)
+{
+    const dbf_model *m = s->model;
+    int d = m->config.d_model, begin, end;
+    if (n - first == 1) {
+        m->kernels->rmsnorm(s->scratch[thread].x, s->x + (size_t)first * d, w, m->config.norm_eps, d);
+        return s->scratch[thread].x;
+    }
+    pool_split(m->pool, thread, n - first, &begin, &end);
+    for (int i = first + begin; i < first + end; i++)
+        m->kernels->rmsnorm(s->norm + (size_t)i * d, s->x + (size_t)i * d, w, m->config.norm_eps, d);
+    pool_barrier(m->pool);
+    return s->norm + (size_t)first * d;
+}
+
+/* rotate queries and keys, store keys and values; one item is one head of one token */
+static void rotate_and_store(const job_t *job, int thread, int layer)
+{
+    dbf_session *s = job->s;
+    const dbf_config *c = &s->model->config;
+    const kernels_t *k = s->model->kernels;
+    int heads = c->n_heads + c->n_kv_heads, dim = c->head_dim, begin, end;
+    pool_split(s->model->pool, thread, job->n * heads, &begin, &end);
+    for (int item = begin; item < end; item++) {
+        int i = item / heads, h = item % heads, pos = job->pos + i;
+        const float *cos_sin = s->rope + (size_t)pos * c->rope_dims;
+        if (h < c->n_heads) {
+            k->rope(s->q_heads + ((size_t)i * c->n_heads + h) * dim, cos_sin, c->rope_dims, c->rope_pairing);
+            continue;
+        }
+        h -= c->n_heads;
+        size_t from = ((size_t)i * c->n_kv_heads + h) * dim;
+        size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * dim;
+        k->rope(s->k_heads + from, cos_sin, c->rope_dims, c->rope_pairing);
+        k->to_f16(s->k + to, s->k_heads + from, dim);
+        k->to_f16(s->v + to, s->v_heads + from, dim);
+    }
+    pool_barrier(s->model->pool);
+}
+
+/* attention of every query head over the positions up to its own; one item is one head of one token */
+static void attention(const job_t *job, int thread, int layer)
+{
+    dbf_session *s = job->s;
+    const dbf_config *c = &s->model->config;
+    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, begin, end;
+    float factor = 1.0f / sqrtf((float)dim);
+    pool_split(s->model->pool, thread, job->n * c->n_heads, &begin, &end);
+    for (int item = begin; item < end; item++) {
+        int h = item / job->n, i = item % job->n;
+        size_t at = ((size_t)i * c->n_heads + h) * dim;
+        size_t cache = ((size_t)layer * c->n_kv_heads + h / group) * s->n_ctx * dim;
+        s->model->kernels->attend(s->attended + at, s->q_heads + at, s->k + cache, s->v + cache,
+                                  s->scratch[thread].score, factor, job->pos + i + 1, dim);
+    }
+    pool_barrier(s->model->pool);
+}
+
+/* SiLU(gate) * up: divided, or a single token by every thread into its own memory */
+static const float *gated(dbf_session *s, int thread, int n)
+{
+    const dbf_model *m = s->model;
+    int d_ff = m->config.d_ff, begin, end;
+    if (n == 1) {
+        m->kernels->silu_mul(s->scratch[thread].x, s->gate, s->up, d_ff);
+        return s->scratch[thread].x;
+    }
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *gate = s->gate + (size_t)i * d_ff;
+        m->kernels->silu_mul(gate, gate, s->up + (size_t)i * d_ff, d_ff);
+    }
+    pool_barrier(m->pool);
+    return s->gate;
+}
+
+/* logits of n tokens whose normalized states are x; rows of the head are divided, panel by panel */
+static void head_logits(const job_t *job, int thread, const float *x, int n)
+{
+    dbf_session *s = job->s;
+    const dbf_model *m = s->model;
+    const kernels_t *k = m->kernels;
+    const dbf_dense *w = &m->head;
+    int16_t *q = n == 1 ? s->scratch[thread].q : s->q_out;
+    float own_scale, *scale = n == 1 ? &own_scale : s->q_scale;
+    int begin, end;
+    size_t cols = (size_t)w->cols;
+    if (w->type == DBF_Q8_0) {
+        if (n == 1)
+            begin = 0, end = 1;
+        else
+            pool_split(m->pool, thread, n, &begin, &end);
+        for (int i = begin; i < end; i++) scale[i] = k->quantize(q + i * cols, x + i * cols, w->cols);
+        if (n > 1) pool_barrier(m->pool);
+    }
+    pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
+    for (int panel = begin; panel < end; panel++)
+        for (int i = 0; i < n; i++) {
+            size_t r = (size_t)panel * DBF_PANEL, row = r * cols;
+            int rows = w->rows - (int)r < DBF_PANEL ? w->rows - (int)r : DBF_PANEL;
+            float *y = job->logits + (size_t)i * w->rows + r;
+            if (w->type == DBF_F32) k->gemv_f32(y, (const float *)w->data + row, x + i * cols, rows, w->cols);
+            if (w->type == DBF_F16) k->gemv_f16(y, (const uint16_t *)w->data + row, x + i * cols, rows, w->cols);
+            if (w->type == DBF_Q8_0)
+                k->gemv_q8_0(y, (const uint8_t *)w->data + row / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, q + i * cols, scale[i],
+                             rows, w->cols);
+        }
+    /* pool_run's own barrier ends the pass */
+}
+
+static void forward(void *arg, int thread)
+{
+    const job_t *job = arg;
+    dbf_session *s = job->s;
+    const dbf_model *m = s->model;
+    int n = job->n, begin, end;
+
+    /* embedding */
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++)
+        dense_row(m->kernels, s->x + (size_t)i * m->config.d_model, &m->embed, job->tokens[i]);
+    pool_barrier(m->pool);
+
+    for (int layer = 0; layer < m->config.n_layers; layer++) {
+        const layer_t *l = &m->layers[layer];
+
+        /* queries, keys, values */
+        const float *x = norms(s, thread, l->attn_norm, 0, n);
+        linears(s, thread,
+                (apply_t[]){ { &l->linear[Q], x, s->q_heads, 0 },
+                             { &l->linear[K], x, s->k_heads, 0 },
+                             { &l->linear[V], x, s->v_heads, 0 } },
+                3, n);
+
+        /* RoPE, KV cache */
+        rotate_and_store(job, thread, layer);
+
+        /* attention, added to the residual stream */
+        attention(job, thread, layer);
+        linears(s, thread, (apply_t[]){ { &l->linear[O], s->attended, s->x, 1 } }, 1, n);
+
+        /* feed-forward, added to the residual stream */
+        x = norms(s, thread, l->ffn_norm, 0, n);
+        linears(s, thread,
+                (apply_t[]){ { &l->linear[GATE], x, s->gate, 0 }, { &l->linear[UP], x, s->up, 0 } }, 2, n);
+        x = gated(s, thread, n);
+        linears(s, thread, (apply_t[]){ { &l->linear[DOWN], x, s->x, 1 } }, 1, n);
+    }
+
+    /* logits */
+    if (job->first < n) head_logits(job, thread, norms(s, thread, m->out_norm, job->first, n), n - job->first);
+}
+
+int dbf_forward(dbf_session *s, const int32_t *tokens, int n, int pos, float *logits, int n_logits)
+{
+    int skip = n - n_logits; /* tokens without logits */
+    for (int done = 0; done < n; done += CHUNK) {
+        job_t job = { .s = s, .tokens = tokens + done, .n = n - done < CHUNK ? n - done : CHUNK, .pos = pos + done };
+        job.first = skip <= done ? 0 : skip - done < job.n ? skip - done : job.n;
+        job.logits = logits + (size_t)(done + job.first - skip > 0 ? done + job.first - skip : 0) * s->model->config.n_vocab;
+        int code = pool_run(s->model->pool, forward, &job);
+        if (code) return code;
+        s->held = pos + done + job.n;
+    }
+    return DBF_OK;
+}

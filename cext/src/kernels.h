@@ -1,0 +1,97 @@
+/* kernels.h - the arithmetic of the forward pass, as one function pointer per kernel.
+ *
+ * kernels_ref.c holds all of them in scalar C and is the definition; kernels_<isa>.c starts from a copy and
+ * replaces what it improves. Every instruction set, every number of threads, and runtime/kernels_numba.py give
+ * the same bits, because
+ *   - sign products are exact: activations are integers of at most 14 bits, sums are int32;
+ *   - a float sum has DBF_LANES partial sums, element i in lane i % DBF_LANES, which are then added in halves:
+ *     lane l += lane l + 8, then + 4, + 2, + 1;
+ *   - there is no fused multiply-add and no libm function but rint and sqrt, which are exact.
+ */
+#ifndef DBF_KERNELS_H
+#define DBF_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define DBF_LANES 16
+#define DBF_PANEL 64           /* rows that one call of sign_gemv computes at most */
+#define DBF_QMAX 8191          /* activations of a sign product lie in -8191 .. 8191 */
+#define DBF_MAX_COLS 131072    /* 2 * 8191 * cols < 2^31 */
+#define DBF_Q8_0_BLOCK 32      /* weights of a Q8_0 block: float16 scale, then 32 int8 */
+#define DBF_Q8_0_BYTES 34
+
+typedef struct kernels {
+    const char *name;
+
+    /* ---- sign products -------------------------------------------------------------------------------- */
+
+    /* scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)));  returns scale
+     * all q = 0 where absmax(x) < 2^-100 or is no finite number */
+    float (*quantize)(int16_t *q, const float *x, int n);
+
+    /* y[i] = x[i] * s[i],  s float16 */
+    void (*scale)(float *y, const float *x, const uint16_t *s, int n);
+
+    /* y[i] = (isum[i] * scale) * s[i] + bias[i],  s float16, bias may be NULL */
+    void (*descale)(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n);
+
+    /* bytes of sign_table's output; bytes of sign_pack's output, 0 if sign_gemv reads DBF1 as it is */
+    size_t (*sign_table_bytes)(int cols);
+    size_t (*sign_pack_bytes)(int rows, int cols);
+
+    /* q as sign_gemv wants it */
+    void (*sign_table)(void *table, const int16_t *q, int cols);
+
+    /* DBF1 rows as sign_gemv wants them: panel p starts at w + p * DBF_PANEL * ((cols + 7) / 8) */
+    void (*sign_pack)(uint8_t *w, const uint8_t *bits, int rows, int cols);
+
+    /* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
+     * one panel: rows <= DBF_PANEL; isum has room for DBF_PANEL */
+    void (*sign_gemv)(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols);
+
+    /* ---- unfactorized matrices ------------------------------------------------------------------------ */
+
+    /* y[r] = sum_k w[r,k] * x[k] */
+    void (*gemv_f32)(float *y, const float *w, const float *x, int rows, int cols);
+    void (*gemv_f16)(float *y, const uint16_t *w, const float *x, int rows, int cols);
+
+    /* y[r] = scale * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of w[r,k] * q[k] over the columns
+     * 2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0 */
+    void (*gemv_q8_0)(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols);
+
+    /* ---- everything else ------------------------------------------------------------------------------ */
+
+    /* y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i] */
+    void (*rmsnorm)(float *y, const float *x, const float *w, float eps, int n);
+
+    /* rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)
+     * cos_sin[dims/2][2]; pairing DBF_ADJACENT or DBF_HALVES */
+    void (*rope)(float *x, const float *cos_sin, int dims, int pairing);
+
+    /* y = sum_j softmax_j(factor * (x . k[j])) v[j]
+     * one head: y[dim], x[dim], k[held][dim] and v[held][dim] float16, score[held] is work space */
+    void (*attend)(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
+                   int held, int dim);
+
+    /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i] */
+    void (*silu_mul)(float *y, const float *gate, const float *up, int n);
+
+    /* y[i] = y[i] + x[i] */
+    void (*add)(float *y, const float *x, int n);
+
+    /* float32 to float16, round to nearest even */
+    void (*to_f16)(uint16_t *y, const float *x, int n);
+
+    /* float16 to float32 */
+    void (*from_f16)(float *y, const uint16_t *x, int n);
+} kernels_t;
+
+extern const kernels_t kernels_ref;
+void kernels_avx2(kernels_t *k); /* overwrite what AVX2 + F16C improves */
+void kernels_neon(kernels_t *k); /* overwrite what AArch64's Advanced SIMD improves */
+
+/* dispatch.c: the active set, or NULL if DBF_ISA names an unusable one */
+const kernels_t *dbf_kernels_active(void);
+
+#endif

@@ -1,0 +1,176 @@
+/* kernels_avx2.c - AVX2 + F16C; compiled with -mavx2 -mf16c (CMakeLists.txt), called only where the CPU has both.
+ *
+ *   vpshufb      32 table look-ups                 vbroadcasti128   one table for both halves
+ *   vpsrlw       the odd bytes of a pair sum       vpmaddwd         int8 weights x int16 activations
+ */
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+
+#include "lut16.h"
+#include "scalar.h"
+
+#define VW 8
+typedef __m256 vf;
+typedef __m256i vi;
+#define vf_load _mm256_loadu_ps
+#define vf_store _mm256_storeu_ps
+#define vf_set1 _mm256_set1_ps
+#define vf_max _mm256_max_ps
+#define vf_min _mm256_min_ps
+#define vf_rint(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define vf_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define vf_to_f16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
+#define vf_from_i32(p) _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define vf_abs_bits(x) _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff))
+#define vi_max _mm256_max_epi32
+#define vi_store(p, v) _mm256_storeu_si256((__m256i *)(p), v)
+
+static inline vf vf_pow2(vf n)
+{
+    __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+static inline void vf_store_i16(int16_t *p, vf x)
+{
+    __m256i v = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+
+static inline float sum8(__m256 v) /* lanes_sum from half = 4 on */
+{
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+#define lanes_of(acc) sum8(acc[0] + acc[1])
+
+#include "float_simd.h"
+
+/* ---- sign products ---------------------------------------------------------------------------------------- */
+
+static void sign_table_avx2(void *table, const int16_t *q, int cols)
+{
+    const __m256i bit[4] = {
+        _mm256_setr_epi16(0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1),
+        _mm256_setr_epi16(0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1),
+        _mm256_setr_epi16(0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, -1, -1, -1),
+        _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1),
+    };
+    uint8_t *out = (uint8_t *)table + LUT16_HEAD;
+    int32_t l1 = 0;
+    for (int k = 0; k < (cols + 7) / 8 * 8; k += 4, out += 32) {
+        int16_t p[4] = { 0 };
+        if (k + 4 <= cols)
+            memcpy(p, q + k, sizeof p);
+        else
+            for (int j = 0; j < cols - k; j++) p[j] = q[k + j];
+        /* entry 0 agrees with the negative columns; setting bit j adds q[j] to it */
+        int32_t negative = 0, all = 0;
+        for (int j = 0; j < 4; j++) {
+            all += p[j];
+            negative -= p[j] < 0 ? p[j] : 0;
+        }
+        l1 += all + 2 * negative;
+        __m256i e = _mm256_set1_epi16((int16_t)negative);
+        for (int j = 0; j < 4; j++) e = _mm256_add_epi16(e, _mm256_and_si256(_mm256_set1_epi16(p[j]), bit[j]));
+        __m256i low = _mm256_and_si256(e, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(e, 8);
+        __m256i planes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+        _mm256_storeu_si256((__m256i *)out, planes);
+    }
+    memcpy(table, &l1, sizeof l1);
+}
+
+/* isum[32] += even and odd bytes' sums of the low plane + 256 * those of the high plane */
+static inline void flush(int32_t *isum, __m256i low, __m256i low_odd, __m256i high, __m256i high_odd)
+{
+    __m256i low_even = _mm256_sub_epi16(low, _mm256_slli_epi16(low_odd, 8));
+    __m256i high_even = _mm256_sub_epi16(high, _mm256_slli_epi16(high_odd, 8));
+    __m256i l[2] = { _mm256_unpacklo_epi16(low_even, low_odd), _mm256_unpackhi_epi16(low_even, low_odd) };
+    __m256i h[2] = { _mm256_unpacklo_epi16(high_even, high_odd), _mm256_unpackhi_epi16(high_even, high_odd) };
+    for (int i = 0; i < 4; i++) { /* rows 8i .. 8i+7 */
+        __m128i l16 = i < 2 ? _mm256_castsi256_si128(l[i & 1]) : _mm256_extracti128_si256(l[i & 1], 1);
+        __m128i h16 = i < 2 ? _mm256_castsi256_si128(h[i & 1]) : _mm256_extracti128_si256(h[i & 1], 1);
+        __m256i v = _mm256_add_epi32(_mm256_cvtepu16_epi32(l16), _mm256_slli_epi32(_mm256_cvtepu16_epi32(h16), 8));
+        __m256i *sum = (__m256i *)(isum + 8 * i);
+        _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), v));
+    }
+}
+
+/* look up 32 rows x 8 columns; the high plane's entries are < 128, so two of them fit in a byte */
+#define LOOK_UP(bytes, low, low_odd, high, high_odd)                                                          \
+    do {                                                                                                      \
+        __m256i w_ = _mm256_loadu_si256((const __m256i *)(bytes));                                            \
+        __m256i a_ = _mm256_and_si256(w_, nibble), b_ = _mm256_and_si256(_mm256_srli_epi16(w_, 4), nibble);   \
+        __m256i s_ = _mm256_shuffle_epi8(a_low, a_), t_ = _mm256_shuffle_epi8(b_low, b_);                     \
+        low = _mm256_add_epi16(low, _mm256_add_epi16(s_, t_));                                                \
+        low_odd = _mm256_add_epi16(low_odd, _mm256_add_epi16(_mm256_srli_epi16(s_, 8), _mm256_srli_epi16(t_, 8))); \
+        s_ = _mm256_add_epi8(_mm256_shuffle_epi8(a_high, a_), _mm256_shuffle_epi8(b_high, b_));               \
+        high = _mm256_add_epi16(high, s_);                                                                    \
+        high_odd = _mm256_add_epi16(high_odd, _mm256_srli_epi16(s_, 8));                                      \
+    } while (0)
+
+static void sign_gemv_avx2(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
+{
+    (void)rows;
+    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    const __m128i *t = (const __m128i *)((const uint8_t *)table + LUT16_HEAD);
+    int groups = (cols + 7) / 8;
+    memset(isum, 0, DBF_PANEL * sizeof *isum);
+    for (int g0 = 0; g0 < groups; g0 += LUT16_GROUPS) {
+        int end = g0 + LUT16_GROUPS < groups ? g0 + LUT16_GROUPS : groups;
+        __m256i l0 = zero, l0_odd = zero, h0 = zero, h0_odd = zero, l1 = zero, l1_odd = zero, h1 = zero, h1_odd = zero;
+        for (int g = g0; g < end; g++, w += DBF_PANEL, t += 4) {
+            __m256i a_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t));
+            __m256i a_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
+            __m256i b_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 2));
+            __m256i b_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 3));
+            _mm_prefetch((const char *)w + 8192, _MM_HINT_T0);
+            LOOK_UP(w, l0, l0_odd, h0, h0_odd);
+            LOOK_UP(w + 32, l1, l1_odd, h1, h1_odd);
+        }
+        flush(isum, l0, l0_odd, h0, h0_odd);
+        flush(isum + 32, l1, l1_odd, h1, h1_odd);
+    }
+    int32_t l1;
+    memcpy(&l1, table, sizeof l1);
+    for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - l1;
+}
+
+/* ---- unfactorized matrices -------------------------------------------------------------------------------- */
+
+static void gemv_q8_0_avx2(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols)
+{
+    int blocks = cols / DBF_Q8_0_BLOCK;
+    for (int r = 0; r < rows; r++) {
+        __m256 acc = _mm256_setzero_ps();
+        for (int b = 0; b < blocks; b++, w += DBF_Q8_0_BYTES) {
+            const __m256i *p = (const __m256i *)(q + b * DBF_Q8_0_BLOCK);
+            __m256i v0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 2)));
+            __m256i v1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 18)));
+            __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(v0, _mm256_loadu_si256(p)),
+                                            _mm256_madd_epi16(v1, _mm256_loadu_si256(p + 1)));
+            uint16_t d;
+            memcpy(&d, w, sizeof d);
+            acc = acc + _mm256_cvtepi32_ps(isum) * _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(d)));
+        }
+        y[r] = sum8(acc) * scale;
+    }
+}
+
+void kernels_avx2(kernels_t *k)
+{
+    k->name = "avx2";
+    k->sign_table_bytes = lut16_table_bytes;
+    k->sign_pack_bytes = lut16_pack_bytes;
+    k->sign_table = sign_table_avx2;
+    k->sign_pack = lut16_pack;
+    k->sign_gemv = sign_gemv_avx2;
+    k->gemv_q8_0 = gemv_q8_0_avx2;
+    set_float_kernels(k);
+}
+
+#else
+typedef int dbf_no_avx2; /* a translation unit must not be empty */
+#endif

@@ -1,0 +1,198 @@
+/* kernels_ref.c - every kernel in scalar C, as its formula in kernels.h says.
+ * Mirror: runtime/kernels_numba.py, same names, parameters and order. */
+#include "../dbf.h"
+#include "scalar.h"
+
+/* ---- sign products ---------------------------------------------------------------------------------------- */
+
+static float quantize(int16_t *q, const float *x, int n)
+{
+    /* the largest |x| as an integer: the bits of non-negative floats are ordered, and NaN comes last */
+    uint32_t magnitude = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t m = bits_of(x[i]) & 0x7fffffffu;
+        magnitude = m > magnitude ? m : magnitude;
+    }
+    float inverse, scale = quantize_scale(magnitude, &inverse);
+    for (int i = 0; i < n; i++) q[i] = inverse > 0.0f ? (int16_t)rintf(x[i] * inverse) : 0;
+    return scale;
+}
+
+static void scale(float *y, const float *x, const uint16_t *s, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = x[i] * f32_from_f16(s[i]);
+}
+
+static void descale(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n)
+{
+    for (int i = 0; i < n; i++) {
+        float v = ((float)isum[i] * scale) * f32_from_f16(s[i]);
+        y[i] = bias ? v + bias[i] : v;
+    }
+}
+
+static size_t sign_table_bytes(int cols)
+{
+    return (size_t)cols * sizeof(int16_t);
+}
+
+static size_t sign_pack_bytes(int rows, int cols)
+{
+    (void)rows, (void)cols;
+    return 0;
+}
+
+static void sign_table(void *table, const int16_t *q, int cols)
+{
+    memcpy(table, q, (size_t)cols * sizeof(int16_t));
+}
+
+static void sign_pack(uint8_t *w, const uint8_t *bits, int rows, int cols)
+{
+    memcpy(w, bits, (size_t)rows * (size_t)((cols + 7) / 8));
+}
+
+static void sign_gemv(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
+{
+    const int16_t *q = table;
+    int row_bytes = (cols + 7) / 8;
+    for (int r = 0; r < rows; r++) {
+        int32_t sum = 0;
+        for (int k = 0; k < cols; k++) {
+            int bit = w[r * row_bytes + (k >> 3)] >> (k & 7) & 1;
+            sum += bit ? q[k] : -q[k];
+        }
+        isum[r] = sum;
+    }
+}
+
+/* ---- unfactorized matrices -------------------------------------------------------------------------------- */
+
+static void gemv_f32(float *y, const float *w, const float *x, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) {
+        float lane[DBF_LANES] = { 0 };
+        for (int k = 0; k < cols; k++)
+            lane[k % DBF_LANES] = lane[k % DBF_LANES] + w[(size_t)r * cols + k] * x[k];
+        y[r] = lanes_sum(lane);
+    }
+}
+
+static void gemv_f16(float *y, const uint16_t *w, const float *x, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) {
+        float lane[DBF_LANES] = { 0 };
+        for (int k = 0; k < cols; k++)
+            lane[k % DBF_LANES] = lane[k % DBF_LANES] + f32_from_f16(w[(size_t)r * cols + k]) * x[k];
+        y[r] = lanes_sum(lane);
+    }
+}
+
+static void gemv_q8_0(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols)
+{
+    int blocks = cols / DBF_Q8_0_BLOCK;
+    for (int r = 0; r < rows; r++) {
+        float lane[DBF_LANES] = { 0 };
+        for (int b = 0; b < blocks; b++) {
+            const uint8_t *block = w + ((size_t)r * blocks + b) * DBF_Q8_0_BYTES;
+            const int8_t *v = (const int8_t *)block + 2;
+            const int16_t *p = q + b * DBF_Q8_0_BLOCK;
+            float d = f32_from_f16((uint16_t)(block[0] | block[1] << 8));
+            for (int l = 0; l < 8; l++) {
+                int i = 2 * l, j = 2 * l + 16;
+                int32_t isum = v[i] * p[i] + v[i + 1] * p[i + 1] + v[j] * p[j] + v[j + 1] * p[j + 1];
+                lane[l] = lane[l] + (float)isum * d;
+            }
+        }
+        y[r] = lanes_sum(lane) * scale;
+    }
+}
+
+/* ---- everything else -------------------------------------------------------------------------------------- */
+
+static void rmsnorm(float *y, const float *x, const float *w, float eps, int n)
+{
+    float lane[DBF_LANES] = { 0 };
+    for (int i = 0; i < n; i++) lane[i % DBF_LANES] = lane[i % DBF_LANES] + x[i] * x[i];
+    float root = 1.0f / sqrtf(lanes_sum(lane) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] * root) * w[i];
+}
+
+static void rope(float *x, const float *cos_sin, int dims, int pairing)
+{
+    int half = dims / 2;
+    for (int i = 0; i < half; i++) {
+        int ia = pairing == DBF_ADJACENT ? 2 * i : i, ib = pairing == DBF_ADJACENT ? 2 * i + 1 : i + half;
+        float a = x[ia], b = x[ib], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        x[ia] = a * c - b * s;
+        x[ib] = a * s + b * c;
+    }
+}
+
+static void attend(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
+                   int held, int dim)
+{
+    /* scores and their largest */
+    float top = -INFINITY;
+    for (int j = 0; j < held; j++) {
+        float lane[DBF_LANES] = { 0 };
+        for (int i = 0; i < dim; i++)
+            lane[i % DBF_LANES] = lane[i % DBF_LANES] + f32_from_f16(k[(size_t)j * dim + i]) * x[i];
+        score[j] = lanes_sum(lane) * factor;
+        top = score[j] > top ? score[j] : top;
+    }
+    /* exponentials and their sum */
+    float lane[DBF_LANES] = { 0 };
+    for (int j = 0; j < held; j++) {
+        score[j] = exp_f32(score[j] - top);
+        lane[j % DBF_LANES] = lane[j % DBF_LANES] + score[j];
+    }
+    float inverse = 1.0f / lanes_sum(lane);
+    /* the weighted values */
+    for (int i = 0; i < dim; i++) y[i] = 0.0f;
+    for (int j = 0; j < held; j++)
+        for (int i = 0; i < dim; i++) y[i] = y[i] + score[j] * f32_from_f16(v[(size_t)j * dim + i]);
+    for (int i = 0; i < dim; i++) y[i] = y[i] * inverse;
+}
+
+static void silu_mul(float *y, const float *gate, const float *up, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+}
+
+static void add(float *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = y[i] + x[i];
+}
+
+static void to_f16(uint16_t *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = f16_from_f32(x[i]);
+}
+
+static void from_f16(float *y, const uint16_t *x, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = f32_from_f16(x[i]);
+}
+
+const kernels_t kernels_ref = {
+    .name = "scalar",
+    .quantize = quantize,
+    .scale = scale,
+    .descale = descale,
+    .sign_table_bytes = sign_table_bytes,
+    .sign_pack_bytes = sign_pack_bytes,
+    .sign_table = sign_table,
+    .sign_pack = sign_pack,
+    .sign_gemv = sign_gemv,
+    .gemv_f32 = gemv_f32,
+    .gemv_f16 = gemv_f16,
+    .gemv_q8_0 = gemv_q8_0,
+    .rmsnorm = rmsnorm,
+    .rope = rope,
+    .attend = attend,
+    .silu_mul = silu_mul,
+    .add = add,
+    .to_f16 = to_f16,
+    .from_f16 = from_f16,
+};

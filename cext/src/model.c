@@ -1,0 +1,396 @@
+/* model.c - the C API: check everything, repack the weights, hand out memory. */
+#define _GNU_SOURCE
+#include "model.h"
+
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAX_DIM DBF_MAX_COLS
+#define MAX_LAYERS 4096
+#define MAX_VOCAB (1 << 24)
+#define MAX_CTX (1 << 24)
+#define MAX_THREADS 1024
+#define ALIGN 64
+
+static int max_of(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+static size_t round_up(size_t n)
+{
+    return (n + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+/* ---- checks ----------------------------------------------------------------------------------------------- */
+
+static int dim_ok(int n)
+{
+    return n >= 1 && n <= MAX_DIM;
+}
+
+static int config_ok(const dbf_config *c)
+{
+    return c->n_layers >= 1 && c->n_layers <= MAX_LAYERS && dim_ok(c->d_model) && dim_ok(c->d_ff)
+        && dim_ok(c->n_heads) && dim_ok(c->n_kv_heads) && c->n_heads % c->n_kv_heads == 0 && dim_ok(c->head_dim)
+        && c->n_heads <= MAX_DIM / c->head_dim && c->n_vocab >= 1 && c->n_vocab <= MAX_VOCAB && c->rope_dims >= 0
+        && c->rope_dims % 2 == 0 && c->rope_dims <= c->head_dim
+        && (c->rope_pairing == DBF_ADJACENT || c->rope_pairing == DBF_HALVES) && c->norm_eps >= 0.0f
+        && isfinite(c->norm_eps);
+}
+
+static int dense_ok(const dbf_dense *d, int rows, int cols)
+{
+    if (!d->data || d->rows != rows || d->cols != cols) return 0;
+    if (d->type == DBF_Q8_0) return cols % DBF_Q8_0_BLOCK == 0;
+    return d->type == DBF_F32 || d->type == DBF_F16;
+}
+
+static int linear_ok(const dbf_linear *l, int rows, int cols)
+{
+    return l->rows == rows && l->cols == cols && dim_ok(l->rank) && l->rank % 8 == 0 && l->a && l->b && l->s_out
+        && l->s_mid && l->s_in;
+}
+
+static int weights_ok(const dbf_weights *w, const dbf_config *c)
+{
+    int heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    if (!w->layers || !w->out_norm || !dense_ok(&w->embed, c->n_vocab, c->d_model)
+        || !dense_ok(&w->head, c->n_vocab, c->d_model))
+        return 0;
+    for (int i = 0; i < c->n_layers; i++) {
+        const dbf_layer *l = &w->layers[i];
+        if (!l->attn_norm || !l->ffn_norm || !linear_ok(&l->q, heads, c->d_model)
+            || !linear_ok(&l->k, kv, c->d_model) || !linear_ok(&l->v, kv, c->d_model)
+            || !linear_ok(&l->o, c->d_model, heads) || !linear_ok(&l->gate, c->d_ff, c->d_model)
+            || !linear_ok(&l->up, c->d_ff, c->d_model) || !linear_ok(&l->down, c->d_model, c->d_ff))
+            return 0;
+    }
+    return 1;
+}
+
+/* ---- model ------------------------------------------------------------------------------------------------ */
+
+typedef struct packing {
+    dbf_model *model;
+    const dbf_weights *weights;
+    atomic_int next; /* linear layer to do */
+} packing_t;
+
+static void pack_some(void *arg, int thread)
+{
+    (void)thread;
+    packing_t *p = arg;
+    const kernels_t *k = p->model->kernels;
+    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->model->config.n_layers * N_LINEARS;) {
+        const dbf_linear *from = &p->weights->layers[i / N_LINEARS].q + i % N_LINEARS;
+        const linear_t *to = &p->model->layers[i / N_LINEARS].linear[i % N_LINEARS];
+        k->sign_pack((uint8_t *)to->a, from->a, from->rows, from->rank);
+        k->sign_pack((uint8_t *)to->b, from->b, from->rank, from->cols);
+    }
+}
+
+/* fill in model->layers; points a and b into model->packed, or counts their bytes while that is NULL */
+static size_t lay_out(dbf_model *m, const dbf_weights *w)
+{
+    const kernels_t *k = m->kernels;
+    size_t bytes = 0;
+    for (int i = 0; i < m->config.n_layers * N_LINEARS; i++) {
+        const dbf_linear *from = &w->layers[i / N_LINEARS].q + i % N_LINEARS;
+        linear_t *to = &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
+        size_t a_bytes = round_up(k->sign_pack_bytes(from->rows, from->rank));
+        size_t b_bytes = round_up(k->sign_pack_bytes(from->rank, from->cols));
+        *to = (linear_t){ from->rows,  from->rank, from->cols, from->a, from->b, from->s_out, from->s_mid,
+                          from->s_in, from->bias };
+        if (m->packed) {
+            to->a = m->packed + bytes;
+            to->b = m->packed + bytes + a_bytes;
+        }
+        bytes += a_bytes + b_bytes;
+        m->max_rank = max_of(m->max_rank, from->rank);
+        m->max_dim = max_of(m->max_dim, max_of(from->rows, from->cols));
+    }
+    return bytes;
+}
+
+static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
+{
+    int code = pool_new(&m->pool, n_threads);
+    if (code) return code;
+    m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
+    if (!m->layers) return DBF_ENOMEM;
+    for (int i = 0; i < m->config.n_layers; i++) {
+        m->layers[i].attn_norm = w->layers[i].attn_norm;
+        m->layers[i].ffn_norm = w->layers[i].ffn_norm;
+    }
+    size_t bytes = lay_out(m, w);
+    if (bytes == 0) return DBF_OK; /* the kernels read DBF1 as it is */
+    m->packed = aligned_alloc(ALIGN, bytes);
+    if (!m->packed) return DBF_ENOMEM;
+    lay_out(m, w);
+    packing_t packing = { .model = m, .weights = w };
+    return pool_run(m->pool, pack_some, &packing);
+}
+
+int dbf_model_new(dbf_model **out, const dbf_config *config, const dbf_weights *weights, int n_threads)
+{
+    if (!out || !config || !weights || n_threads < 1 || n_threads > MAX_THREADS || !config_ok(config)
+        || !weights_ok(weights, config))
+        return DBF_EINVAL;
+    const kernels_t *kernels = dbf_kernels_active();
+    if (!kernels) return DBF_EISA;
+    dbf_model *m = calloc(1, sizeof *m);
+    if (!m) return DBF_ENOMEM;
+    m->config = *config;
+    m->kernels = kernels;
+    m->embed = weights->embed;
+    m->head = weights->head;
+    m->out_norm = weights->out_norm;
+    int code = fill_model(m, weights, n_threads);
+    if (code)
+        dbf_model_free(m);
+    else
+        *out = m;
+    return code;
+}
+
+void dbf_model_free(dbf_model *m)
+{
+    if (!m) return;
+    pool_free(m->pool);
+    free(m->packed);
+    free(m->layers);
+    free(m);
+}
+
+/* ---- session ---------------------------------------------------------------------------------------------- */
+
+/* the next part of the arena; NULL while only counting */
+static void *part(dbf_session *s, size_t *used, size_t bytes)
+{
+    uint8_t *p = s->arena ? s->arena + *used : NULL;
+    *used += round_up(bytes);
+    return p;
+}
+
+static size_t lay_out_session(dbf_session *s)
+{
+    const dbf_model *m = s->model;
+    const dbf_config *c = &m->config;
+    size_t used = 0, f = sizeof(float), heads = (size_t)c->n_heads * c->head_dim;
+    size_t kv = (size_t)c->n_kv_heads * c->head_dim, wide = (size_t)max_of(m->max_dim, m->max_rank);
+    s->table_bytes = round_up(m->kernels->sign_table_bytes((int)wide));
+    s->rope = part(s, &used, (size_t)s->n_ctx * c->rope_dims * f);
+    s->k = part(s, &used, (size_t)c->n_layers * kv * s->n_ctx * sizeof *s->k);
+    s->v = part(s, &used, (size_t)c->n_layers * kv * s->n_ctx * sizeof *s->v);
+    s->x = part(s, &used, CHUNK * c->d_model * f);
+    s->norm = part(s, &used, CHUNK * c->d_model * f);
+    s->q_heads = part(s, &used, CHUNK * heads * f);
+    s->attended = part(s, &used, CHUNK * heads * f);
+    s->k_heads = part(s, &used, CHUNK * kv * f);
+    s->v_heads = part(s, &used, CHUNK * kv * f);
+    s->gate = part(s, &used, (size_t)CHUNK * c->d_ff * f);
+    s->up = part(s, &used, (size_t)CHUNK * c->d_ff * f);
+    s->mid = part(s, &used, (size_t)CHUNK * m->max_rank * f);
+    s->tables = part(s, &used, CHUNK * s->table_bytes);
+    s->q_out = part(s, &used, (size_t)CHUNK * c->d_model * sizeof *s->q_out);
+    s->q_scale = part(s, &used, CHUNK * f);
+    s->in_scale = part(s, &used, CHUNK * f);
+    for (int t = 0; t < pool_threads(m->pool); t++) {
+        scratch_t *own = &s->scratch[t];
+        own->x = part(s, &used, wide * f);
+        own->scaled = part(s, &used, wide * f);
+        own->score = part(s, &used, (size_t)s->n_ctx * f);
+        own->q = part(s, &used, wide * sizeof *own->q);
+        own->table = part(s, &used, s->table_bytes);
+    }
+    return used;
+}
+
+int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope)
+{
+    if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX || (!rope && model->config.rope_dims > 0)) return DBF_EINVAL;
+    dbf_session *s = calloc(1, sizeof *s);
+    if (!s) return DBF_ENOMEM;
+    s->model = model;
+    s->n_ctx = n_ctx;
+    s->scratch = calloc((size_t)pool_threads(model->pool), sizeof *s->scratch);
+    size_t bytes = s->scratch ? lay_out_session(s) : 0;
+    s->arena = bytes ? aligned_alloc(ALIGN, bytes) : NULL;
+    if (!s->arena) {
+        dbf_session_free(s);
+        return DBF_ENOMEM;
+    }
+    lay_out_session(s);
+    if (rope) memcpy(s->rope, rope, (size_t)n_ctx * model->config.rope_dims * sizeof *rope);
+    *out = s;
+    return DBF_OK;
+}
+
+void dbf_session_free(dbf_session *s)
+{
+    if (!s) return;
+    free(s->arena);
+    free(s->scratch);
+    free(s);
+}
+
+int dbf_eval(dbf_session *s, const int32_t *tokens, int n, int pos, float *logits, int n_logits)
+{
+    if (!s || !tokens || n < 1 || pos < 0 || pos > s->held || n_logits < 0 || n_logits > n || (n_logits && !logits))
+        return DBF_EINVAL;
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= s->model->config.n_vocab) return DBF_EINVAL;
+    if (n > s->n_ctx - pos) return DBF_ECONTEXT;
+    return dbf_forward(s, tokens, n, pos, logits, n_logits);
+}
+
+/* ---- the rest --------------------------------------------------------------------------------------------- */
+
+const char *dbf_strerror(int code)
+{
+    switch (code) {
+    case DBF_OK: return "no error";
+    case DBF_EINVAL: return "a null pointer, or a size, token or position out of range";
+    case DBF_ENOMEM: return "out of memory";
+    case DBF_ECONTEXT: return "position + tokens exceed the context";
+    case DBF_EISA: return "this CPU lacks the instruction set asked for, or its self-test failed";
+    case DBF_ETHREAD: return "a thread could not be started, or the process was forked since";
+    default: return "unknown error";
+    }
+}
+
+#ifdef __linux__
+/* the first CPU number in a file such as "0,4" or "0-1"; -1 if there is none */
+static int first_sibling(int cpu)
+{
+    char path[96];
+    int first = -1;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+    FILE *f = fopen(path, "r");
+    if (!f) return -1;
+    if (fscanf(f, "%d", &first) != 1) first = -1;
+    fclose(f);
+    return first;
+}
+#endif
+
+int dbf_default_threads(void)
+{
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    int cores = online > 0 ? (int)online : 1;
+#ifdef __linux__
+    cpu_set_t set, seen;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        cores = 0;
+        CPU_ZERO(&seen);
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+            if (!CPU_ISSET(cpu, &set)) continue;
+            int core = first_sibling(cpu);
+            if (core < 0 || core >= CPU_SETSIZE) core = cpu;
+            if (!CPU_ISSET(core, &seen)) cores++;
+            CPU_SET(core, &seen);
+        }
+    }
+#endif
+    return cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : cores;
+}
+
+/* weights, activations and result of one sign product as the active kernels want them, or NULL */
+typedef struct product {
+    const kernels_t *k;
+    uint8_t *memory, *w;
+    const uint8_t *bits;
+    void *table;
+    int32_t isum[DBF_PANEL];
+} product_t;
+
+static int product_new(product_t *p, const uint8_t *bits, const int16_t *q, int rows, int cols)
+{
+    if (!bits || !q || rows < 1 || rows > MAX_VOCAB || !dim_ok(cols)) return DBF_EINVAL;
+    p->k = dbf_kernels_active();
+    if (!p->k) return DBF_EISA;
+    size_t packed = round_up(p->k->sign_pack_bytes(rows, cols));
+    p->memory = aligned_alloc(ALIGN, packed + round_up(p->k->sign_table_bytes(cols)));
+    if (!p->memory) return DBF_ENOMEM;
+    p->table = p->memory + packed;
+    p->bits = packed ? p->memory : bits;
+    if (packed) p->k->sign_pack(p->memory, bits, rows, cols);
+    p->k->sign_table(p->table, q, cols);
+    return DBF_OK;
+}
+
+int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols)
+{
+    product_t p;
+    int code = isum ? product_new(&p, bits, q, rows, cols) : DBF_EINVAL;
+    if (code) return code;
+    size_t stride = (size_t)((cols + 7) / 8);
+    for (int r = 0; r < rows; r += DBF_PANEL) {
+        int some = rows - r < DBF_PANEL ? rows - r : DBF_PANEL;
+        p.k->sign_gemv(p.isum, p.bits + (size_t)r * stride, p.table, some, cols);
+        memcpy(isum + r, p.isum, (size_t)some * sizeof *isum);
+    }
+    free(p.memory);
+    return DBF_OK;
+}
+
+int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int repeats)
+{
+    if (!seconds || repeats < 1 || rows < 1 || rows > MAX_VOCAB || !dim_ok(cols)) return DBF_EINVAL;
+    size_t stride = (size_t)((cols + 7) / 8);
+    uint8_t *bits = malloc((size_t)rows * stride);
+    int16_t *q = malloc((size_t)cols * sizeof *q);
+    product_t p;
+    int code = bits && q ? DBF_OK : DBF_ENOMEM;
+    if (!code) {
+        for (size_t i = 0; i < (size_t)rows * stride; i++) bits[i] = (uint8_t)(i * 167 + i / 251);
+        for (int i = 0; i < cols; i++) q[i] = (int16_t)(i * 7919 % 16383 - DBF_QMAX);
+        code = product_new(&p, bits, q, rows, cols);
+    }
+    if (!code) {
+        struct timespec t0, t1;
+        clock_gettime(CLOCK_MONOTONIC, &t0);
+        for (int i = 0; i < repeats; i++) {
+            p.k->sign_table(p.table, q, cols);
+            for (int r = 0; r < rows; r += DBF_PANEL)
+                p.k->sign_gemv(p.isum, p.bits + (size_t)r * stride, p.table,
+                               rows - r < DBF_PANEL ? rows - r : DBF_PANEL, cols);
+        }
+        clock_gettime(CLOCK_MONOTONIC, &t1);
+        *seconds = (double)(t1.tv_sec - t0.tv_sec) + 1e-9 * (double)(t1.tv_nsec - t0.tv_nsec);
+        free(p.memory);
+    }
+    free(bits);
+    free(q);
+    return code;
+}
+
+int dbf_quantize(int16_t *q, float *scale, const float *x, int n)
+{
+    if (!q || !scale || !x || n < 1) return DBF_EINVAL;
+    const kernels_t *k = dbf_kernels_active();
+    if (!k) return DBF_EISA;
+    *scale = k->quantize(q, x, n);
+    return DBF_OK;
+}
+
+int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x)
+{
+    if (!y || !w || !x || w->rows < 1 || !dim_ok(w->cols) || !dense_ok(w, w->rows, w->cols)) return DBF_EINVAL;
+    const kernels_t *k = dbf_kernels_active();
+    if (!k) return DBF_EISA;
+    int16_t *q = malloc((size_t)w->cols * sizeof *q);
+    if (!q) return DBF_ENOMEM;
+    if (w->type == DBF_F32) k->gemv_f32(y, w->data, x, w->rows, w->cols);
+    if (w->type == DBF_F16) k->gemv_f16(y, w->data, x, w->rows, w->cols);
+    if (w->type == DBF_Q8_0) k->gemv_q8_0(y, w->data, q, k->quantize(q, x, w->cols), w->rows, w->cols);
+    free(q);
+    return DBF_OK;
+}

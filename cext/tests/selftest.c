@@ -1,0 +1,158 @@
+/* selftest.c - the core without Python, for cross-compilation, emulators and sanitizers.
+ *
+ * Every instruction set against the scalar code: sign products and dense products of odd sizes, then a small model,
+ * as a batch and token by token, with 1-3 threads. Exit status 0 and "ok" if all results are bit-identical. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../dbf.h"
+
+static uint32_t state = 1;
+
+static uint32_t next(void)
+{
+    state = state * 1664525u + 1013904223u;
+    return state >> 8;
+}
+
+static void *random_bytes(size_t n)
+{
+    uint8_t *p = malloc(n);
+    for (size_t i = 0; i < n; i++) p[i] = (uint8_t)next();
+    return p;
+}
+
+static float *random_floats(size_t n)
+{
+    float *p = malloc(n * sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = ((float)next() - 8388608.0f) / 8388608.0f;
+    return p;
+}
+
+static uint16_t *random_halves(size_t n) /* magnitudes between 1/16 and 1/8 */
+{
+    uint16_t *p = malloc(n * sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = (uint16_t)((next() & 0x83ffu) | 0x2c00u);
+    return p;
+}
+
+#define CHECK(condition, ...)                                     \
+    do {                                                          \
+        if (!(condition)) {                                       \
+            fprintf(stderr, "selftest: " __VA_ARGS__);            \
+            fprintf(stderr, " (line %d)\n", __LINE__);            \
+            exit(1);                                              \
+        }                                                         \
+    } while (0)
+
+static void test_products(const char *isa)
+{
+    static const int sizes[] = { 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 576, 1023, 1025, 1536, 4099 };
+    enum { N = sizeof sizes / sizeof *sizes, ROWS = 67 };
+    for (int i = 0; i < N; i++) {
+        int cols = sizes[i];
+        uint8_t *bits = random_bytes((size_t)ROWS * (size_t)((cols + 7) / 8));
+        float *x = random_floats((size_t)cols), *w = random_floats((size_t)ROWS * (size_t)cols), scale[2];
+        uint16_t *h = random_halves((size_t)ROWS * (size_t)cols);
+        int16_t *q[2];
+        int32_t isum[2][ROWS];
+        float y[2][2][ROWS];
+        for (int fast = 0; fast < 2; fast++) {
+            CHECK(dbf_isa_use(fast ? isa : "scalar") == DBF_OK, "dbf_isa_use(%s)", isa);
+            q[fast] = malloc((size_t)cols * sizeof **q);
+            CHECK(dbf_quantize(q[fast], &scale[fast], x, cols) == DBF_OK, "dbf_quantize");
+            CHECK(dbf_sign_gemv(isum[fast], bits, q[fast], ROWS, cols) == DBF_OK, "dbf_sign_gemv");
+            dbf_dense f32 = { DBF_F32, ROWS, cols, w }, f16 = { DBF_F16, ROWS, cols, h };
+            CHECK(dbf_dense_gemv(y[fast][0], &f32, x) == DBF_OK, "dbf_dense_gemv");
+            CHECK(dbf_dense_gemv(y[fast][1], &f16, x) == DBF_OK, "dbf_dense_gemv");
+        }
+        CHECK(memcmp(q[0], q[1], (size_t)cols * sizeof **q) == 0 && scale[0] == scale[1], "%s quantize %d", isa, cols);
+        CHECK(memcmp(isum[0], isum[1], sizeof isum[0]) == 0, "%s sign_gemv %d", isa, cols);
+        CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0, "%s dense_gemv %d", isa, cols);
+        free(bits), free(x), free(w), free(h), free(q[0]), free(q[1]);
+    }
+}
+
+enum { LAYERS = 2, D = 64, FF = 100, HEADS = 4, KV = 2, DIM = 20, VOCAB = 131, CTX = 90, TOKENS = 80 };
+
+static dbf_linear random_linear(int rows, int cols)
+{
+    int rank = 72;
+    return (dbf_linear){ rows, rank, cols, random_bytes((size_t)rows * (size_t)rank / 8),
+                         random_bytes((size_t)rank * (size_t)((cols + 7) / 8)), random_halves((size_t)rows),
+                         random_halves((size_t)rank), random_halves((size_t)cols), random_floats((size_t)rows) };
+}
+
+static void run_model(const dbf_config *c, const dbf_weights *w, const float *rope, int n_threads, int batch,
+                      float *logits)
+{
+    dbf_model *model = NULL;
+    dbf_session *session = NULL;
+    int32_t tokens[TOKENS];
+    for (int i = 0; i < TOKENS; i++) tokens[i] = i * 37 % VOCAB;
+    CHECK(dbf_model_new(&model, c, w, n_threads) == DBF_OK, "dbf_model_new");
+    CHECK(dbf_session_new(&session, model, CTX, rope) == DBF_OK, "dbf_session_new");
+    for (int i = 0; i < TOKENS; i += batch) {
+        int n = TOKENS - i < batch ? TOKENS - i : batch;
+        CHECK(dbf_eval(session, tokens + i, n, i, logits + i * VOCAB, n) == DBF_OK, "dbf_eval");
+    }
+    CHECK(dbf_eval(session, tokens, 20, TOKENS, logits, 1) == DBF_ECONTEXT, "context");
+    dbf_session_free(session);
+    dbf_model_free(model);
+}
+
+static void test_model(int type)
+{
+    static float want[TOKENS * VOCAB], got[TOKENS * VOCAB];
+    dbf_layer layers[LAYERS];
+    for (int i = 0; i < LAYERS; i++)
+        layers[i] = (dbf_layer){ random_floats(D), random_floats(D), random_linear(HEADS * DIM, D),
+                                 random_linear(KV * DIM, D), random_linear(KV * DIM, D), random_linear(D, HEADS * DIM),
+                                 random_linear(FF, D), random_linear(FF, D), random_linear(D, FF) };
+    dbf_config c = { LAYERS, D, FF, HEADS, KV, DIM, VOCAB, 16, DBF_HALVES, 1e-5f };
+    uint16_t *h = random_halves(VOCAB * D);
+    float *f = random_floats(VOCAB * D);
+    uint8_t *q8 = random_bytes(VOCAB * D / 32 * 34);
+    for (int b = 0; b < VOCAB * D / 32; b++) q8[34 * b + 1] = 0x2c;
+    dbf_dense dense = { type, VOCAB, D, type == DBF_F32 ? (void *)f : type == DBF_F16 ? (void *)h : (void *)q8 };
+    dbf_weights w = { dense, dense, layers, random_floats(D) };
+    float rope[CTX][8][2];
+    for (int p = 0; p < CTX; p++)
+        for (int i = 0; i < 8; i++) rope[p][i][0] = cosf((float)p / (float)(1 << i)), rope[p][i][1] = sinf((float)p / (float)(1 << i));
+
+    dbf_isa_use("scalar");
+    run_model(&c, &w, &rope[0][0][0], 1, TOKENS, want);
+    for (int i = 0; i < TOKENS * VOCAB; i++) CHECK(isfinite(want[i]), "logit %d is not finite", i);
+    for (int isa = 0; isa < dbf_isa_count(); isa++)
+        for (int threads = 1; threads <= 3; threads++)
+            for (int batch = 1; batch <= TOKENS; batch += 39) {
+                CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
+                memset(got, 0, sizeof got);
+                run_model(&c, &w, &rope[0][0][0], threads, batch, got);
+                CHECK(memcmp(want, got, sizeof want) == 0, "%s, %d threads, batches of %d, type %d differ",
+                      dbf_isa_name(isa), threads, batch, type);
+            }
+    for (int i = 0; i < LAYERS; i++) {
+        free((void *)layers[i].attn_norm), free((void *)layers[i].ffn_norm);
+        for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++)
+            free((void *)l->a), free((void *)l->b), free((void *)l->s_out), free((void *)l->s_mid),
+                free((void *)l->s_in), free((void *)l->bias);
+    }
+    free(h), free(f), free(q8), free((void *)w.out_norm);
+}
+
+int main(void)
+{
+    CHECK(!dbf_isa_demoted(), "the self-test of %s failed", dbf_isa_demoted());
+    CHECK(dbf_isa_use("nonsense") == DBF_EISA, "an unknown instruction set was accepted");
+    for (int i = 0; i < dbf_isa_count(); i++) test_products(dbf_isa_name(i));
+    test_model(DBF_F32);
+    test_model(DBF_F16);
+    test_model(DBF_Q8_0);
+    printf("ok:");
+    for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));
+    printf("\n");
+    return 0;
+}
