@@ -1,0 +1,300 @@
+"""Chooses what computes: the C core, or its Numba mirror.
+
+This is the only module that calls `cext.lib`. Both backends give bit-identical logits; Numba is a readable
+and slow stand-in for platforms where the C core could not be built.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from runtime import config as cfg
+from runtime.config import Config, Dense, Linear, Weights
+from runtime.errors import BackendError
+
+NAMES = ("auto", "c", "numba")
+"""Values of `backend` in `load`, and of the environment variable DBF_BACKEND."""
+
+Q8_0_BLOCK, Q8_0_BYTES = 32, 34
+
+
+class Backend(ABC):
+    """A model that is ready to run, with the KV cache of one conversation.
+
+    Attributes
+        name         "c" or "numba"
+        description  one line for people: "C, avx2, 2 threads"
+        n_ctx        positions that the KV cache has room for
+        n_threads    threads that compute
+    """
+
+    name: str
+    description: str
+    n_ctx: int
+    n_threads: int
+
+    @abstractmethod
+    def eval(self, tokens: NDArray[np.int32], pos: int, n_logits: int) -> NDArray[np.float32]:
+        """Run tokens at positions pos .. pos+len(tokens)-1, overwriting the KV cache from pos on.
+
+        tokens  (n,)                int32, 0 <= token < n_vocab;  pos <= positions held, pos + n <= n_ctx
+        ->      (n_logits, n_vocab) float32, of the last n_logits tokens;  0 <= n_logits <= n
+
+        Raises BackendError if an argument is out of range.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the memory and the threads; safe to call twice."""
+
+
+def load(
+    config: Config, weights: Weights, *, backend: str = "auto", n_threads: int | None = None, n_ctx: int
+) -> Backend:
+    """Make a model ready to run.
+
+    backend    "c", "numba", or "auto": DBF_BACKEND if set, else C, else, with a warning on stderr, Numba
+    n_threads  None: one per physical core
+    n_ctx      positions to make room for
+
+    Raises BackendError if the backend is missing, or config and weights do not fit together.
+    """
+    if backend == "auto":
+        backend = os.environ.get("DBF_BACKEND", "auto")
+    if backend not in NAMES:
+        raise BackendError(f"unknown backend {backend!r}, wanted one of {', '.join(NAMES)}")
+    if n_ctx < 1 or (n_threads is not None and n_threads < 1):
+        raise BackendError(f"n_ctx is {n_ctx}, n_threads is {n_threads}: both must be 1 or more")
+    check(config, weights)
+    if backend == "numba":
+        return _load_numba(config, weights, n_threads, n_ctx)
+    try:
+        import cext
+    except ImportError as e:
+        if backend == "c":
+            raise BackendError(f"the C core is not built ({e}); run: pip install -e .") from e
+        print(
+            f"warning: the C core is not built ({e}); Numba runs instead, many times slower. "
+            "To build it: pip install -e .",
+            file=sys.stderr,
+        )
+        return _load_numba(config, weights, n_threads, n_ctx)
+    return CBackend(cext, config, weights, n_threads, n_ctx)
+
+
+def _load_numba(config: Config, weights: Weights, n_threads: int | None, n_ctx: int) -> Backend:
+    try:
+        from runtime.forward import NumbaBackend
+    except ImportError as e:
+        raise BackendError(
+            f"no backend: Numba is missing ({e}); run: pip install -e . (C core) or pip install numba"
+        ) from e
+    return NumbaBackend(config, weights, n_threads, n_ctx)
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def dense_row_bytes(kind: int, cols: int) -> int:
+    """Bytes of one row of a dense matrix. Raises BackendError if there is no such row."""
+    if kind == cfg.F32:
+        return 4 * cols
+    if kind == cfg.F16:
+        return 2 * cols
+    if kind == cfg.Q8_0 and cols % Q8_0_BLOCK == 0:
+        return cols // Q8_0_BLOCK * Q8_0_BYTES
+    raise BackendError(f"dense matrix: type {kind} with {cols} columns is not supported")
+
+
+def _expect(name: str, array: NDArray[Any], shape: tuple[int, ...], dtype: type) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        wanted = f"{np.dtype(dtype)} {shape}"
+        raise BackendError(f"{name}: got {array.dtype} {array.shape}, wanted {wanted}")
+
+
+def _check_linear(name: str, w: Linear, rows: int, cols: int) -> None:
+    rank = w.rank
+    if rank < 8 or rank % 8:
+        raise BackendError(f"{name}: rank is {rank}, wanted a multiple of 8")
+    _expect(f"{name}.a", w.a, (rows, rank // 8), np.uint8)
+    _expect(f"{name}.b", w.b, (rank, (cols + 7) // 8), np.uint8)
+    _expect(f"{name}.s_out", w.s_out, (rows,), np.float16)
+    _expect(f"{name}.s_mid", w.s_mid, (rank,), np.float16)
+    _expect(f"{name}.s_in", w.s_in, (cols,), np.float16)
+    if w.bias is not None:
+        _expect(f"{name}.bias", w.bias, (rows,), np.float32)
+
+
+def _check_dense(name: str, w: Dense, config: Config) -> None:
+    if (w.rows, w.cols) != (config.n_vocab, config.d_model):
+        wanted = (config.n_vocab, config.d_model)
+        raise BackendError(f"{name}: is {w.rows} x {w.cols}, wanted {wanted[0]} x {wanted[1]}")
+    _expect(f"{name}.data", w.data, (w.rows, dense_row_bytes(w.type, w.cols)), np.uint8)
+
+
+def check(config: Config, weights: Weights) -> None:
+    """Check that every array has the shape and type that config says, so that C reads no byte beyond.
+
+    Raises BackendError naming the first that has not.
+    """
+    c = config
+    if len(weights.layers) != c.n_layers:
+        raise BackendError(f"model: {len(weights.layers)} layers, wanted {c.n_layers}")
+    _check_dense("embed", weights.embed, c)
+    _check_dense("head", weights.head, c)
+    _expect("out_norm", weights.out_norm, (c.d_model,), np.float32)
+    if weights.rope_freqs is not None:
+        _expect("rope_freqs", weights.rope_freqs, (c.rope_dims // 2,), np.float32)
+    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    for i, layer in enumerate(weights.layers):
+        _expect(f"layer {i}: attn_norm", layer.attn_norm, (c.d_model,), np.float32)
+        _expect(f"layer {i}: ffn_norm", layer.ffn_norm, (c.d_model,), np.float32)
+        _check_linear(f"layer {i}: q", layer.q, heads, c.d_model)
+        _check_linear(f"layer {i}: k", layer.k, kv, c.d_model)
+        _check_linear(f"layer {i}: v", layer.v, kv, c.d_model)
+        _check_linear(f"layer {i}: o", layer.o, c.d_model, heads)
+        _check_linear(f"layer {i}: gate", layer.gate, c.d_ff, c.d_model)
+        _check_linear(f"layer {i}: up", layer.up, c.d_ff, c.d_model)
+        _check_linear(f"layer {i}: down", layer.down, c.d_model, c.d_ff)
+
+
+def check_tokens(
+    tokens: ArrayLike, pos: int, n_logits: int, held: int, config: Config, n_ctx: int
+) -> NDArray[np.int32]:
+    """The arguments of `Backend.eval`, checked; tokens as a contiguous int32 array."""
+    ids = np.ascontiguousarray(tokens, dtype=np.int32)
+    n = ids.size
+    if ids.ndim != 1 or n < 1:
+        raise BackendError(f"eval: tokens have the shape {ids.shape}, wanted (n,), n >= 1")
+    if not 0 <= pos <= held:
+        raise BackendError(f"eval: position {pos}, but the cache holds {held} positions")
+    if pos + n > n_ctx:
+        raise BackendError(f"eval: {n} tokens from position {pos} exceed the context of {n_ctx}")
+    if not 0 <= n_logits <= n:
+        raise BackendError(f"eval: {n_logits} logits wanted of {n} tokens")
+    if ids.min() < 0 or ids.max() >= config.n_vocab:
+        bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise BackendError(f"eval: token {bad}, wanted 0 .. {config.n_vocab - 1}")
+    return ids
+
+
+# ---- C -----------------------------------------------------------------------------------------------------
+
+
+class CBackend(Backend):
+    """The C core. C borrows the arrays of `weights`: `_keep` holds them until `close`."""
+
+    name = "c"
+
+    def __init__(
+        self, cext: Any, config: Config, weights: Weights, n_threads: int | None, n_ctx: int
+    ) -> None:
+        self._ffi, self._lib = cext.ffi, cext.lib
+        self._config = config
+        self._keep: list[Any] = []
+        self._model = self._session = self._ffi.NULL
+        self._held = 0
+        self.n_ctx = n_ctx
+        self.n_threads = n_threads or int(self._lib.dbf_default_threads())
+        demoted = self._lib.dbf_isa_demoted()
+        if demoted:
+            print(
+                f"warning: the {self._string(demoted)} kernels failed their self-test on this CPU "
+                "and are not used; please report this",
+                file=sys.stderr,
+            )
+        try:
+            self._open(config, weights)
+        except BaseException:
+            self.close()
+            raise
+        threads = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
+        self.description = f"C, {self._string(self._lib.dbf_isa_active())}, {threads}"
+
+    def _open(self, config: Config, weights: Weights) -> None:
+        ffi, lib = self._ffi, self._lib
+        names = [name for name, _ in ffi.typeof("dbf_config").fields]
+        c_config = ffi.new("dbf_config *", {name: getattr(config, name) for name in names})
+        layers = ffi.new("dbf_layer[]", config.n_layers)
+        for to, layer in zip(layers, weights.layers, strict=True):
+            to.attn_norm = self._borrow("float[]", layer.attn_norm)
+            to.ffn_norm = self._borrow("float[]", layer.ffn_norm)
+            for name in ("q", "k", "v", "o", "gate", "up", "down"):
+                self._linear(getattr(to, name), getattr(layer, name))
+        w = ffi.new("dbf_weights *")
+        self._dense(w.embed, weights.embed)
+        self._dense(w.head, weights.head)
+        w.layers = layers
+        w.out_norm = self._borrow("float[]", weights.out_norm)
+
+        model, session = ffi.new("dbf_model **"), ffi.new("dbf_session **")
+        self._ensure(lib.dbf_model_new(model, c_config, w, self.n_threads), "dbf_model_new")
+        self._model = model[0]
+        rope = np.ascontiguousarray(cfg.rope_table(config, weights.rope_freqs, self.n_ctx), np.float32)
+        c_rope = ffi.from_buffer("float[]", rope) if rope.size else ffi.NULL
+        self._ensure(lib.dbf_session_new(session, self._model, self.n_ctx, c_rope), "dbf_session_new")
+        self._session = session[0]
+
+    def _borrow(self, ctype: str, array: NDArray[Any]) -> Any:
+        """A C pointer to the array's memory, or to an aligned and contiguous copy of it; both are kept."""
+        pointer = self._ffi.from_buffer(ctype, np.require(array, requirements=["C", "A"]))
+        self._keep.append(pointer)
+        return pointer
+
+    def _linear(self, to: Any, w: Linear) -> None:
+        to.rows, to.rank, to.cols = w.rows, w.rank, w.cols
+        to.a, to.b = self._borrow("uint8_t[]", w.a), self._borrow("uint8_t[]", w.b)
+        for name in ("s_out", "s_mid", "s_in"):
+            setattr(to, name, self._borrow("uint16_t[]", getattr(w, name)))
+        to.bias = self._ffi.NULL if w.bias is None else self._borrow("float[]", w.bias)
+
+    def _dense(self, to: Any, w: Dense) -> None:
+        data = w.data
+        if w.type != cfg.Q8_0 and data.ctypes.data % 4:  # C reads these as floats
+            data = data.copy()
+        to.type, to.rows, to.cols = w.type, w.rows, w.cols
+        to.data = self._borrow("uint8_t[]", data)
+
+    def _string(self, text: Any) -> str:
+        return str(self._ffi.string(text).decode())
+
+    def _ensure(self, code: int, what: str) -> None:
+        if code == self._lib.DBF_EISA:
+            have = ", ".join(
+                self._string(self._lib.dbf_isa_name(i)) for i in range(self._lib.dbf_isa_count())
+            )
+            raise BackendError(f"DBF_ISA={os.environ.get('DBF_ISA', '')}: this machine has {have}")
+        if code != self._lib.DBF_OK:
+            raise BackendError(f"{what}: {self._string(self._lib.dbf_strerror(code))}")
+
+    def eval(self, tokens: NDArray[np.int32], pos: int, n_logits: int) -> NDArray[np.float32]:
+        if not self._session:
+            raise BackendError("eval: the backend is closed")
+        ids = check_tokens(tokens, pos, n_logits, self._held, self._config, self.n_ctx)
+        logits = np.empty((n_logits, self._config.n_vocab), np.float32)
+        ffi = self._ffi
+        out = ffi.from_buffer("float[]", logits) if n_logits else ffi.NULL
+        self._held = pos  # should the call fail, what lies beyond is lost
+        code = self._lib.dbf_eval(
+            self._session, ffi.from_buffer("int32_t[]", ids), ids.size, pos, out, n_logits
+        )
+        self._ensure(code, "dbf_eval")
+        self._held = pos + ids.size
+        return logits
+
+    def close(self) -> None:
+        session, model = self._session, self._model
+        self._session = self._model = self._ffi.NULL
+        self._lib.dbf_session_free(session)
+        self._lib.dbf_model_free(model)
+        self._keep.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_lib", None) is not None and getattr(self, "_model", None) is not None:
+            self.close()

@@ -1,0 +1,92 @@
+"""Random models of any shape, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.config import F16, F32, HALVES, Q8_0, Config, Dense, Layer, Linear, Weights
+
+
+def config(**changes: int | float) -> Config:
+    """A Config of odd sizes; keyword arguments replace fields."""
+    sizes = {
+        "n_layers": 2, "d_model": 48, "d_ff": 100, "n_heads": 6, "n_kv_heads": 2, "head_dim": 12,
+        "n_vocab": 131, "n_ctx_train": 128, "norm_eps": 1e-5, "rope_theta": 10000.0, "rope_dims": 12,
+        "rope_pairing": HALVES,
+    }  # fmt: skip
+    return Config(**(sizes | changes))
+
+
+def smollm2(n_layers: int = 30) -> Config:
+    """The shape of SmolLM2-135M."""
+    return config(
+        n_layers=n_layers, d_model=576, d_ff=1536, n_heads=9, n_kv_heads=3, head_dim=64, n_vocab=49152,
+        n_ctx_train=8192, rope_theta=100000.0, rope_dims=64,
+    )  # fmt: skip
+
+
+def linear(rng: np.random.Generator, rows: int, cols: int, rank: int, bias: bool = False) -> Linear:
+    """Random signs; scales that keep the variance, with either sign."""
+
+    def scales(n: int, size: float) -> np.ndarray:
+        s = rng.uniform(0.5, 1.5, n) * rng.choice([-1.0, 1.0], n) * size
+        return s.astype(np.float16)
+
+    return Linear(
+        a=rng.integers(0, 256, (rows, rank // 8), dtype=np.uint8),
+        b=rng.integers(0, 256, (rank, (cols + 7) // 8), dtype=np.uint8),
+        s_out=scales(rows, 1.0),
+        s_mid=scales(rank, rank**-0.5),
+        s_in=scales(cols, cols**-0.5),
+        bias=rng.standard_normal(rows).astype(np.float32) if bias else None,
+    )
+
+
+def dense(rng: np.random.Generator, kind: int, rows: int, cols: int) -> Dense:
+    """A random matrix of type F32, F16 or Q8_0."""
+    w = rng.standard_normal((rows, cols)).astype(np.float32)
+    if kind == F32:
+        data = w.view(np.uint8)
+    elif kind == F16:
+        data = w.astype(np.float16).view(np.uint8)
+    else:
+        assert kind == Q8_0
+        assert cols % 32 == 0
+        blocks = w.reshape(rows, cols // 32, 32)
+        d = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16)
+        q = np.clip(np.rint(blocks / d.astype(np.float32)), -127, 127).astype(np.int8)
+        data = np.concatenate([d.view(np.uint8), q.view(np.uint8)], axis=-1).reshape(rows, -1)
+    return Dense(kind, rows, cols, np.ascontiguousarray(data))
+
+
+def rank_of(rows: int, cols: int, bpw: float) -> int:
+    """The inner rank at which signs and scales take bpw bits per weight, a multiple of 8."""
+    rank = (bpw * rows * cols - 16 * (rows + cols)) / (rows + cols + 16)
+    return max(8, int(rank) // 8 * 8)
+
+
+def weights(
+    c: Config, *, kind: int = F32, tied: bool = False, bias: bool = False, bpw: float = 4.0, seed: int = 0
+) -> Weights:
+    """Random weights for `c`."""
+    rng = np.random.default_rng(seed)
+
+    def lin(rows: int, cols: int, with_bias: bool = False) -> Linear:
+        return linear(rng, rows, cols, rank_of(rows, cols, bpw), with_bias)
+
+    def norm() -> np.ndarray:
+        return rng.uniform(0.5, 1.5, c.d_model).astype(np.float32)
+
+    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    layers = tuple(
+        Layer(
+            attn_norm=norm(), ffn_norm=norm(),
+            q=lin(heads, c.d_model, bias), k=lin(kv, c.d_model, bias), v=lin(kv, c.d_model, bias),
+            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model), up=lin(c.d_ff, c.d_model),
+            down=lin(c.d_model, c.d_ff),
+        )
+        for _ in range(c.n_layers)
+    )  # fmt: skip
+    embed = dense(rng, kind, c.n_vocab, c.d_model)
+    head = embed if tied else dense(rng, kind, c.n_vocab, c.d_model)
+    return Weights(embed=embed, layers=layers, out_norm=norm(), head=head)
