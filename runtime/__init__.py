@@ -44,7 +44,6 @@ def load(
 
     Raises FormatError, UnsupportedModelError, BackendError, OptionError, OSError.
     """
-    from runtime import backend as backends
     from runtime.engine import Engine
     from runtime.errors import OptionError
     from runtime.model import load_model_file
@@ -54,6 +53,8 @@ def load(
             raise OptionError(f"the {name} is {value}, wanted 1 or more")
     file = load_model_file(path)
     try:
+        from runtime import backend as backends
+
         ctx = min(file.config.n_ctx_train, DEFAULT_CTX) if n_ctx is None else n_ctx
         running = backends.load(file.config, file.weights, backend=backend, n_threads=n_threads, n_ctx=ctx)
     except BaseException:

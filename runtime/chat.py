@@ -37,22 +37,60 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue text as it is, without chat template",
     )
     p.add_argument(
-        "-n", "--max-tokens", type=int, metavar="N", help="longest answer; none: until the context is full"
-    )
-    p.add_argument("-c", "--ctx", type=int, metavar="N", help="context; none: the model's own, at most 4096")
-    p.add_argument(
-        "--temp", type=float, default=sampling.TEMPERATURE, metavar="X", help="0: always the likeliest token"
-    )
-    p.add_argument("--top-k", type=int, default=sampling.TOP_K, metavar="N", help="0: off")
-    p.add_argument("--top-p", type=float, default=sampling.TOP_P, metavar="X", help="1: off")
-    p.add_argument("--min-p", type=float, default=sampling.MIN_P, metavar="X", help="0: off")
-    p.add_argument(
-        "--repeat-penalty", type=float, default=sampling.REPEAT_PENALTY, metavar="X", help="1: off"
+        "-n",
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: until the context is full)",
     )
     p.add_argument(
-        "--repeat-window", type=int, default=sampling.REPEAT_WINDOW, metavar="N", help="-1: all tokens"
+        "-c",
+        "--ctx",
+        type=int,
+        metavar="N",
+        help="context in tokens (default: the model's own, at most 4096)",
     )
-    p.add_argument("--seed", type=int, metavar="N", help="of the random numbers; none: a new one each time")
+    p.add_argument(
+        "--temp",
+        type=float,
+        default=sampling.TEMPERATURE,
+        metavar="X",
+        help="temperature; 0 always takes the likeliest token",
+    )
+    p.add_argument(
+        "--top-k", type=int, default=sampling.TOP_K, metavar="N", help="keep the N likeliest tokens; 0 is off"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=sampling.TOP_P,
+        metavar="X",
+        help="keep the likeliest whose probabilities sum to X; 1 is off",
+    )
+    p.add_argument(
+        "--min-p",
+        type=float,
+        default=sampling.MIN_P,
+        metavar="X",
+        help="keep those X times as likely as the likeliest; 0 is off",
+    )
+    p.add_argument(
+        "--repeat-penalty",
+        type=float,
+        default=sampling.REPEAT_PENALTY,
+        metavar="X",
+        help="divide the logits of repeated tokens by X; 1 is off",
+    )
+    p.add_argument(
+        "--repeat-window",
+        type=int,
+        default=sampling.REPEAT_WINDOW,
+        metavar="N",
+        help="tokens that the repeat penalty looks back at; -1 is all",
+    )
+    p.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the random numbers (default: a new one each time)"
+    )
     cli.add_backend_options(p)
     p.add_argument("--stats", action="store_true", help="print load time, tokens/s and peak memory on stderr")
     return p
@@ -195,8 +233,7 @@ def chat(args: argparse.Namespace) -> int:
     if args.max_tokens is not None and args.max_tokens < 0:
         raise OptionError(f"--max-tokens is {args.max_tokens}, wanted 0 or more")
     start = time.perf_counter()
-    threads = getattr(args, "threads", None)
-    with runtime.load(args.model, backend=args.backend, n_threads=threads, n_ctx=args.ctx) as model:
+    with runtime.load(args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx) as model:
         raw = args.raw
         if not raw and model.tokenizer.chat_template is None:
             if args.system:

@@ -16,11 +16,20 @@ from collections.abc import Callable
 from runtime.errors import DbfError
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any: "(default: None)" tells nobody what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            action.help
+            if action.default is None or action.default is False
+            else super()._get_help_string(action)
+        )
+
+
 def parser(program: str, description: str) -> argparse.ArgumentParser:
     """An ArgumentParser whose help shows defaults, with the option --debug."""
-    p = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog=program, description=description, formatter_class=_Formatter)
     p.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return p
 
@@ -28,9 +37,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
 def add_backend_options(p: argparse.ArgumentParser) -> None:
     """--backend and -t."""
     p.add_argument("--backend", choices=("auto", "c", "numba"), default="auto", help="what computes")
-    p.add_argument(
-        "-t", "--threads", type=int, default=argparse.SUPPRESS, metavar="N", help="(default: physical cores)"
-    )
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
 
 
 def peak_rss() -> int:

@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="OUT.gguf", help="a model that dbf2gguf made")
     p.add_argument("text", metavar="TEXT", help="a UTF-8 text file")
     p.add_argument("-c", "--ctx", type=int, default=CTX, metavar="N", help="tokens of a chunk")
-    p.add_argument("--chunks", type=int, metavar="N", help="how many chunks to score; none: all")
+    p.add_argument("--chunks", type=int, metavar="N", help="how many chunks to score (default: all)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the last line")
     cli.add_backend_options(p)
     return p
@@ -140,8 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
 def perplexity(args: argparse.Namespace) -> int:
     with open(args.text, "rb") as f:
         text = f.read().decode("utf-8", "replace")
-    threads = getattr(args, "threads", None)
-    with runtime.load(args.model, backend=args.backend, n_threads=threads, n_ctx=args.ctx) as model:
+    with runtime.load(args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx) as model:
         tokenizer = model.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
         pieces = chunks(tokenizer.encode(text), args.ctx, args.chunks, bos)
