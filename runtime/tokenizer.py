@@ -22,7 +22,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
               "<|end|>", "<|return|>", "<eos>", "</s>")  # fmt: skip
-"""Control tokens that end an answer where a vocabulary has them: models name one as eos and use others too."""
+"""Control tokens that end an answer where a vocabulary has them: models name one as eos, but use others."""
 
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 16
@@ -168,26 +168,38 @@ class TextStream:
     """Decodes ids one by one into text that can be printed at once; control tokens are left out.
 
     The text of one token depends on its neighbours: a character may be spread over tokens, a leading space
-    may be dropped. So a window of the last tokens is decoded, and only the part that later tokens cannot change
-    is given out: everything but replacement characters at the end, which may be half a character.
+    may be dropped. So a window of the last tokens is decoded, and what is new in it is given out. A
+    replacement character at the end may be half a character, of which at most 3 bytes and thus 3 tokens
+    can be there: up to 3 tokens, nothing is given out, for some decoders turn the whole run of bytes into
+    replacement characters until it is complete. After more, the bytes are no UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = [int(i) for i in context[-CONTEXT_TOKENS:]]
+        self._window: list[int] = []
+        for n in range(CONTEXT_TOKENS, CONTEXT_TOKENS + 4):  # begin with a whole character
+            self._window = [int(i) for i in context[-n:]]
+            if not self._decode(self._window).startswith(REPLACEMENT):
+                break
         self._start = len(self._window)  # first token after the part of the window that is all out
         self._out = len(self._decode(self._window))  # characters of the window that are out
+        self._waiting = 0  # tokens since the text last ended with a whole character
 
     def push(self, id: int) -> str:
         """Take one more token; returns the text that it completes, possibly none."""
         self._window.append(int(id))
         text = self._decode(self._window)
-        held = 0  # UTF-8: at most 3 bytes of a character can be waiting for the next
-        while held < 3 and text[: len(text) - held].endswith(REPLACEMENT):
-            held += 1
-        new = text[self._out : len(text) - held]
-        self._out = max(self._out, len(text) - held)
-        if held == 0 and self._decode(self._window[self._start :]):
+        end = len(text)
+        if text.endswith(REPLACEMENT):
+            self._waiting += 1
+            if self._waiting < 4:
+                return ""
+            end = max(end - 3, len(text.rstrip(REPLACEMENT)))
+        else:
+            self._waiting = 0
+        new = text[self._out : end]
+        self._out = max(self._out, end)
+        if self._waiting == 0 and self._decode(self._window[self._start :]):
             del self._window[: self._start]
             self._start = len(self._window)
             self._out = len(self._decode(self._window))
