@@ -41,8 +41,9 @@ def tokenizer_json(n_vocab: int = 300) -> str:
 
 def tiny_config(**changes: Any) -> Config:
     sizes: dict[str, Any] = {
-        "n_layers": 2, "d_model": 32, "d_ff": 44, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "n_vocab": 300,
-        "n_ctx_train": 64, "norm_eps": 1e-5, "rope_theta": 10000.0, "rope_dims": 8, "rope_pairing": HALVES,
+        "n_layers": 2, "d_model": 32, "d_ff": 44, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8,
+        "n_vocab": 300, "n_ctx_train": 128, "norm_eps": 1e-5, "rope_theta": 10000.0,
+        "rope_dims": 8, "rope_pairing": HALVES,
     }  # fmt: skip
     return Config(**{**sizes, **changes})
 

@@ -1,0 +1,216 @@
+"""runtime.model: what was written is what is read, and every inconsistency is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from make_gguf import tensors, tiny_config, tiny_weights, write, write_model
+
+from runtime.config import ADJACENT, F16, Q8_0, Layer, Linear, Weights
+from runtime.errors import FormatError, UnsupportedModelError
+from runtime.format import DBF1_TYPE
+from runtime.model import load_model_file
+
+Edit = Callable[[dict[str, Any], dict[str, Any]], None]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b))
+    if dataclasses.is_dataclass(a) and not isinstance(a, type):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_round_trip(tmp_path: Path, bias: bool) -> None:
+    config = tiny_config(rope_pairing=ADJACENT, rope_dims=4)
+    weights = tiny_weights(config, bias=bias)
+    file = load_model_file(write_model(tmp_path / "m.gguf", config, weights, arch="some-arch"))
+    assert dataclasses.replace(file.config, norm_eps=config.norm_eps) == config  # it is a float32 in the file
+    assert file.config.norm_eps == pytest.approx(config.norm_eps)
+    assert same(file.weights, weights)
+    assert file.weights.head is file.weights.embed
+    assert file.architecture == "some-arch"
+    assert file.name == "m.gguf"
+    assert file.tokenizer_json is not None
+    assert file.chat_template is not None
+    linear: Linear = file.weights.layers[0].down
+    assert (linear.rows, linear.rank, linear.cols) == (32, 24, 44)
+    assert isinstance(file.weights.layers[0], Layer)
+    assert isinstance(file.weights, Weights)
+    file.close()
+
+
+def test_defaults(tmp_path: Path) -> None:
+    def change(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+        for key in ("head_count_kv", "key_length"):
+            del meta[f"llama.attention.{key}"]
+        for key in ("rope.freq_base", "rope.dimension_count", "vocab_size"):
+            del meta[f"llama.{key}"]
+
+    config = tiny_config(n_kv_heads=4)
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, change=change)).config
+    assert dataclasses.replace(got, norm_eps=config.norm_eps) == config
+
+
+def test_i8_carrier(tmp_path: Path) -> None:
+    def change(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+        meta["dbf.carrier"] = "i8"
+        for name, (array, kind) in arrays.items():
+            if kind == DBF1_TYPE:
+                arrays[name] = (array.view(np.int8), None)
+
+    config = tiny_config()
+    weights = tiny_weights(config)
+    assert same(
+        load_model_file(write_model(tmp_path / "m.gguf", config, weights, change=change)).weights, weights
+    )
+
+
+@pytest.mark.parametrize(("kind", "width"), [(F16, 64), (Q8_0, 34)])
+def test_dense_types_and_head(tmp_path: Path, kind: int, width: int) -> None:
+    rng = np.random.default_rng(1)
+    embed = rng.integers(0, 60, (300, width), dtype=np.uint8)
+    head = rng.integers(0, 60, (300, width), dtype=np.uint8)
+
+    def change(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+        ggml = gguf.GGMLQuantizationType(kind)
+        for name, data in (("token_embd.weight", embed), ("output.weight", head)):
+            arrays[name] = (data.view(np.float16), None) if kind == F16 else (data, ggml)
+        arrays["rope_freqs.weight"] = (np.array([1, 1, 2, 8], np.float32), None)
+
+    got = load_model_file(write_model(tmp_path / "m.gguf", change=change)).weights
+    assert (got.embed.type, got.embed.rows, got.embed.cols) == (kind, 300, 32)
+    assert np.array_equal(got.embed.data, embed)
+    assert np.array_equal(got.head.data, head)
+    assert got.rope_freqs is not None
+    assert got.rope_freqs.tolist() == [1, 1, 2, 8]
+
+
+def meta_is(key: str, value: Any) -> Edit:
+    def edit(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+        if value is None:
+            meta.pop(key)
+        else:
+            meta[key] = value
+
+    return edit
+
+
+def tensor_is(name: str, array: Any, kind: Any = None) -> Edit:
+    def edit(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+        if array is None:
+            arrays.pop(name)
+        else:
+            arrays[name] = (array, kind)
+
+    return edit
+
+
+def nan(n: int, dtype: Any, value: float = np.nan) -> Any:
+    out = np.ones(n, dtype)
+    out[-1] = value
+    return out
+
+
+UNSUPPORTED: dict[str, tuple[Edit, str]] = {
+    "plain GGUF": (meta_is("dbf.version", None), "plain GGUF file.*dbf2gguf .* OUT.gguf"),
+    "version": (meta_is("dbf.version", 2), "dbf.version is 2"),
+    "activation": (meta_is("dbf.activation", "gelu"), "dbf.activation is 'gelu'; implemented: silu"),
+    "norm": (meta_is("dbf.norm", "layer"), "dbf.norm is 'layer'"),
+    "pairing": (meta_is("dbf.rope.pairing", "thirds"), "dbf.rope.pairing is 'thirds'"),
+    "carrier": (meta_is("dbf.carrier", "i16"), "dbf.carrier"),
+    "rope scaling": (meta_is("llama.rope.scaling.type", "yarn"), "RoPE scaling is not implemented"),
+    "sliding window": (meta_is("llama.attention.sliding_window", 128), "sliding-window"),
+    "soft cap": (meta_is("llama.final_logit_softcapping", 30.0), "soft-capped logits"),
+    "experts": (meta_is("llama.expert_count", 8), "mixture of experts"),
+    "value length": (meta_is("llama.attention.value_length", 16), "different length"),
+    "heads per layer": (meta_is("llama.attention.head_count_kv", [2, 4]), "differs from layer to layer"),
+    "unknown tensor": (
+        tensor_is("blk.0.attn_q_norm.weight", np.ones(8, np.float32)),
+        "blk.0.attn_q_norm.weight",
+    ),
+    "F64 embedding": (
+        tensor_is("token_embd.weight", np.ones((300, 32))),
+        "type F64; implemented: F32, F16, Q8_0",
+    ),
+}
+
+BAD: dict[str, tuple[Edit, str]] = {
+    "version type": (meta_is("dbf.version", "1"), "dbf.version is '1', wanted int"),
+    "no block count": (meta_is("llama.block_count", None), "llama.block_count is missing"),
+    "block count 0": (meta_is("llama.block_count", 0), "wanted an integer in"),
+    "block count 1": (meta_is("llama.block_count", 3), "tensor blk.2.attn_q.dbf_mid is missing"),
+    "block count huge": (meta_is("llama.block_count", 2**32 - 1), "wanted an integer in"),
+    "no eps": (meta_is("llama.attention.layer_norm_rms_epsilon", None), "is missing"),
+    "eps 0": (meta_is("llama.attention.layer_norm_rms_epsilon", 0.0), "wanted a positive number"),
+    "eps nan": (meta_is("llama.attention.layer_norm_rms_epsilon", float("nan")), "wanted a positive number"),
+    "theta inf": (meta_is("llama.rope.freq_base", float("inf")), "wanted a positive number"),
+    "theta text": (meta_is("llama.rope.freq_base", "1"), "wanted float"),
+    "kv heads": (meta_is("llama.attention.head_count_kv", 3), "no multiple of 3 KV heads"),
+    "odd rope": (meta_is("llama.rope.dimension_count", 7), "an even number"),
+    "rope too long": (meta_is("llama.rope.dimension_count", 10), "rotates 10 dimensions of 8"),
+    "vocabulary": (meta_is("llama.vocab_size", 299), r"has shape \(300, 32\), wanted \(299, 32\)"),
+    "width": (meta_is("llama.embedding_length", 40), "has shape"),
+    "ff": (meta_is("llama.feed_forward_length", 48), "has shape"),
+    "no pairing": (meta_is("dbf.rope.pairing", None), "dbf.rope.pairing"),
+    "no embedding": (tensor_is("token_embd.weight", None), "token_embd.weight is missing"),
+    "no factor": (tensor_is("blk.1.ffn_up.dbf_b", None), "blk.1.ffn_up.dbf_b is missing"),
+    "no norm": (tensor_is("output_norm.weight", None), "output_norm.weight is missing"),
+    "norm nan": (tensor_is("blk.0.attn_norm.weight", nan(32, np.float32)), "not finite"),
+    "scale inf": (tensor_is("blk.0.attn_q.dbf_out", nan(32, np.float16, np.inf)), "dbf_out .* not finite"),
+    "scale type": (tensor_is("blk.0.attn_q.dbf_out", np.ones(32, np.float32)), "type F32, wanted F16"),
+    "signs type": (tensor_is("blk.0.attn_q.dbf_a", np.ones((32, 3), np.int8)), "type I8, wanted DBF1"),
+    "signs shape": (tensor_is("blk.0.attn_q.dbf_a", np.ones((32, 4), np.uint8), DBF1_TYPE), r"\(32, 32\)"),
+    "mid is a matrix": (tensor_is("blk.0.attn_q.dbf_mid", np.ones((3, 8), np.float16)), "wanted .rank,."),
+    "rank 12": (tensor_is("blk.0.attn_q.dbf_mid", np.ones(12, np.float16)), "multiple of 8"),
+    "rank 32": (tensor_is("blk.0.attn_q.dbf_mid", np.ones(32, np.float16)), "has shape"),
+    "bias shape": (tensor_is("blk.0.attn_q.bias", np.ones(31, np.float32)), "has shape"),
+    "freqs 0": (tensor_is("rope_freqs.weight", np.zeros(4, np.float32)), "not positive"),
+    "freqs shape": (tensor_is("rope_freqs.weight", np.ones(8, np.float32)), "has shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported(tmp_path: Path, name: str) -> None:
+    edit, message = UNSUPPORTED[name]
+    path = write_model(tmp_path / "m.gguf", change=edit)
+    with pytest.raises(UnsupportedModelError, match=message) as e:
+        load_model_file(path)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_inconsistent(tmp_path: Path, name: str) -> None:
+    edit, message = BAD[name]
+    if name == "no pairing":
+        with pytest.raises(UnsupportedModelError, match=message):
+            load_model_file(write_model(tmp_path / "m.gguf", change=edit))
+        return
+    path = write_model(tmp_path / "m.gguf", change=edit)
+    with pytest.raises(FormatError, match=message) as e:
+        load_model_file(path)
+    assert str(path) in str(e.value)
+
+
+def test_no_architecture(tmp_path: Path) -> None:
+    config = tiny_config()
+    path = write(tmp_path / "m.gguf", "x", {"dbf.version": 1}, tensors(tiny_weights(config), config))
+    data = path.read_bytes().replace(b"general.architecture", b"general.architectura")
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"general\.architecture is missing"):
+        load_model_file(path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_model_file(tmp_path / "none.gguf")
