@@ -1,0 +1,359 @@
+"""The kernels of cext/src/kernels_ref.c in Python: same names, parameters, order and bits.
+
+What the numbers are is said in cext/src/kernels.h. float16 arrays are passed as uint16. The kernels of
+kernels.h that only lay out memory (sign_pack, sign_table and their sizes) have no mirror: here, as in the
+scalar C, the layout is DBF1 itself and a table is q itself.
+
+numba never contracts a * b + c nor reorders a sum (no fastmath), and `prange` runs over output rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    F = TypeVar("F", bound=Callable[..., Any])
+    Array = np.ndarray[Any, np.dtype[Any]]
+    prange = range
+
+    def njit(**options: bool) -> Callable[[F], F]: ...
+else:
+    from numba import njit, prange
+
+LANES = 16
+QMAX = 8191
+Q8_0_BLOCK = 32
+Q8_0_BYTES = 34
+ADJACENT = 0
+
+f32 = np.float32
+
+# ---- single numbers (cext/src/scalar.h) --------------------------------------------------------------------
+
+EXP_LOW, EXP_HIGH = f32(-87.0), f32(88.0)
+EXP_LOG2E = f32(1.44269504088896341)
+EXP_LN2_HIGH, EXP_LN2_LOW = f32(0.693359375), f32(-2.12194440e-4)
+EXP_P0, EXP_P1, EXP_P2 = f32(1.9875691500e-4), f32(1.3981999507e-3), f32(8.3334519073e-3)
+EXP_P3, EXP_P4, EXP_P5 = f32(4.1665795894e-2), f32(1.6666665459e-1), f32(5.0000001201e-1)
+ONE, HALF, ZERO = f32(1.0), f32(0.5), f32(0.0)
+SUBNORMAL = f32(2.0**-24)
+
+
+@njit(cache=True)
+def bits_of(x: Any) -> Any:
+    """The bits of a float32 as uint32."""
+    return np.float32(x).view(np.uint32)
+
+
+@njit(cache=True)
+def float_of(b: Any) -> Any:
+    """The float32 that has the bits b."""
+    return np.uint32(b).view(np.float32)
+
+
+@njit(cache=True)
+def f32_from_f16(h: Any) -> Any:
+    """A float16, given as uint16, as float32."""
+    b = np.int64(h)
+    sign = (b & 0x8000) << 16
+    exponent = (b >> 10) & 31
+    mantissa = b & 0x3FF
+    if exponent == 0:
+        return float_of(sign | np.int64(bits_of(f32(mantissa) * SUBNORMAL)))
+    if exponent == 31:
+        return float_of(sign | 0x7F800000 | (mantissa << 13))
+    return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13))
+
+
+@njit(cache=True)
+def f16_from_f32(x: Any) -> Any:
+    """A float32 as float16, given as uint16; round to nearest even."""
+    b = np.int64(bits_of(x))
+    sign = (b >> 16) & 0x8000
+    mag = b & 0x7FFFFFFF
+    if mag > 0x7F800000:  # NaN
+        return np.uint16(sign | 0x7E00)
+    if mag >= 0x477FF000:  # rounds to infinity
+        return np.uint16(sign | 0x7C00)
+    if mag < 0x38800000:  # subnormal: adding 0.5 leaves the rounded result in the low bits
+        return np.uint16(sign | (np.int64(bits_of(float_of(mag) + HALF)) - 0x3F000000))
+    return np.uint16(sign | ((mag - 0x38000000 + 0xFFF + ((mag >> 13) & 1)) >> 13))
+
+
+@njit(cache=True)
+def exp_f32(x: Any) -> Any:
+    """exp(x), within 2 ulp for -87 <= x <= 88; arguments beyond are clamped. Source: Cephes, expf.c."""
+    if x != x:
+        return x
+    x = EXP_LOW if x < EXP_LOW else x
+    x = EXP_HIGH if x > EXP_HIGH else x
+    n = np.rint(x * EXP_LOG2E)
+    r = (x - n * EXP_LN2_HIGH) - n * EXP_LN2_LOW
+    p = ((((EXP_P0 * r + EXP_P1) * r + EXP_P2) * r + EXP_P3) * r + EXP_P4) * r + EXP_P5
+    return ((p * (r * r) + r) + ONE) * float_of((np.int64(n) + 127) << 23)
+
+
+@njit(cache=True)
+def lanes_sum(lane: Any) -> Any:
+    """The order in which every float sum ends; overwrites lane (LANES,) float32."""
+    half = LANES // 2
+    while half > 0:
+        for i in range(half):
+            lane[i] = lane[i] + lane[i + half]
+        half //= 2
+    return lane[0]
+
+
+# ---- sign products -----------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def quantize(q: Array, x: Array, n: int) -> Any:
+    """scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)));  returns scale
+
+    q  (n,)  int16, overwritten; all 0 where absmax(x) < 2^-100 or is no finite number
+    x  (n,)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    # the largest |x| as an integer: the bits of non-negative floats are ordered, and NaN comes last
+    magnitude = np.int64(0)
+    for i in range(n):
+        m = np.int64(bits_of(x[i])) & 0x7FFFFFFF
+        magnitude = m if m > magnitude else magnitude
+    absmax = float_of(magnitude)
+    usable = magnitude >= 0x0D800000 and magnitude < 0x7F800000  # 2^-100 <= absmax < infinity
+    inverse = f32(QMAX) / absmax if usable else ZERO
+    for i in range(n):
+        q[i] = np.int16(np.rint(x[i] * inverse)) if usable else np.int16(0)
+    return absmax / f32(QMAX)
+
+
+@njit(cache=True)
+def scale(y: Array, x: Array, s: Array, n: int) -> None:
+    """y[i] = x[i] * s[i],  s float16
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    s  (n,)  float16 as uint16
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = x[i] * f32_from_f16(s[i])
+
+
+@njit(cache=True)
+def descale(y: Array, isum: Array, scale: Any, s: Array, bias: Array | None, n: int) -> None:
+    """y[i] = (isum[i] * scale) * s[i] + bias[i],  s float16, bias may be NULL
+
+    y     (n,)  float32, overwritten
+    isum  (n,)  int32
+    s     (n,)  float16 as uint16
+    bias  (n,)  float32, or None
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        v = (f32(isum[i]) * scale) * f32_from_f16(s[i])
+        y[i] = v if bias is None else v + bias[i]
+
+
+@njit(cache=True, parallel=True)
+def sign_gemv(isum: Array, w: Array, table: Array, rows: int, cols: int) -> None:
+    """isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
+
+    isum   (rows,)             int32, overwritten
+    w      (rows, pad8(cols)/8) uint8, DBF1: bit k is (w[r, k >> 3] >> (k & 7)) & 1
+    table  (cols,)             int16, q
+    Mirror: cext/src/kernels_ref.c.  Source: DBF, arXiv:2505.11076.
+    """
+    for r in prange(rows):
+        total = np.int32(0)
+        for k in range(cols):
+            bit = (w[r, k >> 3] >> (k & 7)) & 1
+            total += np.int32(table[k]) if bit else -np.int32(table[k])
+        isum[r] = total
+
+
+# ---- unfactorized matrices ---------------------------------------------------------------------------------
+
+
+@njit(cache=True, parallel=True)
+def gemv_f32(y: Array, w: Array, x: Array, rows: int, cols: int) -> None:
+    """y[r] = sum_k w[r,k] * x[k]
+
+    y  (rows,)       float32, overwritten
+    w  (rows, cols)  float32
+    x  (cols,)       float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for r in prange(rows):
+        lane = np.zeros(LANES, np.float32)
+        for k in range(cols):
+            lane[k % LANES] = lane[k % LANES] + w[r, k] * x[k]
+        y[r] = lanes_sum(lane)
+
+
+@njit(cache=True, parallel=True)
+def gemv_f16(y: Array, w: Array, x: Array, rows: int, cols: int) -> None:
+    """y[r] = sum_k w[r,k] * x[k]
+
+    y  (rows,)       float32, overwritten
+    w  (rows, cols)  float16 as uint16
+    x  (cols,)       float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for r in prange(rows):
+        lane = np.zeros(LANES, np.float32)
+        for k in range(cols):
+            lane[k % LANES] = lane[k % LANES] + f32_from_f16(w[r, k]) * x[k]
+        y[r] = lanes_sum(lane)
+
+
+@njit(cache=True, parallel=True)
+def gemv_q8_0(y: Array, w: Array, q: Array, scale: Any, rows: int, cols: int) -> None:
+    """y[r] = scale * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of w[r,k] * q[k] over the columns
+    2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0
+
+    y  (rows,)             float32, overwritten
+    w  (rows, cols/32*34)  uint8, blocks of Q8_0: d as float16, 32 weights as int8
+    q  (cols,)             int16
+    Mirror: cext/src/kernels_ref.c.
+    """
+    blocks = cols // Q8_0_BLOCK
+    for r in prange(rows):
+        lane = np.zeros(LANES, np.float32)
+        for b in range(blocks):
+            block = w[r, b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
+            v = block[2:].view(np.int8)
+            p = q[b * Q8_0_BLOCK : (b + 1) * Q8_0_BLOCK]
+            d = f32_from_f16(np.uint16(block[0] | (np.uint16(block[1]) << 8)))
+            for n in range(8):
+                i = 2 * n
+                j = 2 * n + 16
+                isum = np.int32(v[i]) * np.int32(p[i]) + np.int32(v[i + 1]) * np.int32(p[i + 1])
+                isum += np.int32(v[j]) * np.int32(p[j]) + np.int32(v[j + 1]) * np.int32(p[j + 1])
+                lane[n] = lane[n] + f32(isum) * d
+        y[r] = lanes_sum(lane) * scale
+
+
+# ---- everything else ---------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def rmsnorm(y: Array, x: Array, w: Array, eps: Any, n: int) -> None:
+    """y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i]
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    w  (n,)  float32
+    Mirror: cext/src/kernels_ref.c.  Source: RMSNorm, arXiv:1910.07467.
+    """
+    lane = np.zeros(LANES, np.float32)
+    for i in range(n):
+        lane[i % LANES] = lane[i % LANES] + x[i] * x[i]
+    root = ONE / np.sqrt(lanes_sum(lane) / f32(n) + eps)
+    for i in range(n):
+        y[i] = (x[i] * root) * w[i]
+
+
+@njit(cache=True)
+def rope(x: Array, cos_sin: Array, dims: int, pairing: int) -> None:
+    """rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)
+
+    x        (dim,)       float32, dims <= dim
+    cos_sin  (dims/2, 2)  float32
+    pairing               ADJACENT: (2i, 2i + 1), HALVES: (i, i + dims/2)
+    Mirror: cext/src/kernels_ref.c.  Source: RoFormer, arXiv:2104.09864.
+    """
+    half = dims // 2
+    for i in range(half):
+        ia = 2 * i if pairing == ADJACENT else i
+        ib = 2 * i + 1 if pairing == ADJACENT else i + half
+        a, b, c, s = x[ia], x[ib], cos_sin[i, 0], cos_sin[i, 1]
+        x[ia] = a * c - b * s
+        x[ib] = a * s + b * c
+
+
+@njit(cache=True)
+def attend(y: Array, x: Array, k: Array, v: Array, score: Array, factor: Any, held: int, dim: int) -> None:
+    """y = sum_j softmax_j(factor * (x . k[j])) v[j]
+
+    y      (dim,)       float32, overwritten
+    x      (dim,)       float32
+    k, v   (held, dim)  float16 as uint16
+    score  (held,)      float32, work space
+    Mirror: cext/src/kernels_ref.c.
+    """
+    # scores and their largest
+    top = f32(-np.inf)
+    for j in range(held):
+        lane = np.zeros(LANES, np.float32)
+        for i in range(dim):
+            lane[i % LANES] = lane[i % LANES] + f32_from_f16(k[j, i]) * x[i]
+        score[j] = lanes_sum(lane) * factor
+        top = score[j] if score[j] > top else top
+    # exponentials and their sum
+    lane = np.zeros(LANES, np.float32)
+    for j in range(held):
+        score[j] = exp_f32(score[j] - top)
+        lane[j % LANES] = lane[j % LANES] + score[j]
+    inverse = ONE / lanes_sum(lane)
+    # the weighted values
+    for i in range(dim):
+        y[i] = ZERO
+    for j in range(held):
+        for i in range(dim):
+            y[i] = y[i] + score[j] * f32_from_f16(v[j, i])
+    for i in range(dim):
+        y[i] = y[i] * inverse
+
+
+@njit(cache=True)
+def silu_mul(y: Array, gate: Array, up: Array, n: int) -> None:
+    """y[i] = gate[i] / (1 + exp(-gate[i])) * up[i]
+
+    y     (n,)  float32, overwritten
+    gate  (n,)  float32
+    up    (n,)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = gate[i] / (ONE + exp_f32(-gate[i])) * up[i]
+
+
+@njit(cache=True)
+def add(y: Array, x: Array, n: int) -> None:
+    """y[i] = y[i] + x[i]
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = y[i] + x[i]
+
+
+@njit(cache=True)
+def to_f16(y: Array, x: Array, n: int) -> None:
+    """float32 to float16, round to nearest even
+
+    y  (n,)  float16 as uint16, overwritten
+    x  (n,)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = f16_from_f32(x[i])
+
+
+@njit(cache=True)
+def from_f16(y: Array, x: Array, n: int) -> None:
+    """float16 to float32
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float16 as uint16
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = f32_from_f16(x[i])
