@@ -1,0 +1,81 @@
+"""What the kernels are to compute, in float64 and a few lines each; neither activations nor cache rounded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.config import ADJACENT, F16, F32, Config, Dense, Linear, Weights
+from runtime.format import unpack
+
+
+def sign_gemv(bits, x, cols):
+    """y[r] = sum_k s[r,k] * x[k]; exact if x is an integer array."""
+    return unpack(bits, cols).astype(np.int64) @ x
+
+
+def dbf_linear(w: Linear, x):
+    """y = s_out * A(s_mid * B(s_in * x)) + bias for rows x: (n, cols) -> (n, rows)"""
+    s_out, s_mid, s_in = (s.astype(np.float64) for s in (w.s_out, w.s_mid, w.s_in))
+    a, b = unpack(w.a, w.rank).astype(np.float64), unpack(w.b, w.cols).astype(np.float64)
+    y = s_out * ((s_mid * ((s_in * x) @ b.T)) @ a.T)
+    return y if w.bias is None else y + w.bias
+
+
+def dense(w: Dense):
+    """The matrix in float64."""
+    if w.type == F32:
+        return w.data.view(np.float32).astype(np.float64)
+    if w.type == F16:
+        return w.data.view(np.float16).astype(np.float64)
+    blocks = w.data.reshape(w.rows, -1, 34)
+    d = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)
+    return (d * blocks[..., 2:].view(np.int8)).reshape(w.rows, w.cols)
+
+
+def rmsnorm(x, w, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+
+
+def rope(x, config: Config, pos, freqs=None):
+    """x: (n, heads, head_dim) at positions pos: (n,)"""
+    half = config.rope_dims // 2
+    inv = config.rope_theta ** (-2.0 * np.arange(half) / config.rope_dims)
+    angle = pos[:, None] * (inv if freqs is None else inv / freqs)
+    c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    y = x.copy()
+    at = slice(0, 2 * half, 2) if config.rope_pairing == ADJACENT else slice(0, half)
+    bt = slice(1, 2 * half, 2) if config.rope_pairing == ADJACENT else slice(half, 2 * half)
+    a, b = x[..., at], x[..., bt]
+    y[..., at], y[..., bt] = a * c - b * s, a * s + b * c
+    return y
+
+
+def attention(q, k, v):
+    """Causal; q: (n, heads, dim), k and v: (n, kv_heads, dim) -> (n, heads * dim)"""
+    n, heads, dim = q.shape
+    k, v = (np.repeat(t, heads // k.shape[1], axis=1) for t in (k, v))
+    score = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(dim)
+    score[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+    p = np.exp(score - score.max(-1, keepdims=True))
+    return np.einsum("hij,jhd->ihd", p / p.sum(-1, keepdims=True), v).reshape(n, -1)
+
+
+def silu(x):
+    return x / (1.0 + np.exp(-x))
+
+
+def forward(config: Config, w: Weights, tokens):
+    """Logits of all tokens: (n, n_vocab)"""
+    c, n = config, len(tokens)
+    pos = np.arange(n)
+    x = dense(w.embed)[tokens]
+    for layer in w.layers:
+        h = rmsnorm(x, layer.attn_norm, c.norm_eps)
+        q = dbf_linear(layer.q, h).reshape(n, c.n_heads, c.head_dim)
+        k = dbf_linear(layer.k, h).reshape(n, c.n_kv_heads, c.head_dim)
+        v = dbf_linear(layer.v, h).reshape(n, c.n_kv_heads, c.head_dim)
+        q, k = rope(q, c, pos, w.rope_freqs), rope(k, c, pos, w.rope_freqs)
+        x = x + dbf_linear(layer.o, attention(q, k, v))
+        h = rmsnorm(x, layer.ffn_norm, c.norm_eps)
+        x = x + dbf_linear(layer.down, silu(dbf_linear(layer.gate, h)) * dbf_linear(layer.up, h))
+    return rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T

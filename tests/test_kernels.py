@@ -1,0 +1,154 @@
+"""The C kernels one by one, on every instruction set of this machine, against oracle.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from runtime.config import F16, F32, Q8_0
+
+cext = pytest.importorskip("cext", reason="the C core is not built")
+ffi, lib = cext.ffi, cext.lib
+
+ISAS = [ffi.string(lib.dbf_isa_name(i)).decode() for i in range(lib.dbf_isa_count())]
+SIZES = [*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 576, 1023, 1025, 1536, 2055]
+GUARD = 0x5A
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    assert lib.dbf_isa_use(request.param.encode()) == lib.DBF_OK
+    yield request.param
+    assert lib.dbf_isa_use(ffi.NULL) == lib.DBF_OK
+
+
+class Guarded:
+    """Memory for n numbers, off its natural vector alignment by `shift` numbers, between guard bytes."""
+
+    def __init__(self, dtype, n, shift=1):
+        self.size = np.dtype(dtype).itemsize
+        self.memory = np.full((n + shift + 64) * self.size, GUARD, np.uint8)
+        self.begin, self.end = shift * self.size, (shift + n) * self.size
+        self.array = self.memory[self.begin : self.end].view(dtype)
+
+    def pointer(self, ctype):
+        return ffi.cast(ctype, ffi.from_buffer(self.memory) + self.begin)
+
+    def check(self):
+        assert (self.memory[: self.begin] == GUARD).all()
+        assert (self.memory[self.end :] == GUARD).all()
+
+
+def guarded(values, shift=1):
+    g = Guarded(values.dtype, values.size, shift)
+    g.array[:] = values.ravel()
+    return g
+
+
+def sign_gemv(bits, q, cols):
+    rows = bits.shape[0]
+    w, x, out = guarded(bits, 3), guarded(q), Guarded(np.int32, rows)
+    code = lib.dbf_sign_gemv(
+        out.pointer("int32_t *"), w.pointer("uint8_t *"), x.pointer("int16_t *"), rows, cols
+    )
+    assert code == lib.DBF_OK
+    out.check()
+    return out.array
+
+
+def test_isas():
+    assert ISAS[0] == "scalar"
+    assert lib.dbf_isa_demoted() == ffi.NULL
+    assert lib.dbf_isa_name(len(ISAS)) == ffi.NULL
+    assert lib.dbf_isa_name(-1) == ffi.NULL
+    assert lib.dbf_isa_use(b"mmx") == lib.DBF_EISA
+
+
+@pytest.mark.parametrize("cols", SIZES)
+def test_sign_gemv_is_exact(isa, cols):
+    rng = np.random.default_rng(cols)
+    for rows in (1, 7, 63, 64, 65, 131):
+        bits = rng.integers(0, 256, (rows, (cols + 7) // 8), dtype=np.uint8)  # filler bits are random too
+        q = rng.integers(-8191, 8192, cols, dtype=np.int16)
+        np.testing.assert_array_equal(sign_gemv(bits, q, cols), oracle.sign_gemv(bits, q.astype(int), cols))
+
+
+@pytest.mark.parametrize("value", [8191, -8191])
+@pytest.mark.parametrize("byte", [0, 255, 0x55])
+def test_sign_gemv_extremes(isa, value, byte):
+    for cols in (1024, 1025, 2056, 11008):
+        bits = np.full((65, (cols + 7) // 8), byte, np.uint8)
+        q = np.full(cols, value, np.int16)
+        np.testing.assert_array_equal(sign_gemv(bits, q, cols), oracle.sign_gemv(bits, q.astype(int), cols))
+
+
+def quantize(x):
+    out, scale = Guarded(np.int16, x.size), ffi.new("float *")
+    assert (
+        lib.dbf_quantize(out.pointer("int16_t *"), scale, guarded(x).pointer("float *"), x.size) == lib.DBF_OK
+    )
+    out.check()
+    return out.array, np.float32(scale[0])
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_quantize(isa, n):
+    x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    q, scale = quantize(x)
+    top = np.abs(x).max()
+    assert scale == top / np.float32(8191)
+    np.testing.assert_array_equal(q, np.rint(x * (np.float32(8191) / top)).astype(np.int16))
+    assert np.abs(q).max() == 8191
+
+
+def test_quantize_rounds_ties_to_even(isa):
+    x = np.array([8191, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, 4.5], np.float32)
+    q, scale = quantize(x)
+    assert scale == 1.0
+    assert q.tolist() == [8191, 0, 2, 2, 0, -2, -2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "scale"), [(0.0, 0.0), (1e-40, None), (np.inf, np.inf), (-np.inf, np.inf), (np.nan, np.nan)]
+)
+def test_quantize_odd_values(isa, value, scale):
+    for n in (1, 9, 40):
+        x = np.zeros(n, np.float32)
+        x[n // 2] = value
+        q, got = quantize(x)
+        assert (q == 0).all()
+        if scale is not None:
+            np.testing.assert_equal(got, np.float32(scale))
+
+
+@pytest.mark.parametrize("kind", [F32, F16, Q8_0])
+def test_dense_gemv(isa, kind):
+    rng = np.random.default_rng(7)
+    for cols in [32, 64, 96, 576] if kind == Q8_0 else [1, 7, 16, 33, 97, 576]:
+        w = tiny.dense(rng, kind, 67, cols)
+        data, x = guarded(w.data, 4), guarded(rng.standard_normal(cols).astype(np.float32))
+        out = Guarded(np.float32, 67)
+        c = ffi.new("dbf_dense *", [kind, 67, cols, data.pointer("void *")])
+        assert lib.dbf_dense_gemv(out.pointer("float *"), c, x.pointer("float *")) == lib.DBF_OK
+        out.check()
+        m, x = oracle.dense(w), x.array
+        # 16 lanes: at most cols/16 + 5 roundings a sum; Q8_0: half a step of the activation's grid as well
+        bound = (cols / 16 + 5) * 2.0**-24 * (np.abs(m) @ np.abs(x))
+        if kind == Q8_0:
+            bound = bound + 0.501 * np.abs(x).max() / 8191 * np.abs(m).sum(-1)
+        assert (np.abs(out.array - m @ x.astype(np.float64)) <= bound).all()
+
+
+def test_bad_arguments():
+    one = np.zeros(8, np.int16)
+    q, bits, out = ffi.from_buffer("int16_t[]", one), ffi.new("uint8_t[8]"), ffi.new("int32_t[8]")
+    for args in [
+        (ffi.NULL, bits, q, 1, 8), (out, ffi.NULL, q, 1, 8), (out, bits, ffi.NULL, 1, 8),
+        (out, bits, q, 0, 8), (out, bits, q, 1, 0), (out, bits, q, -1, 8), (out, bits, q, 1, 131073),
+    ]:  # fmt: skip
+        assert lib.dbf_sign_gemv(*args) == lib.DBF_EINVAL
+    for code in range(-5, 1):
+        assert ffi.string(lib.dbf_strerror(code)) != b"unknown error"
+    assert ffi.string(lib.dbf_strerror(-99)) == b"unknown error"
