@@ -115,6 +115,7 @@ class Chat:
         self.raw = raw
         self.max_tokens = max_tokens
         self.out = sys.stdout if out is None else out
+        self.interrupted = False
         self.clear()
 
     def clear(self) -> None:
@@ -125,7 +126,8 @@ class Chat:
     def ask(self, question: str) -> str:
         """Answer: streams it to `out`, returns it, and appends both to the history.
 
-        Ctrl-C stops it, and what was said so far is kept. If it raises, the history is as before.
+        Ctrl-C stops it (`interrupted` tells), and what was said so far is kept; if that is nothing, or if it
+        raises, the history is as before.
         """
         tokenizer = self.model.tokenizer
         messages = [*self.messages, {"role": "user", "content": question}]
@@ -137,18 +139,19 @@ class Chat:
             ids = tokenizer.encode_chat(messages)
             stream = tokenizer.stream()
         answer = ""
-        interrupted = False
+        self.interrupted = False
         tokens = self.model.generate(ids, self.sampler, self.max_tokens)
         try:
             for token in tokens:
                 answer += self._print(stream.push(token))
         except KeyboardInterrupt:
-            interrupted = True
+            self.interrupted = True
         answer += self._print(stream.flush())
         print(file=self.out, flush=True)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        self.text = text + answer
-        if interrupted:
+        if answer or not self.interrupted:
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            self.text = text + answer
+        if self.interrupted:
             note("stopped")
         elif self.model.stats.finish == "context":
             note(f"the context is full ({self.model.n_ctx} tokens); /clear, or start with a larger --ctx")
@@ -252,6 +255,8 @@ def chat(args: argparse.Namespace) -> int:
             conversation.ask(args.prompt)
             if args.stats:
                 note(describe(model))
+            if conversation.interrupted:
+                return cli.INTERRUPTED
     return 0
 
 

@@ -16,6 +16,10 @@ from collections.abc import Callable
 from runtime.errors import DbfError
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help with defaults, where there are any: "(default: None)" tells nobody what happens."""
 
@@ -60,7 +64,7 @@ def run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (DbfError, OSError, MemoryError) as e:
         if args.debug:
             traceback.print_exc()

@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 
 from runtime.errors import TemplateError
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 200_000
 """Loop iterations and macro calls of one rendering."""
 
 MAX_CHARS = 16_000_000

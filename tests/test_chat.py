@@ -140,6 +140,22 @@ def test_ctrl_c_stops_the_answer(program: Setup, capsys: pytest.CaptureFixture[s
     assert "[stopped]" in err
 
 
+def test_ctrl_c_before_the_answer_forgets_the_question(program: Setup) -> None:
+    class Module(FakeModule):
+        def load(self, *args: Any, **options: Any) -> Any:
+            backend = super().load(*args, **options)
+            backend.interrupt_at = 0
+            return backend
+
+    fake = Module(script=say("ok") + END)
+    write_model(Path(program.path))
+    program.monkeypatch.setattr(runtime, "backend", fake, raising=False)
+    program.monkeypatch.setattr(sys, "stdin", io.StringIO("A\nB\n"))
+    assert chat.main([program.path, "--temp", "0"]) == 0
+    assert TOKENIZER.decode(fake.loaded[0].cache).startswith("<|im_start|>user\nB")
+    assert chat.main([program.path, "--temp", "0", "-p", "A"]) == 130
+
+
 def test_ctrl_c_at_the_prompt_leaves(program: Setup, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any) -> str:
         raise KeyboardInterrupt
