@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 from runtime.errors import DbfError
 
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
