@@ -1,0 +1,71 @@
+"""What the loss cares about: second moments of the gradients at the outputs of the linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dbf2gguf.progress import Stage
+
+HEAD_TOKENS = 512  # tokens whose logits are held at a time
+
+
+def output_importance(model: nn.Module, names: dict[str, str], rows: Tensor, batch: int, stage: Stage) -> dict[str, Tensor]:
+    """Root of the second moment of the loss' gradient at every linear layer's outputs, mean 1 over its
+    squares; the loss is next-token cross-entropy on `rows`.
+
+    names   GGUF name -> module name
+    rows    (n, tokens) int64
+    ->      GGUF name -> (rows of the layer,) float32 > 0
+
+    Source: the diagonal of the empirical Fisher matrix, as in K-FAC's output factor.
+    """
+    sums: dict[str, Tensor] = {}
+    hooks = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def on_gradient(gradient: Tensor) -> None:
+            sums[name] = sums.get(name, 0) + gradient.float().square().sum((0, 1))
+
+        def on_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            output.register_hook(on_gradient)
+
+        hooks.append(module.register_forward_hook(on_output))
+
+    for name, path in names.items():
+        watch(name, model.get_submodule(path))
+    device = next(model.parameters()).device
+    try:
+        for chunk in rows.split(batch):
+            chunk = chunk.to(device)
+            with torch.enable_grad():
+                embedded = model.get_input_embeddings()(chunk).requires_grad_(True)
+                hidden = hidden_states(model, inputs_embeds=embedded)
+                hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
+            stage.step(n=len(chunk))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / total.mean() + 1e-6).sqrt() for name, total in sums.items()}
+
+
+def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:
+    """What the head reads: the decoder's output after its last norm, (batch, tokens, d_model)."""
+    decoder = model.get_decoder()
+    return decoder(**inputs, use_cache=False).last_hidden_state
+
+
+def _loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Gradient of the summed cross-entropy at the head's input, a few logits at a time."""
+    head = model.get_output_embeddings()
+    inputs = hidden[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+    parts = []
+    for start in range(0, len(inputs), HEAD_TOKENS):
+        part = inputs[start : start + HEAD_TOKENS].clone().requires_grad_(True)
+        loss = functional.cross_entropy(head(part).float(), targets[start : start + HEAD_TOKENS], reduction="sum")
+        parts.append(torch.autograd.grad(loss, part)[0])
+    gradient = torch.zeros_like(hidden)
+    gradient[:, :-1] = torch.cat(parts).view(*gradient[:, :-1].shape)
+    return gradient

@@ -1,0 +1,98 @@
+"""The command `dbf2gguf`: convert a model, or inspect a file. argparse only; the work is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from dbf2gguf.recipe import DEFAULT_PRESET, PRESETS
+from runtime.errors import DbfError
+
+EPILOG = "Other commands: dbf2gguf inspect FILE.gguf (see dbf2gguf inspect --help)."
+COMMANDS = ("convert", "inspect")
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    """Options of `dbf2gguf MODEL OUT`."""
+    parser = argparse.ArgumentParser(
+        prog="dbf2gguf",
+        description="Factorize every linear layer of a causal language model into sign matrices and write a GGUF file.",
+        epilog=EPILOG,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
+    add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
+    add("--bpw", type=float, default=1.2, help="bits per weight of the linear layers: signs, filler, scales")
+    add("--preset", choices=list(PRESETS), default=DEFAULT_PRESET, help="how much work to do")
+    add("--calib", metavar="FILE", action="append", default=[], help="text (.txt, .jsonl) to calibrate and distil on; repeatable; without it the model writes its own")
+    add("--eval-text", metavar="FILE", help="text for the quality receipt; without it, rows held out of the calibration text")
+    add("--embed-type", choices=["f16", "q8_0"], default="q8_0", help="type of the embedding and the head")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
+    add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
+    add("--distill-steps", type=int, help="optimizer steps of distillation, 0 for none (default: the preset's)")
+    add("--correct-rows", type=int, help="rows that the sequential correction sees (default: the preset's)")
+    add("--admm-iterations", type=int, help="ADMM rounds of each factorization (default: the preset's)")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("-q", "--quiet", action="store_true", help="no progress and no summary")
+    add("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """Options of `dbf2gguf inspect FILE`."""
+    parser = argparse.ArgumentParser(
+        prog="dbf2gguf inspect",
+        description="Show the metadata, the quality receipt and the tensors of a GGUF file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="GGUF file, factorized or not")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    rest = argv[1:] if command else argv
+    parser = inspect_parser() if command == "inspect" else convert_parser()
+    options = vars(parser.parse_args(rest))
+    debug = options.pop("debug")
+    try:
+        if command == "inspect":
+            from dbf2gguf.inspect import inspect
+
+            inspect(Path(options["file"]), tensors=options["tensors"], as_json=options["json"])
+        else:
+            from dbf2gguf.convert import convert
+
+            convert(**options)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (DbfError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""The story of a conversion: plan, gather text, weigh outputs, factorize, distil, measure, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbf2gguf.budget import Plan, linear_bits, plan_uniform
+from dbf2gguf.calibrate import output_importance
+from dbf2gguf.correct import factorize_model
+from dbf2gguf.distill import distill, make_student, student_factors
+from dbf2gguf.evaluate import Quality, measure
+from dbf2gguf.factorize import Factors, balance
+from dbf2gguf.progress import Stage
+from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
+from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
+from dbf2gguf.text import rows_from_files, self_written_rows
+from dbf2gguf.write import EMBED_TYPES, Q8_0_BLOCK, dequantized, head_is_tied, replacing, write_gguf
+from runtime.errors import OptionError
+
+GRADIENT_BATCH = 4
+COLLAPSED_KL = 3.0  # nats a token: beyond it a model says nothing sensible
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. Sizes in bytes, times in seconds."""
+
+    plan: Plan
+    file: Path | None  # None after a dry run
+    file_bytes: int
+    model_weights: int  # all parameters, embedding and norms included, tied ones once
+    quality: Quality | None
+    seconds: dict[str, float]
+    peak_rss: int
+
+    @property
+    def file_bpw(self) -> float:
+        """Bits of the whole file per weight of the whole model."""
+        return self.file_bytes * 8 / self.model_weights
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {
+            "bpw": self.plan.bpw,
+            "sign_bpw": self.plan.sign_bits / self.plan.weights,
+            "file_bpw": self.file_bpw,
+            "file_bytes": self.file_bytes,
+            "quality": self.quality.describe() if self.quality else None,
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "peak_rss_bytes": self.peak_rss,
+        }
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    bpw: float = 1.2,
+    preset: str = DEFAULT_PRESET,
+    calib: Sequence[str | Path] = (),
+    eval_text: str | Path | None = None,
+    embed_type: str = "q8_0",
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Report:
+    """Factorize the causal language model at `model` and write it to `out` as GGUF.
+
+    model      a Hugging Face folder with safetensors, or a GGUF file
+    bpw        bits per weight over the linear layers: signs, filler and scales
+    preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
+    calib      text files to calibrate and distil on; without them the model writes its own text
+    eval_text  text of the quality receipt; without it, rows held out of the calibration text
+
+    An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
+    """
+    recipe = find_recipe(preset, **overrides)
+    out = Path(out)
+    if embed_type not in EMBED_TYPES:
+        raise OptionError(f"--embed-type {embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}")
+    if not dry_run:
+        _check_output(out)
+    _check_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    for file in [*calib, *([eval_text] if eval_text else [])]:
+        if not Path(file).is_file():
+            raise OptionError(f"{file}: no such text file")
+    with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
+        source = open_source(model, Path(scratch))
+        skeleton = _skeleton(source)
+        embed_type = _fit_embed_type(skeleton, embed_type)
+        plan = make_plan(source, skeleton, bpw)
+        size = _file_size(plan, skeleton, embed_type)
+        if not quiet:
+            print(describe_plan(plan, size), file=sys.stderr)
+        if dry_run:
+            return Report(plan, None, size, _count_weights(skeleton), None, {}, _peak_rss())
+        _check_space(out, size)
+        return _run(source, out, plan, recipe, preset, calib, eval_text, embed_type, seed, device, quiet)
+
+
+def _run(
+    source: Source,
+    out: Path,
+    plan: Plan,
+    recipe: Recipe,
+    preset: str,
+    calib: Sequence[str | Path],
+    eval_text: str | Path | None,
+    embed_type: str,
+    seed: int,
+    device: str,
+    quiet: bool,
+) -> Report:
+    stages: list[Stage] = []
+
+    def stage(name: str, total: int) -> Stage:
+        stages.append(Stage(name, total, quiet))
+        return stages[-1]
+
+    torch.manual_seed(seed)
+    with stage("load", 1):
+        model = load_model(source, device)
+        tokenizer = load_tokenizer(source)
+    names = linear_names(model, source.arch)
+    with stage("text", recipe.text_rows + recipe.eval_rows) as progress:
+        rows, held_out = _text(model, tokenizer, calib, eval_text, recipe, seed, progress)
+    with stage("gradients", min(recipe.gradient_rows, len(rows))) as progress:
+        some = rows[: recipe.gradient_rows]
+        importance = output_importance(model, names, some, GRADIENT_BATCH, progress)
+    with stage("factorize", model.config.num_hidden_layers) as progress:
+        some = rows[: recipe.correct_rows]
+        corrected = factorize_model(source, model, plan, some, importance, recipe, seed, progress)
+    student = make_student(model, names, corrected.factors)
+    with stage("distil", recipe.distill_steps) as progress:
+        history = distill(model, student, rows, recipe, seed, progress)
+    factors = {name: as_stored(f) for name, f in student_factors(student, names).items()}
+    del student
+    with stage("measure", len(held_out)) as progress:
+        final = as_read(model, names, factors, embed_type)
+        quality = measure(model, final, held_out, progress)
+    notes = _notes(preset, recipe, seed, calib, rows, held_out, quality, plan, history)
+    with stage("write", 1), replacing(out) as temporary:
+        write_gguf(temporary, source, model, tokenizer, factors, embed_type, plan.bpw, notes)
+        verify(temporary, source, factors)
+    seconds = {s.name: s.seconds for s in stages}
+    report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, _peak_rss())
+    if not quiet:
+        print(describe_report(report), file=sys.stderr)
+    return report
+
+
+def _text(
+    model: nn.Module,
+    tokenizer: Any,
+    calib: Sequence[str | Path],
+    eval_text: str | Path | None,
+    recipe: Recipe,
+    seed: int,
+    stage: Stage,
+) -> tuple[Tensor, Tensor]:
+    """Rows to calibrate and distil on, and rows for the receipt."""
+    length = min(recipe.row_tokens, model.config.max_position_embeddings)
+    wanted = recipe.text_rows + (0 if eval_text else recipe.eval_rows)
+    if calib:
+        rows = rows_from_files([Path(c) for c in calib], tokenizer, wanted, length, seed)
+    else:
+        rows = self_written_rows(model, tokenizer, wanted, length, seed, stage)
+    if eval_text:
+        held_out = rows_from_files([Path(eval_text)], tokenizer, recipe.eval_rows, length, seed)
+        return rows, held_out
+    count = max(1, min(recipe.eval_rows, len(rows) // 5))
+    return rows[:-count], rows[-count:]
+
+
+def make_plan(source: Source, model: nn.Module, bpw: float) -> Plan:
+    """The inner size of every linear layer. Raises OptionError if `bpw` is out of range."""
+    names = linear_names(model, source.arch)
+    shapes = {name: tuple(model.get_submodule(path).weight.shape) for name, path in names.items()}
+    return plan_uniform(shapes, bpw)
+
+
+def as_stored(factors: Factors) -> Factors:
+    """Factors with the scales that the file will hold: balanced, rounded to float16."""
+    even = balance(factors)
+    scales = [s.to(torch.float16).float() for s in (even.s_out, even.s_mid, even.s_in)]
+    return Factors(even.a, even.b, *scales)
+
+
+def as_read(model: nn.Module, names: dict[str, str], factors: dict[str, Factors], embed_type: str) -> nn.Module:
+    """The dense twin: the model that a reader of the file has, factors multiplied out, embedding and head as
+    stored. `model` is left as it was."""
+    twin = make_student(model, names, factors)
+    for name, path in names.items():
+        parent, _, child = path.rpartition(".")
+        original = model.get_submodule(path)
+        rows, cols = original.weight.shape
+        linear = nn.Linear(cols, rows, bias=original.bias is not None, device="meta")
+        linear.weight = nn.Parameter(factors[name].dense()[0], requires_grad=False)
+        linear.bias = original.bias
+        setattr(twin.get_submodule(parent), child, linear)
+    embedding = nn.Parameter(dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False)
+    head = embedding
+    if not head_is_tied(model):
+        head = nn.Parameter(
+            dequantized(model.get_output_embeddings().weight, embed_type), requires_grad=False
+        )
+    twin.get_input_embeddings().weight = embedding
+    twin.get_output_embeddings().weight = head
+    return twin
+
+
+def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
+    """Read the file back with the runtime's own reader and compare every sign matrix and scale."""
+    from runtime.model import load_model_file
+
+    load_model_file(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks before the work
+
+
+def _check_output(out: Path) -> None:
+    """The place of the output can be written. Raises OptionError."""
+    if out.is_dir():
+        raise OptionError(f"{out}: is a folder; wanted the name of the GGUF file to write")
+    folder = out.parent
+    if not folder.is_dir():
+        raise OptionError(f"{out}: its folder {folder} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(f"{out}: cannot write in {folder}: {error.strerror}") from None
+
+
+def _check_space(out: Path, size: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise OptionError(
+            f"{out}: the disk has {free / 2**20:.1f} MiB free; the file needs {size / 2**20:.1f} MiB"
+        )
+
+
+def _check_device(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f"--device {device!r} is unknown; there are cpu, cuda, cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda: this machine has no CUDA device that torch can use; take --device cpu")
+
+
+def _skeleton(source: Source) -> nn.Module:
+    """The model's modules and shapes without its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.path, local_files_only=True))
+
+
+def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:
+    """Q8_0 needs rows of whole blocks; where they are not, say so and take F16."""
+    width = skeleton.get_input_embeddings().weight.shape[1]
+    if embed_type == "q8_0" and width % Q8_0_BLOCK:
+        print(f"note: embedding rows of {width} are no multiple of {Q8_0_BLOCK}: stored as f16, not q8_0", file=sys.stderr)
+        return "f16"
+    return embed_type
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def _count_weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _file_size(plan: Plan, skeleton: nn.Module, embed_type: str) -> int:
+    """Bytes of tensor data, close to the file's size but for metadata."""
+    factored = plan.weights
+    dense = _count_weights(skeleton) - factored
+    per_weight = 2.0 if embed_type == "f16" else 34 / 32
+    return plan.bits // 8 + int(dense * per_weight)
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _notes(
+    preset: str,
+    recipe: Recipe,
+    seed: int,
+    calib: Iterable[str | Path],
+    rows: Tensor,
+    held_out: Tensor,
+    quality: Quality,
+    plan: Plan,
+    history: list[float],
+) -> dict[str, Any]:
+    """The recipe and the receipt as metadata. No times: the same input gives the same bytes."""
+
+    def digest(tokens: Tensor) -> str:
+        return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
+
+    notes: dict[str, Any] = {
+        "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
+        "dbf.recipe.preset": preset,
+        "dbf.recipe.bpw": plan.target,
+        "dbf.recipe.seed": seed,
+        "dbf.recipe.text": ", ".join(Path(c).name for c in calib) or "self-written",
+        "dbf.recipe.text_sha256": digest(rows),
+        "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in history]),
+        "dbf.quality.text_sha256": digest(held_out),
+        "dbf.quality.context": held_out.shape[1],
+    }
+    notes |= {f"dbf.recipe.{key}": value for key, value in recipe.describe().items()}
+    notes |= {f"dbf.quality.{key}": value for key, value in quality.describe().items()}
+    notes |= {f"dbf.recipe.version.{name}": version(name) for name in ("torch", "transformers", "gguf", "numpy")}
+    return notes
+
+
+def describe_plan(plan: Plan, size: int) -> str:
+    """The plan as a table: one line for each kind of layer."""
+    lines = [f"{'layers':<24}{'rows':>7}{'cols':>7}{'rank':>10}{'bpw':>8}"]
+    kinds: dict[tuple[str, tuple[int, int]], list[int]] = {}
+    for name, shape in plan.shapes.items():
+        kinds.setdefault((name.rpartition(".")[2], shape), []).append(plan.ranks[name])
+    for (kind, (rows, cols)), ranks in kinds.items():
+        low, high = min(ranks), max(ranks)
+        bits = sum(linear_bits(rows, cols, r) for r in ranks) / (len(ranks) * rows * cols)
+        rank = f"{low}" if low == high else f"{low}-{high}"
+        lines.append(f"{len(ranks):>4} x {kind:<17}{rows:>7}{cols:>7}{rank:>10}{bits:>8.3f}")
+    lines.append(
+        f"linear layers: {plan.bpw:.4f} bits per weight (asked for {plan.target:g}; signs alone "
+        f"{plan.sign_bits / plan.weights:.4f}); tensors: {size / 2**20:.1f} MiB"
+    )
+    return "\n".join(lines)
+
+
+def describe_report(report: Report) -> str:
+    """The summary at the end."""
+    total = sum(report.seconds.values())
+    times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    lines = [
+        f"{report.file}: {report.file_bytes / 2**20:.1f} MiB, {report.plan.bpw:.4f} bpw in the linear layers, "
+        f"{report.file_bpw:.3f} bpw over the whole file",
+    ]
+    if report.quality is not None:
+        q = report.quality
+        lines.append(
+            f"held-out text ({q.tokens} tokens): perplexity {q.ppl:.2f} (original {q.ppl_reference:.2f}), "
+            f"KL {q.kl_mean:.3f} mean, {q.kl_p99:.2f} p99, same top token {q.same_top1:.1%}"
+        )
+        if q.kl_mean > COLLAPSED_KL:
+            lines.append(f"warning: KL above {COLLAPSED_KL:g}: the model has collapsed; take more bits or a better preset")
+    lines.append(f"{total:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
+    return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""Train scales and signs end to end so that the model's next-token distribution is the original's.
+
+The loss is KL(original || model). Scales are trained in units of their own root mean square; signs through
+latents whose sign they are, with the identity as their gradient (straight-through estimator).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.factorize import Factors, signs
+from dbf2gguf.progress import Stage
+from dbf2gguf.recipe import Recipe
+
+HEAD_TOKENS = 512  # tokens whose logits are held at a time
+FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-10
+
+
+class _Sign(torch.autograd.Function):
+    """sign(x) with the identity as its gradient."""
+
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:
+        return signs(x)
+
+    @staticmethod
+    def backward(_ctx: object, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class DbfLinear(nn.Module):
+    """A linear layer whose weight is diag(s_out) A diag(s_mid) B diag(s_in), all of it trainable."""
+
+    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.a = nn.Parameter(factors.a[0].clone())
+        self.b = nn.Parameter(factors.b[0].clone())
+        for name in ("s_out", "s_mid", "s_in"):
+            scale = getattr(factors, name)[0]
+            rms = scale.square().mean().sqrt() + 1e-20
+            self.register_buffer(f"{name}_rms", rms)
+            setattr(self, name, nn.Parameter(scale / rms))
+        self.register_buffer("bias", bias)
+
+    def weight(self) -> Tensor:
+        """The dense weight, (rows, cols)."""
+        a, b = _Sign.apply(self.a), _Sign.apply(self.b)
+        product = (a * (self.s_mid * self.s_mid_rms)) @ b
+        return product * (self.s_out * self.s_out_rms)[:, None] * (self.s_in * self.s_in_rms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight(), self.bias)
+
+    @torch.no_grad()
+    def factors(self) -> Factors:
+        """The factors as they are now, batch 1."""
+        scales = [getattr(self, n) * getattr(self, f"{n}_rms") for n in ("s_out", "s_mid", "s_in")]
+        return Factors(self.a.detach()[None], self.b.detach()[None], *(s[None] for s in scales))
+
+
+def make_student(model: nn.Module, names: dict[str, str], factors: dict[str, Factors]) -> nn.Module:
+    """The model with its linear layers replaced by factorized ones; the rest is shared with `model`."""
+    linears = {path: model.get_submodule(path) for path in names.values()}
+    shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
+    student = copy.deepcopy(model, shared)
+    for name, path in names.items():
+        parent, _, child = path.rpartition(".")
+        setattr(student.get_submodule(parent), child, DbfLinear(factors[name], linears[path].bias))
+    return student
+
+
+def student_factors(student: nn.Module, names: dict[str, str]) -> dict[str, Factors]:
+    """The factors of every linear layer as they are now."""
+    return {name: student.get_submodule(path).factors() for name, path in names.items()}
+
+
+def distill(
+    teacher: nn.Module, student: nn.Module, rows: Tensor, recipe: Recipe, seed: int, stage: Stage
+) -> list[float]:
+    """Train the student's scales and signs in place.
+
+    rows  (n, tokens) int64 text; every row is used before any is used again
+    ->    mean KL of each step, nats a token
+
+    `stage` gets one step for each optimizer step.
+    """
+    steps = recipe.distill_steps
+    if steps == 0:
+        return []
+    device = next(teacher.parameters()).device
+    modules = [m for m in student.modules() if isinstance(m, DbfLinear)]
+    groups = [
+        {"params": [p for m in modules for p in (m.s_out, m.s_mid, m.s_in)], "peak": recipe.scale_rate},
+        {"params": [p for m in modules for p in (m.a, m.b)], "peak": recipe.sign_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=1.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+    batches = _batches(rows, recipe.distill_batch, seed)
+    history = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
+        history.append(_train_step(teacher, student, next(batches).to(device)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent = history[-8:]
+        stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
+    return history
+
+
+def _train_step(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> float:
+    """Gradients of the mean KL on tokens (batch, tokens); returns it."""
+    bf16 = torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)
+    with bf16:
+        with torch.no_grad():
+            wanted = hidden_states(teacher, input_ids=tokens).flatten(0, 1)
+        hidden = hidden_states(student, input_ids=tokens)
+        flat = hidden.detach().flatten(0, 1)
+        head = teacher.get_output_embeddings().weight
+        total, gradient = 0.0, torch.empty_like(flat)
+        for start in range(0, len(flat), HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
+            kl, gradient[part] = _kl_gradient(flat[part], wanted[part], head)
+            total = total + kl
+    hidden.backward(gradient.view_as(hidden) / len(flat))
+    return float(total) / len(flat)
+
+
+@torch.no_grad()
+def _kl_gradient(hidden: Tensor, wanted: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed KL(wanted || hidden) of the head's distributions, and its gradient (p - p_wanted) head."""
+    log_p = torch.log_softmax((hidden @ head.mT).float(), -1)
+    log_wanted = torch.log_softmax((wanted @ head.mT).float(), -1)
+    p_wanted = log_wanted.exp()
+    kl = log_wanted.sub_(log_p).mul_(p_wanted).sum()
+    return kl, (log_p.exp_().sub_(p_wanted).to(hidden.dtype)) @ head
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine from 1 to FINAL_RATE."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / max(1, warmup)) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+
+
+def _batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of rows in random order, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, len(rows))
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        for start in range(0, len(rows) - size + 1, size):
+            yield rows[order[start : start + size]]

@@ -1,0 +1,66 @@
+"""How far the factorized model is from the original, on text that no other stage saw."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.progress import Stage
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Scores over the second half of every row, as llama-perplexity counts; KL in nats a token."""
+
+    tokens: int
+    ppl: float
+    ppl_reference: float
+    kl_mean: float
+    kl_p99: float
+    same_top1: float  # share of positions where both models' likeliest token is the same
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure(
+    reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage
+) -> Quality:
+    """Score `model` against `reference` on rows (n, tokens) int64. `stage` gets one step for each row.
+
+    KL is KL(reference || model) of the next-token distributions.
+    """
+    device = next(reference.parameters()).device
+    losses, reference_losses, divergences, agreements = [], [], [], []
+    half = rows.shape[1] // 2
+    for row in rows:
+        tokens = row[None].to(device)
+        expected = _log_probs(reference, tokens, half)
+        got = _log_probs(model, tokens, half)
+        target = tokens[0, half + 1 :, None]
+        losses.append(-got.gather(1, target)[:, 0].cpu())
+        reference_losses.append(-expected.gather(1, target)[:, 0].cpu())
+        divergences.append((expected.exp() * (expected - got)).sum(-1).cpu())
+        agreements.append((expected.argmax(-1) == got.argmax(-1)).float().cpu())
+        stage.step()
+    divergence = torch.cat(divergences)
+    return Quality(
+        tokens=len(divergence),
+        ppl=float(torch.cat(losses).mean().exp()),
+        ppl_reference=float(torch.cat(reference_losses).mean().exp()),
+        kl_mean=float(divergence.mean()),
+        kl_p99=float(np.quantile(divergence.numpy(), 0.99)),
+        same_top1=float(torch.cat(agreements).mean()),
+    )
+
+
+def _log_probs(model: nn.Module, tokens: Tensor, first: int) -> Tensor:
+    """log p of the tokens after positions first .. last - 1, (positions, n_vocab) float32."""
+    hidden = hidden_states(model, input_ids=tokens)[0, first:-1]
+    return torch.log_softmax(model.get_output_embeddings()(hidden).float(), -1)

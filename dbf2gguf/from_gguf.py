@@ -1,0 +1,181 @@
+"""A standard GGUF -> a Hugging Face folder: weights dequantized, config and tokenizer rebuilt.
+
+The way back of llama.cpp's convert_hf_to_gguf.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import dequantize
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+from dbf2gguf.archs import ARCHS, ArchSpec, unpermute_rope
+from dbf2gguf.pretokenizers import PRE_TOKENIZERS, normalizer_of
+from runtime.errors import FormatError, UnsupportedModelError
+from runtime.gguf import GgufFile
+
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type
+
+
+def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write config.json, generation_config.json, model.safetensors, tokenizer.json and
+    tokenizer_config.json into `target`, which is created.
+
+    Raises FormatError for a broken file, UnsupportedModelError for an architecture or tokenizer that has
+    no way back yet.
+    """
+    with GgufFile(source) as file:
+        arch = _find_arch(file, source)
+        target.mkdir(parents=True, exist_ok=True)
+        config = _config(file, arch, dtype)
+        _write_json(target / "config.json", config)
+        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
+        _write_json(target / "generation_config.json", ids)
+        _write_tokenizer(file, source, target)
+        save_file(_tensors(file, arch, config, dtype), target / "model.safetensors", metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)
+
+
+def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
+    name = file.metadata.get("general.architecture")
+    if "dbf.version" in file.metadata:
+        raise UnsupportedModelError(f"{source}: already factorized; wanted the original model")
+    for spec in ARCHS.values():
+        if spec.gguf == name:
+            return spec
+    known = ", ".join(sorted({spec.gguf for spec in ARCHS.values()}))
+    raise UnsupportedModelError(f"{source}: architecture {name!r} is not supported; supported: {known}")
+
+
+def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
+    meta = file.metadata
+
+    def get(key: str, default: Any = None) -> Any:
+        value = meta.get(f"{arch.gguf}.{key}", default)
+        if value is None:
+            raise FormatError(f"{file.path}: metadata key {arch.gguf}.{key} is missing")
+        return value
+
+    heads, width = get("attention.head_count"), get("embedding_length")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": arch.model_type,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", width // heads),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": float(get("rope.freq_base", 10000.0)),
+        "hidden_act": "silu",
+        "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
+        "mlp_bias": any(name.endswith("ffn_up.bias") for name in file.tensors),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = meta.get(f"tokenizer.ggml.{key}_token_id")
+    return config
+
+
+def _tensors(
+    file: GgufFile, arch: ArchSpec, config: dict[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    inner = arch.linears | arch.norms
+    outer = {
+        "token_embd.weight": f"{arch.embed}.weight",
+        "output_norm.weight": f"{arch.out_norm}.weight",
+        "output.weight": f"{arch.head}.weight",
+    }
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    result = {}
+    for name, info in file.tensors.items():
+        if name == "rope_freqs.weight":
+            raise UnsupportedModelError(f"{file.path}: scaled RoPE frequencies cannot be turned back yet")
+        array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)
+        array = array.reshape(info.shape)
+        if name in outer:
+            target = outer[name]
+        else:
+            match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+            if match is None or match[2] not in inner:
+                raise UnsupportedModelError(f"{file.path}: no place for tensor {name!r} in {arch.model_type}")
+            target = f"{arch.layers}.{match[1]}.{inner[match[2]]}.{match[3]}"
+            if match[2] in heads and arch.rope_pairing == "adjacent":
+                array = unpermute_rope(array, heads[match[2]])
+        result[target] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    return result
+
+
+def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
+    meta = file.metadata
+    try:
+        kind, tokens = meta["tokenizer.ggml.model"], list(meta["tokenizer.ggml.tokens"])
+        types = [int(t) for t in meta["tokenizer.ggml.token_type"]]
+        merges = list(meta["tokenizer.ggml.merges"]) if kind == "gpt2" else []
+    except KeyError as error:
+        raise FormatError(f"{source}: metadata key {error} is missing") from None
+    pre = meta.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UnsupportedModelError(
+            f"{source}: tokenizer {kind!r} with pre-tokenizer {pre!r} cannot be rebuilt; "
+            f"known are gpt2 with {known}"
+        )
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ", 1)) for m in merges]))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    normalizer = normalizer_of(pre)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {i: t in (UNKNOWN, CONTROL) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)}
+    for i, is_special in special.items():
+        added = AddedToken(tokens[i], special=is_special, normalized=False)
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([added])
+    bos = meta.get("tokenizer.ggml.bos_token_id")
+    add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", False)) and bos is not None
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    tokenizer.save(str(target / "tokenizer.json"))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": add_bos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": meta.get(f"{meta['general.architecture']}.context_length"),
+        "added_tokens_decoder": {
+            str(i): {
+                "content": tokens[i],
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": is_special,
+            }
+            for i, is_special in special.items()
+        },
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = meta.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            settings[f"{name}_token"] = tokens[index]
+    if "tokenizer.chat_template" in meta:
+        settings["chat_template"] = meta["tokenizer.chat_template"]
+    _write_json(target / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,38 @@
+"""A KV cache that grows in place: transformers' own copies all of it for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+
+class GrowingCache(DynamicCache):
+    """Room for `capacity` positions, allocated when a layer first writes."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._length: dict[int, int] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (batch, heads, n, head_dim) keys and values; returns all held ones as views."""
+        if layer_idx not in self._held:
+            shape = (*key_states.shape[:2], self.capacity, key_states.shape[3])
+            self._held[layer_idx] = (torch.empty(shape).to(key_states), torch.empty(shape).to(value_states))
+        start = self._length.get(layer_idx, 0)
+        end = start + key_states.shape[2]
+        keys, values = self._held[layer_idx]
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self._length[layer_idx] = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions held."""
+        return self._length.get(layer_idx, 0)

@@ -1,0 +1,67 @@
+"""Progress of long work on stderr: a bar with ETA on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_SECONDS = 20.0
+
+
+class Stage:
+    """A named stage of `total` steps; a context manager that also measures its wall-clock time.
+
+    with Stage("distil", 64) as stage:
+        for ...:
+            stage.step(note="KL 0.93")
+    """
+
+    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
+        self.name, self.total, self.quiet = name, total, quiet
+        self.seconds = 0.0
+        self._done, self._note = 0, ""
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Stage:
+        self._start = self._last_line = time.monotonic()
+        if self.quiet:
+            return self
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total, desc=f"{self.name:<12}", file=sys.stderr, dynamic_ncols=True)
+        else:
+            print(f"{self.name}: started", file=sys.stderr, flush=True)
+        return self
+
+    def step(self, note: str = "", n: int = 1) -> None:
+        """Report `n` finished steps and, in `note`, the state of the work."""
+        self._done += n
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(n)
+        elif not self.quiet:
+            now = time.monotonic()
+            if now - self._last_line >= LINE_SECONDS and self._done < self.total:
+                self._last_line = now
+                left = (now - self._start) * (self.total - self._done) / self._done
+                self._line(f"{self._done}/{self.total}, {_clock(left)} left")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.monotonic() - self._start
+        if self._bar is not None:
+            self._bar.close()
+        elif not self.quiet and kind is None:
+            self._line(f"done in {_clock(self.seconds)}")
+
+    def _line(self, text: str) -> None:
+        note = f" ({self._note})" if self._note else ""
+        print(f"{self.name}: {text}{note}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

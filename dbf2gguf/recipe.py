@@ -1,0 +1,56 @@
+"""How much work a conversion does: the presets and what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from runtime.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
+
+    row_tokens: int = 512
+    text_rows: int = 128  # distinct rows of calibration text; distillation runs over them in turn
+    correct_rows: int = 64  # rows that the sequential correction sees
+    gradient_rows: int = 16  # rows for the output importances
+    eval_rows: int = 12  # held-out rows of the receipt; no other stage sees them
+    admm_iterations: int = 25
+    damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
+    distill_steps: int = 64
+    distill_batch: int = 4  # rows a step
+    scale_rate: float = 8e-3  # Adam's peak learning rate for scales of unit rms
+    sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
+    warmup_steps: int = 10
+
+    def describe(self) -> dict[str, Any]:
+        """All settings, for the receipt."""
+        return asdict(self)
+
+
+PRESETS = {
+    "fast": Recipe(),
+    "balanced": Recipe(text_rows=384, correct_rows=128, distill_steps=192, warmup_steps=20),
+    "best": Recipe(
+        text_rows=8192,
+        correct_rows=256,
+        gradient_rows=128,
+        eval_rows=40,
+        admm_iterations=40,
+        distill_steps=1000,
+        distill_batch=32,
+        scale_rate=1.5e-2,
+        sign_rate=2e-2,
+        warmup_steps=20,
+    ),
+}
+DEFAULT_PRESET = "fast"
+
+
+def find_recipe(preset: str, **overrides: Any) -> Recipe:
+    """The preset's recipe with every override that is not None in place. Raises OptionError."""
+    if preset not in PRESETS:
+        raise OptionError(f"--preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+    return replace(PRESETS[preset], **{k: v for k, v in overrides.items() if v is not None})

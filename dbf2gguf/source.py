@@ -1,0 +1,153 @@
+"""Open the model to convert: a Hugging Face folder, or a GGUF turned into one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dbf2gguf.archs import ArchSpec, find_arch
+from runtime.errors import FormatError, UnsupportedModelError
+
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face folder that passed its checks."""
+
+    path: Path
+    config: dict[str, Any]
+    arch: ArchSpec
+    name: str
+
+
+def open_source(model: str | Path, scratch: Path) -> Source:
+    """Check the model at `model` without loading its weights.
+
+    A GGUF file is dequantized into a Hugging Face folder under `scratch` first.
+    Raises FormatError for what is no model or a broken one, UnsupportedModelError for an architecture or
+    feature that is not implemented.
+    """
+    path = Path(model)
+    name = path.resolve().name
+    if not path.exists():
+        raise FormatError(f"{model}: no such folder or file; wanted a Hugging Face model folder or a GGUF file")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != GGUF_MAGIC:
+                raise FormatError(
+                    f"{model}: not a GGUF file; wanted a Hugging Face model folder or a GGUF file"
+                )
+        from dbf2gguf.from_gguf import gguf_to_hf
+
+        name, path = path.stem, scratch / "model"
+        gguf_to_hf(Path(model), path)
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise FormatError(f"{path}: no config.json in it; wanted a Hugging Face model folder")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{config_file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{config_file}: wanted a JSON object, got {type(config).__name__}")
+    arch = find_arch(config, str(config_file))
+    _check_safetensors(path)
+    return Source(path, config, arch, name)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Every weight file is whole: its header is readable and its size is what the header says."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise FormatError(f"{index}: not a safetensors index: {error!r}") from None
+    else:
+        files = sorted(p.name for p in path.glob("*.safetensors"))
+    if not files:
+        raise FormatError(f"{path}: no .safetensors file in it; only safetensors weights are read")
+    from safetensors import SafetensorError, safe_open
+
+    for name in files:
+        file = path / name
+        if not file.is_file():
+            raise FormatError(f"{file}: named in {index.name} but missing")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{file}: broken or truncated safetensors file: {error}") from None
+
+
+def load_model(source: Source, device: str = "cpu") -> nn.Module:
+    """The reference model, float32, in evaluation mode, without gradients. Raises FormatError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise FormatError(f"{source.path}: transformers cannot load it: {lines[0]}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise FormatError(f"{source.path}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if mismatched:
+        raise FormatError(f"{source.path}: shape of {mismatched[0]} contradicts config.json")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's fast tokenizer. Raises FormatError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except Exception as error:  # transformers raises anything from KeyError to tokenizers' own Exception
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise FormatError(f"{source.path}: transformers cannot load its tokenizer: {lines[0]}") from error
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(f"{source.path}: no tokenizer.json, and none can be made from its tokenizer")
+    return tokenizer
+
+
+def decoder_layers(model: nn.Module, arch: ArchSpec) -> nn.ModuleList:
+    """The list of decoder blocks."""
+    layers = model.get_submodule(arch.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def linear_names(model: nn.Module, arch: ArchSpec) -> dict[str, str]:
+    """GGUF name ("blk.0.attn_q") -> module name of every linear layer to factorize, in file order.
+
+    Raises UnsupportedModelError if a block lacks one or it is no plain linear layer.
+    """
+    names = {}
+    for index in range(len(decoder_layers(model, arch))):
+        for gguf, hf in arch.linears.items():
+            module = f"{arch.layers}.{index}.{hf}"
+            try:
+                found = model.get_submodule(module)
+            except AttributeError:
+                raise UnsupportedModelError(f"{module}: the model has no such layer") from None
+            if not isinstance(found, nn.Linear):
+                raise UnsupportedModelError(f"{module}: wanted a linear layer, got {type(found).__name__}")
+            names[f"blk.{index}.{gguf}"] = module
+    return names

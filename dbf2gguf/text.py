@@ -1,0 +1,187 @@
+"""Calibration text: the user's files, or text that the model writes itself; as rows of tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbf2gguf.kvcache import GrowingCache
+from dbf2gguf.progress import Stage
+from dbf2gguf.prompts import chat_questions, openings
+from runtime.errors import FormatError, OptionError
+
+CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
+CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
+TEMPERATURE = 0.8
+BATCH_TOKENS = 32768  # tokens of KV cache at a time
+
+
+def rows_from_files(
+    files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int
+) -> Tensor:
+    """Rows of tokens drawn from text files, equally from each as far as it goes.
+
+    files   .jsonl (one object a line: "text", "messages", or a question and its answer) or plain text
+    ->      (<= rows, row_tokens) int64 in random order; fewer if the files hold less
+
+    Raises FormatError for a file that cannot be read, OptionError if all hold less than 2 rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pools = []
+    for file in files:
+        ids = torch.tensor(list(_file_tokens(file, tokenizer)), dtype=torch.int64)
+        count = len(ids) // row_tokens
+        cut = ids[: count * row_tokens].view(count, row_tokens)
+        pools.append(cut[torch.randperm(count, generator=generator)])
+    drawn: list[Tensor] = []
+    left = rows
+    for place, pool in enumerate(sorted(pools, key=len)):
+        take = min(len(pool), left // (len(pools) - place))
+        drawn.append(pool[:take])
+        left -= take
+    result = torch.cat(drawn) if drawn else torch.empty(0, row_tokens, dtype=torch.int64)
+    if len(result) < 2:
+        raise OptionError(
+            f"--calib: the files hold {len(result)} rows of {row_tokens} tokens; wanted 2 at least"
+        )
+    return result[torch.randperm(len(result), generator=generator)]
+
+
+def _file_tokens(file: Path, tokenizer: Any) -> Iterator[int]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    documents: Iterable[str] = _jsonl_documents(file, text, tokenizer) if file.suffix == ".jsonl" else [text]
+    for document in documents:
+        yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from end
+
+
+def _jsonl_documents(file: Path, text: str, tokenizer: Any) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise FormatError(f"{file}:{number}: not JSON: {error}") from None
+        yield _document(entry, tokenizer, f"{file}:{number}")
+
+
+def _document(entry: Any, tokenizer: Any, where: str) -> str:
+    if isinstance(entry, dict):
+        if isinstance(entry.get("text"), str):
+            return str(entry["text"])
+        if "messages" in entry:
+            return _chat(entry["messages"], tokenizer)
+        for ask, reply in CHAT_KEYS:
+            if ask in entry and reply in entry:
+                return _chat(
+                    [
+                        {"role": "user", "content": str(entry[ask]).strip()},
+                        {"role": "assistant", "content": str(entry[reply]).strip()},
+                    ],
+                    tokenizer,
+                )
+    pairs = ", ".join(f"{ask!r} and {reply!r}" for ask, reply in CHAT_KEYS)
+    raise FormatError(f"{where}: wanted an object with 'text', 'messages', or {pairs}")
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n\n".join(str(message["content"]) for message in messages)
+
+
+@torch.no_grad()
+def self_written_rows(
+    model: nn.Module, tokenizer: Any, rows: int, row_tokens: int, seed: int, stage: Stage
+) -> Tensor:
+    """Text that the model writes at temperature 1 from many short prompts: chat questions, where the
+    tokenizer has a chat template, and openings of texts of many kinds.
+
+    ->  (rows, row_tokens) int64
+
+    `stage` gets one step for each row. When the model ends a text, the next prompt follows in its place.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = _prompt_stream(tokenizer, generator)
+    pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
+    length = row_tokens // pieces
+    batch = max(1, BATCH_TOKENS // row_tokens)
+    drawn = []
+    while len(drawn) * batch < rows:
+        count = min(batch, rows - len(drawn) * batch)
+        block = _sample_block(model, tokenizer, prompts, count * pieces, length, generator)
+        drawn.append(block.view(count, row_tokens))
+        stage.step(n=count)
+    return torch.cat(drawn)[:rows]
+
+
+def _sample_block(
+    model: nn.Module, tokenizer: Any, prompts: Iterator[list[int]], count: int, length: int, generator: torch.Generator
+) -> Tensor:
+    """`count` rows of `length` tokens, written side by side."""
+    device = next(model.parameters()).device
+    forced = [deque(next(prompts)) for _ in range(count)]
+    out = torch.empty(count, length, dtype=torch.int64)
+    ends = set(_end_ids(tokenizer))
+    cache = GrowingCache(length)
+    tokens = torch.tensor([queue.popleft() for queue in forced])
+    for position in range(length):
+        out[:, position] = tokens
+        if position + 1 == length:
+            break
+        logits = model(tokens[:, None].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+        tokens = _sample(logits.float() / TEMPERATURE, generator)
+        for row, queue in enumerate(forced):
+            if queue:
+                tokens[row] = queue.popleft()
+            elif int(tokens[row]) in ends:
+                queue.extend(next(prompts))
+    return out
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row from softmax(logits), (rows,) int64 on the CPU, by the inverse of the cumulative sum."""
+    reached = torch.softmax(logits, -1).cumsum(-1)
+    wanted = torch.rand(len(logits), 1, generator=generator).to(logits.device) * reached[:, -1:]
+    return torch.searchsorted(reached, wanted).clamp_(max=logits.shape[1] - 1)[:, 0].cpu()
+
+
+def _prompt_stream(tokenizer: Any, generator: torch.Generator) -> Iterator[list[int]]:
+    """Prompts as tokens, without end: chat questions and openings by turns, each in random order."""
+    kinds = [[tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]]
+    if tokenizer.chat_template:
+        kinds.append(
+            [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+                )["input_ids"]
+                for text in chat_questions()
+            ]
+        )
+    streams = [_shuffled(kind, generator) for kind in kinds]
+    for stream in itertools.cycle(streams):
+        yield next(stream)
+
+
+def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:
+    while True:
+        for index in torch.randperm(len(items), generator=generator).tolist():
+            yield items[index]
+
+
+def _end_ids(tokenizer: Any) -> list[int]:
+    ends = [tokenizer.eos_token_id]
+    ends += [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")]
+    return [e for e in ends if e is not None and e != tokenizer.unk_token_id]

@@ -1,0 +1,254 @@
+"""Write the factorized model as GGUF: llama.cpp's metadata, the exact tokenizer, DBF1 tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dbf2gguf.archs import ArchSpec, permute_rope
+from dbf2gguf.factorize import Factors
+from dbf2gguf.pretokenizers import find_pre
+from dbf2gguf.source import Source, decoder_layers
+from runtime.errors import UnsupportedModelError
+from runtime.format import DBF1_TYPE, FORMAT_VERSION, pack
+
+EMBED_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+Q8_0_BLOCK = 32
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the body ends well, and is removed when it
+    does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_gguf(
+    path: Path,
+    source: Source,
+    model: nn.Module,
+    tokenizer: Any,
+    factors: dict[str, Factors],
+    embed_type: str,
+    bpw: float,
+    notes: dict[str, Any],
+) -> None:
+    """Write the model to `path` at once; the caller gives a temporary name.
+
+    model    the original: norms, biases, embedding and head are taken from it
+    factors  GGUF name ("blk.0.attn_q") -> factors, scales already float16 values
+    notes    further metadata: full key -> str, int, float, bool
+    """
+    arch = source.arch
+    writer = gguf.GGUFWriter(path, arch.gguf)
+    try:
+        _add_architecture(writer, source, model)
+        _add_tokenizer(writer, source, tokenizer, model.get_input_embeddings().weight.shape[0])
+        writer.add_uint32("dbf.version", FORMAT_VERSION)
+        writer.add_float32("dbf.bits_per_weight", bpw)
+        writer.add_string("dbf.rope.pairing", arch.rope_pairing)
+        writer.add_string("dbf.activation", arch.activation)
+        writer.add_string("dbf.norm", arch.norm)
+        for key, value in notes.items():
+            _add_value(writer, key, value)
+        _add_tensors(writer, arch, model, factors, embed_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def quantized(weight: Tensor, embed_type: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:
+    """A matrix in the type of the embedding and the head: (rows, bytes) uint8 or (rows, cols) float16."""
+    kind = EMBED_TYPES[embed_type]
+    return gguf.quants.quantize(weight.detach().float().cpu().numpy(), kind), kind
+
+
+def dequantized(weight: Tensor, embed_type: str) -> Tensor:
+    """What a reader of the file gets for `quantized(weight, embed_type)`."""
+    data, kind = quantized(weight, embed_type)
+    return torch.from_numpy(np.array(gguf.quants.dequantize(data, kind), dtype=np.float32)).to(weight.device)
+
+
+def head_is_tied(model: nn.Module) -> bool:
+    """Whether the head is the embedding itself."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module) -> None:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(_rope_theta(config))
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _rope_theta(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+
+
+def _rope_freqs(model: nn.Module, arch: ArchSpec) -> NDArray[np.float32] | None:
+    """What divides RoPE's frequencies in a model with scaled ones; None where nothing does."""
+    config = model.config
+    scaled = model.get_submodule(arch.decoder).rotary_emb.inv_freq.double().cpu().numpy()
+    plain = _rope_theta(config) ** (-np.arange(len(scaled), dtype=np.float64) / len(scaled))
+    ratio = plain / scaled
+    return None if np.allclose(ratio, 1.0, rtol=1e-4) else ratio.astype(np.float32)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, vocab_size: int) -> None:
+    writer.add_string("tokenizer.huggingface.json", tokenizer.backend_tokenizer.to_str())
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    if (source.path / "tokenizer.model").is_file():
+        kind, pre, tokens, scores, types = _sentencepiece_vocabulary(source, tokenizer, vocab_size)
+        writer.add_tokenizer_model(kind)
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(types)
+        special = gguf.SpecialVocab(source.path, n_vocab=len(tokens))
+    elif description["model"]["type"] == "BPE":
+        tokens, types = _bpe_vocabulary(tokenizer, vocab_size)
+        pre = find_pre(tokenizer.backend_tokenizer)
+        if pre is None:
+            print("warning: unknown pre-tokenizer: the file has no tokenizer.ggml.pre; this runtime does not need it")
+        writer.add_tokenizer_model("gpt2")
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        special = gguf.SpecialVocab(source.path, load_merges=True, n_vocab=len(tokens))
+    else:
+        raise UnsupportedModelError(f"{source.path}: tokenizer model {description['model']['type']!r}; supported: BPE")
+    special.chat_template = tokenizer.chat_template or None
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _bpe_vocabulary(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Tokens and llama.cpp's token types of a byte-level BPE vocabulary, filled up to `vocab_size`."""
+    kinds = gguf.TokenType
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for index in range(vocab_size):
+        if index not in by_id:
+            tokens.append(f"[PAD{index}]")
+            types.append(kinds.UNUSED)
+        elif index in added:
+            tokens.append(by_id[index])
+            types.append(kinds.CONTROL if added[index].special else kinds.USER_DEFINED)
+        else:
+            tokens.append(by_id[index])
+            types.append(kinds.NORMAL)
+    return tokens, types
+
+
+def _sentencepiece_vocabulary(
+    source: Source, tokenizer: Any, vocab_size: int
+) -> tuple[str, str, list[bytes], list[float], list[int]]:
+    """llama.cpp's model and pre names, pieces, scores and token types of a SentencePiece vocabulary."""
+    from sentencepiece import SentencePieceProcessor
+
+    kinds = gguf.TokenType
+    pieces = SentencePieceProcessor()
+    pieces.Load(str(source.path / "tokenizer.model"))
+    tokens = [f"[PAD{i}]".encode() for i in range(vocab_size)]
+    scores, types = [-1000.0] * vocab_size, [int(kinds.UNUSED)] * vocab_size
+    for index in range(min(vocab_size, pieces.vocab_size())):
+        tokens[index] = pieces.IdToPiece(index).encode()
+        scores[index] = pieces.GetScore(index)
+        types[index] = int(
+            kinds.UNKNOWN
+            if pieces.IsUnknown(index)
+            else kinds.CONTROL
+            if pieces.IsControl(index)
+            else kinds.UNUSED
+            if pieces.IsUnused(index)
+            else kinds.BYTE
+            if pieces.IsByte(index)
+            else kinds.NORMAL
+        )
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if index < vocab_size and types[index] in (kinds.NORMAL, kinds.UNUSED):
+            tokens[index] = token.content.encode()
+            types[index] = int(kinds.CONTROL if token.special else kinds.USER_DEFINED)
+    return "llama", "default", tokens, scores, types
+
+
+def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_int64(key, value)
+    elif isinstance(value, float):
+        writer.add_float64(key, value)
+    else:
+        writer.add_string(key, str(value))
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter, arch: ArchSpec, model: nn.Module, factors: dict[str, Factors], embed_type: str
+) -> None:
+    def add_matrix(name: str, weight: Tensor) -> None:
+        data, kind = quantized(weight, embed_type)
+        writer.add_tensor(name, data, raw_dtype=kind)
+
+    def add_vector(name: str, vector: Tensor, dtype: type = np.float32) -> None:
+        writer.add_tensor(name, vector.detach().float().cpu().numpy().astype(dtype))
+
+    add_matrix("token_embd.weight", model.get_input_embeddings().weight)
+    if not head_is_tied(model):
+        add_matrix("output.weight", model.get_output_embeddings().weight)
+    add_vector("output_norm.weight", model.get_submodule(arch.out_norm).weight)
+    freqs = _rope_freqs(model, arch)
+    if freqs is not None:
+        writer.add_tensor("rope_freqs.weight", freqs)
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    for index, layer in enumerate(decoder_layers(model, arch)):
+        for name, path in arch.norms.items():
+            add_vector(f"blk.{index}.{name}.weight", layer.get_submodule(path).weight)
+        for name, path in arch.linears.items():
+            prefix = f"blk.{index}.{name}"
+            linear = factors[prefix]
+            a, s_out, bias = linear.a[0], linear.s_out[0], layer.get_submodule(path).bias
+            if name in heads and arch.rope_pairing == "adjacent":
+                a, s_out = permute_rope(a, heads[name]), permute_rope(s_out, heads[name])
+                bias = None if bias is None else permute_rope(bias, heads[name])
+            writer.add_tensor(f"{prefix}.dbf_a", pack(a.cpu().numpy()), raw_dtype=DBF1_TYPE)
+            writer.add_tensor(f"{prefix}.dbf_b", pack(linear.b[0].cpu().numpy()), raw_dtype=DBF1_TYPE)
+            add_vector(f"{prefix}.dbf_out", s_out, np.float16)
+            add_vector(f"{prefix}.dbf_mid", linear.s_mid[0], np.float16)
+            add_vector(f"{prefix}.dbf_in", linear.s_in[0], np.float16)
+            if bias is not None:
+                add_vector(f"{prefix}.bias", bias)
