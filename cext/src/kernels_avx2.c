@@ -52,35 +52,47 @@ static inline float sum8(__m256 v) /* lanes_sum from half = 4 on */
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
+/* byte shuffles: entry i of a table takes, for column j, max(q[j], 0) if bit j of i is set, else max(-q[j], 0);
+ * the former are the words 0-3 of a register, the latter the words 4-7 */
+#define PICK(i, j) (int16_t)((2 * (j) + ((i) >> (j) & 1 ? 0 : 8)) * 257 + 256)
+#define PICKS(i, j) \
+    PICK(i, j), PICK(i + 1, j), PICK(i + 2, j), PICK(i + 3, j), PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)
+#define SHUFFLE(i, j) _mm256_shuffle_epi8(parts, _mm256_setr_epi16(PICKS(i, j), PICKS(i, j)))
+
+/* the tables of 8 columns, those of 0-3 in the low halves of the registers and those of 4-7 in the high; returns
+ * sums of |q| in the four int32 of a register */
+static inline __m128i tables_of_8(uint8_t *out, __m128i q)
+{
+    const __m128i zero = _mm_setzero_si128();
+    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_max_epi16(_mm_sub_epi16(zero, q), zero);
+    __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
+    __m256i e0 = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)),
+                                  _mm256_add_epi16(SHUFFLE(0, 2), SHUFFLE(0, 3)));
+    __m256i e8 = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(8, 0), SHUFFLE(8, 1)),
+                                  _mm256_add_epi16(SHUFFLE(8, 2), SHUFFLE(8, 3)));
+    const __m256i byte = _mm256_set1_epi16(255);
+    __m256i low = _mm256_packus_epi16(_mm256_and_si256(e0, byte), _mm256_and_si256(e8, byte));
+    __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(e0, 8), _mm256_srli_epi16(e8, 8));
+    _mm256_storeu_si256((__m256i *)out, low);
+    _mm256_storeu_si256((__m256i *)out + 1, high);
+    return _mm_madd_epi16(_mm_add_epi16(plus, minus), _mm_set1_epi16(1));
+}
+
 static void sign_table_avx2(void *table, const int16_t *q, int cols)
 {
-    const __m256i bit[4] = {
-        _mm256_setr_epi16(0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1),
-        _mm256_setr_epi16(0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1),
-        _mm256_setr_epi16(0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, -1, -1, -1),
-        _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1),
-    };
     uint8_t *out = (uint8_t *)table + LUT16_HEAD;
-    int32_t l1 = 0;
-    for (int k = 0; k < (cols + 7) / 8 * 8; k += 4, out += 32) {
-        int16_t p[4] = { 0 };
-        if (k + 4 <= cols)
-            memcpy(p, q + k, sizeof p);
-        else
-            for (int j = 0; j < cols - k; j++) p[j] = q[k + j];
-        /* entry 0 agrees with the negative columns; setting bit j adds q[j] to it */
-        int32_t negative = 0, all = 0;
-        for (int j = 0; j < 4; j++) {
-            all += p[j];
-            negative -= p[j] < 0 ? p[j] : 0;
-        }
-        l1 += all + 2 * negative;
-        __m256i e = _mm256_set1_epi16((int16_t)negative);
-        for (int j = 0; j < 4; j++) e = _mm256_add_epi16(e, _mm256_and_si256(_mm256_set1_epi16(p[j]), bit[j]));
-        __m256i low = _mm256_and_si256(e, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(e, 8);
-        __m256i planes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
-        _mm256_storeu_si256((__m256i *)out, planes);
+    __m128i sums = _mm_setzero_si128();
+    int k = 0;
+    for (; k + 8 <= cols; k += 8, out += LUT16_GROUP)
+        sums = _mm_add_epi32(sums, tables_of_8(out, _mm_loadu_si128((const __m128i *)(q + k))));
+    if (k < cols) {
+        int16_t rest[8] = { 0 };
+        memcpy(rest, q + k, (size_t)(cols - k) * sizeof *q);
+        sums = _mm_add_epi32(sums, tables_of_8(out, _mm_loadu_si128((const __m128i *)rest)));
     }
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1));
+    int32_t l1 = _mm_cvtsi128_si32(sums);
     memcpy(table, &l1, sizeof l1);
 }
 
@@ -125,8 +137,8 @@ static void sign_gemv_avx2(int32_t *isum, const uint8_t *w, const void *table, i
         __m256i l0 = zero, l0_odd = zero, h0 = zero, h0_odd = zero, l1 = zero, l1_odd = zero, h1 = zero, h1_odd = zero;
         for (int g = g0; g < end; g++, w += DBF_PANEL, t += 4) {
             __m256i a_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t));
-            __m256i a_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
-            __m256i b_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 2));
+            __m256i b_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
+            __m256i a_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 2));
             __m256i b_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 3));
             _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
             LOOK_UP(w, l0, l0_odd, h0, h0_odd);

@@ -58,7 +58,7 @@ static void sign_table_neon(void *table, const int16_t *q, int cols)
     };
     uint8_t *out = (uint8_t *)table + LUT16_HEAD;
     int32_t l1 = 0;
-    for (int k = 0; k < (cols + 7) / 8 * 8; k += 4, out += 32) {
+    for (int k = 0; k < (cols + 7) / 8 * 8; k += 4) {
         int16_t p[4] = { 0 };
         for (int j = 0; j < 4 && k + j < cols; j++) p[j] = q[k + j];
         /* entry 0 agrees with the negative columns; setting bit j adds q[j] to it */
@@ -75,7 +75,8 @@ static void sign_table_neon(void *table, const int16_t *q, int cols)
         }
         uint8x16_t b0 = vreinterpretq_u8_s16(e0), b1 = vreinterpretq_u8_s16(e1);
         vst1q_u8(out, vuzp1q_u8(b0, b1));
-        vst1q_u8(out + 16, vuzp2q_u8(b0, b1));
+        vst1q_u8(out + 32, vuzp2q_u8(b0, b1));
+        out += k % 8 == 0 ? 16 : LUT16_GROUP - 16;
     }
     memcpy(table, &l1, sizeof l1);
 }
@@ -114,8 +115,8 @@ static void sign_gemv_neon(int32_t *isum, const uint8_t *w, const void *table, i
         uint16x8_t l0 = vdupq_n_u16(0), l1 = l0, l2 = l0, l3 = l0, m0 = l0, m1 = l0, m2 = l0, m3 = l0;
         uint16x8_t h0 = l0, h1 = l0, h2 = l0, h3 = l0, n0 = l0, n1 = l0, n2 = l0, n3 = l0;
         for (int g = g0; g < end; g++, w += DBF_PANEL, t += LUT16_GROUP) {
-            uint8x16_t a_low = vld1q_u8(t), a_high = vld1q_u8(t + 16);
-            uint8x16_t b_low = vld1q_u8(t + 32), b_high = vld1q_u8(t + 48);
+            uint8x16_t a_low = vld1q_u8(t), b_low = vld1q_u8(t + 16);
+            uint8x16_t a_high = vld1q_u8(t + 32), b_high = vld1q_u8(t + 48);
             __builtin_prefetch(w + 1024);
             LOOK_UP(0);
             LOOK_UP(1);

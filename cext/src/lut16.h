@@ -4,8 +4,8 @@
  * whose sign is that of q[k]. For 4 columns, agree has 16 possible values, 0 .. 4 * 8191: 15 bits, which a byte
  * shuffle looks up as a low plane of 8 bits and a high plane of 7.
  *
- * Table: int32 l1, padding to 64 bytes; then per group of 8 columns 4 x 16 bytes: low and high plane of the
- * columns 0-3 (low nibble of a DBF1 byte), low and high plane of the columns 4-7.
+ * Table: int32 l1, padding to 64 bytes; then per group of 8 columns 4 x 16 bytes: the low planes of the columns 0-3
+ * (low nibble of a DBF1 byte) and of the columns 4-7, then their high planes.
  * Weights ("g64"): panels of 64 rows; in a panel, per group of 8 columns, the DBF1 bytes of the 64 rows. One linear
  * stream of bytes per thread.
  *
