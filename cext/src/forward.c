@@ -272,8 +272,8 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
             if (w->type == DBF_F32) k->gemv_f32(y, (const float *)w->data + row, x + i * cols, rows, w->cols);
             if (w->type == DBF_F16) k->gemv_f16(y, (const uint16_t *)w->data + row, x + i * cols, rows, w->cols);
             if (w->type == DBF_Q8_0)
-                k->gemv_q8_0(y, (const uint8_t *)w->data + row / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, q + i * cols, scale[i],
-                             rows, w->cols);
+                k->gemv_q8_0(y, (const uint8_t *)w->data + row / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, q + i * cols,
+                             scale[i], rows, w->cols);
         }
     /* pool_run's own barrier ends the pass */
 }
@@ -327,7 +327,8 @@ int dbf_forward(dbf_session *s, const int32_t *tokens, int n, int pos, float *lo
     for (int done = 0; done < n; done += CHUNK) {
         job_t job = { .s = s, .tokens = tokens + done, .n = n - done < CHUNK ? n - done : CHUNK, .pos = pos + done };
         job.first = skip <= done ? 0 : skip - done < job.n ? skip - done : job.n;
-        job.logits = logits + (size_t)(done + job.first - skip > 0 ? done + job.first - skip : 0) * s->model->config.n_vocab;
+        int row = done + job.first > skip ? done + job.first - skip : 0; /* of logits */
+        job.logits = logits + (size_t)row * s->model->config.n_vocab;
         int code = pool_run(s->model->pool, forward, &job);
         if (code) return code;
         s->held = pos + done + job.n;

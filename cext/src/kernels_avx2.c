@@ -56,7 +56,8 @@ static inline float sum8(__m256 v) /* lanes_sum from half = 4 on */
  * the former are the words 0-3 of a register, the latter the words 4-7 */
 #define PICK(i, j) (int16_t)((2 * (j) + ((i) >> (j) & 1 ? 0 : 8)) * 257 + 256)
 #define PICKS(i, j) \
-    PICK(i, j), PICK(i + 1, j), PICK(i + 2, j), PICK(i + 3, j), PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)
+    PICK(i, j), PICK(i + 1, j), PICK(i + 2, j), PICK(i + 3, j), \
+    PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)
 #define SHUFFLE(i, j) _mm256_shuffle_epi8(parts, _mm256_setr_epi16(PICKS(i, j), PICKS(i, j)))
 
 /* the tables of 8 columns, those of 0-3 in the low halves of the registers and those of 4-7 in the high; returns
@@ -119,7 +120,8 @@ static inline void flush(int32_t *isum, __m256i low, __m256i low_odd, __m256i hi
         __m256i a_ = _mm256_and_si256(w_, nibble), b_ = _mm256_and_si256(_mm256_srli_epi16(w_, 4), nibble);   \
         __m256i s_ = _mm256_shuffle_epi8(a_low, a_), t_ = _mm256_shuffle_epi8(b_low, b_);                     \
         low = _mm256_add_epi16(low, _mm256_add_epi16(s_, t_));                                                \
-        low_odd = _mm256_add_epi16(low_odd, _mm256_add_epi16(_mm256_srli_epi16(s_, 8), _mm256_srli_epi16(t_, 8))); \
+        low_odd = _mm256_add_epi16(low_odd, _mm256_srli_epi16(s_, 8));                                        \
+        low_odd = _mm256_add_epi16(low_odd, _mm256_srli_epi16(t_, 8));                                        \
         s_ = _mm256_add_epi8(_mm256_shuffle_epi8(a_high, a_), _mm256_shuffle_epi8(b_high, b_));               \
         high = _mm256_add_epi16(high, s_);                                                                    \
         high_odd = _mm256_add_epi16(high_odd, _mm256_srli_epi16(s_, 8));                                      \

@@ -14,7 +14,7 @@
 #include "../dbf.h"
 
 /* Nanoseconds to spin, by the clock: one pause takes 40 cycles on one CPU and 140 on the next. Where a wait ended in
- * sleep, the cores are probably shared, and spinning keeps the awaited thread from running: the next spins are short. */
+ * sleep, the cores are probably shared, and spinning keeps the awaited thread from running: later spins are short. */
 #define SPIN_MAX 50000
 #define SPIN_MIN 2000
 #define PAUSES 16 /* between two looks at the clock */

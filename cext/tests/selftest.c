@@ -120,7 +120,10 @@ static void test_model(int type)
     dbf_weights w = { dense, dense, layers, random_floats(D) };
     float rope[CTX][8][2];
     for (int p = 0; p < CTX; p++)
-        for (int i = 0; i < 8; i++) rope[p][i][0] = cosf((float)p / (float)(1 << i)), rope[p][i][1] = sinf((float)p / (float)(1 << i));
+        for (int i = 0; i < 8; i++) {
+            rope[p][i][0] = cosf((float)p / (float)(1 << i));
+            rope[p][i][1] = sinf((float)p / (float)(1 << i));
+        }
 
     dbf_isa_use("scalar");
     run_model(&c, &w, &rope[0][0][0], 1, TOKENS, want);
