@@ -19,7 +19,7 @@ from runtime.errors import FormatError, OptionError
 
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
-TEMPERATURE = 0.8
+TEMPERATURE = 1.0
 BATCH_TOKENS = 32768  # tokens of KV cache at a time
 
 
