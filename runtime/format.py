@@ -13,6 +13,8 @@ Importing this module registers the type with `gguf`, so that `GGUFWriter`, `GGU
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from gguf import constants as _constants
 from gguf import quants as _quants
@@ -44,7 +46,7 @@ def pad8(n: int) -> int:
     return -(-n // BLOCK_SIGNS) * BLOCK_SIGNS
 
 
-def pack(signs: NDArray[np.generic]) -> NDArray[np.uint8]:
+def pack(signs: NDArray[Any]) -> NDArray[np.uint8]:
     """Pack a sign matrix into DBF1 bytes.
 
     signs  (rows, cols)          any real dtype; >= 0 becomes +1 (bit 1), < 0 becomes -1 (bit 0)
@@ -54,7 +56,8 @@ def pack(signs: NDArray[np.generic]) -> NDArray[np.uint8]:
     """
     if signs.ndim != 2:
         raise FormatError(f"pack: got an array of shape {signs.shape}, wanted (rows, cols)")
-    return np.packbits(signs >= 0, axis=1, bitorder="little")
+    packed: NDArray[np.uint8] = np.packbits(signs >= 0, axis=1, bitorder="little")
+    return packed
 
 
 def unpack(data: NDArray[np.uint8], cols: int | None = None) -> NDArray[np.int8]:
@@ -86,7 +89,7 @@ def _register() -> int:
     qtypes._member_names_.append("DBF1")
     _constants.GGML_QUANT_SIZES[member] = (BLOCK_SIGNS, BLOCK_BYTES)
 
-    class DBF1Quant(_quants.__Quant, qtype=member):  # type: ignore[name-defined,misc]
+    class DBF1Quant(_quants.__Quant, qtype=member):
         """gguf's view of DBF1: float32 signs in, bytes out, and back."""
 
         @classmethod

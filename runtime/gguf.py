@@ -109,6 +109,13 @@ class Metadata(Mapping[str, Any]):
             value = self._values[key] = self._file._parse_array(key, value)
         return value
 
+    def array_length(self, key: str) -> int | None:
+        """The number of values of an array, which is not parsed for that; None if `key` is no array."""
+        value = self._values[key]
+        if isinstance(value, _LazyArray):
+            return value.count
+        return len(value) if isinstance(value, list) else None
+
     def __contains__(self, key: object) -> bool:
         return key in self._values
 
@@ -246,7 +253,7 @@ class GgufFile:
             values[key] = self._value(key, kind)
             if key == "general.alignment":
                 self._set_alignment(kind, values[key])
-        self.metadata: Mapping[str, Any] = Metadata(self, values)
+        self.metadata = Metadata(self, values)
 
     def _set_alignment(self, kind: int, value: Any) -> None:
         """Data sections begin at multiples of the alignment; 8 at least, so that typed views are aligned."""
