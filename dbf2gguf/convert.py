@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import shutil
 import sys
@@ -28,7 +27,15 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files, self_written_rows
-from dbf2gguf.write import EMBED_TYPES, Q8_0_BLOCK, dequantized, head_is_tied, replacing, write_gguf
+from dbf2gguf.write import (
+    EMBED_TYPES,
+    Q8_0_BLOCK,
+    dequantized,
+    head_is_tied,
+    replacing,
+    verify,
+    write_gguf,
+)
 from runtime.errors import OptionError
 
 GRADIENT_BATCH = 4
@@ -205,7 +212,9 @@ def as_stored(factors: Factors) -> Factors:
     return Factors(even.a, even.b, *scales)
 
 
-def as_read(model: nn.Module, names: dict[str, str], factors: dict[str, Factors], embed_type: str) -> nn.Module:
+def as_read(
+    model: nn.Module, names: dict[str, str], factors: dict[str, Factors], embed_type: str
+) -> nn.Module:
     """The dense twin: the model that a reader of the file has, factors multiplied out, embedding and head as
     stored. `model` is left as it was."""
     twin = make_student(model, names, factors)
@@ -217,7 +226,9 @@ def as_read(model: nn.Module, names: dict[str, str], factors: dict[str, Factors]
         linear.weight = nn.Parameter(factors[name].dense()[0], requires_grad=False)
         linear.bias = original.bias
         setattr(twin.get_submodule(parent), child, linear)
-    embedding = nn.Parameter(dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False)
+    embedding = nn.Parameter(
+        dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False
+    )
     head = embedding
     if not head_is_tied(model):
         head = nn.Parameter(
@@ -228,14 +239,7 @@ def as_read(model: nn.Module, names: dict[str, str], factors: dict[str, Factors]
     return twin
 
 
-def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
-    """Read the file back with the runtime's own reader and compare every sign matrix and scale."""
-    from runtime.model import load_model_file
-
-    load_model_file(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Checks before the work
 
 
@@ -266,7 +270,9 @@ def _check_device(device: str) -> None:
     if kind not in ("cpu", "cuda"):
         raise OptionError(f"--device {device!r} is unknown; there are cpu, cuda, cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError("--device cuda: this machine has no CUDA device that torch can use; take --device cpu")
+        raise OptionError(
+            "--device cuda: this machine has no CUDA device that torch can use; take --device cpu"
+        )
 
 
 def _skeleton(source: Source) -> nn.Module:
@@ -274,19 +280,24 @@ def _skeleton(source: Source) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.path, local_files_only=True))
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(source.path, local_files_only=True)
+        )
 
 
 def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:
     """Q8_0 needs rows of whole blocks; where they are not, say so and take F16."""
     width = skeleton.get_input_embeddings().weight.shape[1]
     if embed_type == "q8_0" and width % Q8_0_BLOCK:
-        print(f"note: embedding rows of {width} are no multiple of {Q8_0_BLOCK}: stored as f16, not q8_0", file=sys.stderr)
+        print(
+            f"note: embedding rows of {width} are no multiple of {Q8_0_BLOCK}: stored as f16, not q8_0",
+            file=sys.stderr,
+        )
         return "f16"
     return embed_type
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Figures
 
 
@@ -336,7 +347,9 @@ def _notes(
     }
     notes |= {f"dbf.recipe.{key}": value for key, value in recipe.describe().items()}
     notes |= {f"dbf.quality.{key}": value for key, value in quality.describe().items()}
-    notes |= {f"dbf.recipe.version.{name}": version(name) for name in ("torch", "transformers", "gguf", "numpy")}
+    notes |= {
+        f"dbf.recipe.version.{name}": version(name) for name in ("torch", "transformers", "gguf", "numpy")
+    }
     return notes
 
 
@@ -363,8 +376,8 @@ def describe_report(report: Report) -> str:
     total = sum(report.seconds.values())
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
     lines = [
-        f"{report.file}: {report.file_bytes / 2**20:.1f} MiB, {report.plan.bpw:.4f} bpw in the linear layers, "
-        f"{report.file_bpw:.3f} bpw over the whole file",
+        f"{report.file}: {report.file_bytes / 2**20:.1f} MiB, {report.plan.bpw:.4f} bpw in the linear "
+        f"layers, {report.file_bpw:.3f} bpw over the whole file",
     ]
     if report.quality is not None:
         q = report.quality
@@ -373,6 +386,9 @@ def describe_report(report: Report) -> str:
             f"KL {q.kl_mean:.3f} mean, {q.kl_p99:.2f} p99, same top token {q.same_top1:.1%}"
         )
         if q.kl_mean > COLLAPSED_KL:
-            lines.append(f"warning: KL above {COLLAPSED_KL:g}: the model has collapsed; take more bits or a better preset")
+            lines.append(
+                f"warning: KL above {COLLAPSED_KL:g}: the model has collapsed; take more bits or a better "
+                "preset"
+            )
     lines.append(f"{total:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dbf2gguf.archs import ArchSpec, permute_rope
-from dbf2gguf.factorize import Factors
+from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.pretokenizers import find_pre
 from dbf2gguf.source import Source, decoder_layers
-from runtime.errors import UnsupportedModelError
-from runtime.format import DBF1_TYPE, FORMAT_VERSION, pack
+from runtime.errors import FormatError, UnsupportedModelError
+from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
+from runtime.model import load_model_file
 
 EMBED_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 Q8_0_BLOCK = 32
@@ -74,6 +76,46 @@ def write_gguf(
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
+    """Read the file back with the runtime's own reader and compare every sign and every scale.
+
+    factors  what write_gguf was given
+
+    Raises FormatError if the file differs, or if the reader refuses it.
+    """
+    file = load_model_file(path)
+    try:
+        heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
+        for index, layer in enumerate(file.weights.layers):
+            stored = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+            for kind, linear in zip(LINEARS, stored, strict=True):
+                name = f"blk.{index}.{kind}"
+                if name not in factors:
+                    raise FormatError(f"{path}: {name} was not written, but is there")
+                a, s_out = factors[name].a[0].cpu(), factors[name].s_out[0].cpu()
+                if kind in heads and source.arch.rope_pairing == "adjacent":
+                    a, s_out = permute_rope(a, heads[kind]), permute_rope(s_out, heads[kind])
+                _compare(f"{path}: {name}.dbf_a", unpack(linear.a), signs(a))
+                _compare(f"{path}: {name}.dbf_b", unpack(linear.b, linear.cols), signs(factors[name].b[0]))
+                _compare(f"{path}: {name}.dbf_out", linear.s_out, s_out)
+                _compare(f"{path}: {name}.dbf_mid", linear.s_mid, factors[name].s_mid[0])
+                _compare(f"{path}: {name}.dbf_in", linear.s_in, factors[name].s_in[0])
+        count = len(file.weights.layers) * len(LINEARS)
+        if count != len(factors):
+            raise FormatError(f"{path}: holds {count} linear layers; wanted {len(factors)}")
+    finally:
+        file.close()
+
+
+def _compare(where: str, stored: NDArray[Any], wanted: Tensor) -> None:
+    expected = wanted.detach().cpu().numpy().astype(stored.dtype)
+    if stored.shape != expected.shape:
+        raise FormatError(f"{where}: read back with shape {stored.shape}; wanted {expected.shape}")
+    wrong = int((stored != expected).sum())
+    if wrong:
+        raise FormatError(f"{where}: {wrong} of {expected.size} values differ when read back")
 
 
 def quantized(weight: Tensor, embed_type: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:
@@ -142,7 +184,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, voca
         tokens, types = _bpe_vocabulary(tokenizer, vocab_size)
         pre = find_pre(tokenizer.backend_tokenizer)
         if pre is None:
-            print("warning: unknown pre-tokenizer: the file has no tokenizer.ggml.pre; this runtime does not need it")
+            print(
+                "warning: unknown pre-tokenizer: the file has no tokenizer.ggml.pre, which this runtime does "
+                "not need",
+                file=sys.stderr,
+            )
         writer.add_tokenizer_model("gpt2")
         if pre is not None:
             writer.add_tokenizer_pre(pre)
@@ -150,7 +196,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, voca
         writer.add_token_types(types)
         special = gguf.SpecialVocab(source.path, load_merges=True, n_vocab=len(tokens))
     else:
-        raise UnsupportedModelError(f"{source.path}: tokenizer model {description['model']['type']!r}; supported: BPE")
+        raise UnsupportedModelError(
+            f"{source.path}: tokenizer model {description['model']['type']!r}; supported: BPE"
+        )
     special.chat_template = tokenizer.chat_template or None
     special.add_to_gguf(writer, quiet=True)
 
