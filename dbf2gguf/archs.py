@@ -81,7 +81,9 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
     for key, values in wanted.items():
         got = config.get(key, values[0])
         if got not in values:
-            raise UnsupportedModelError(f"{where}: {key} = {got!r} is not supported; supported: {values[0]!r}")
+            raise UnsupportedModelError(
+                f"{where}: {key} = {got!r} is not supported; supported: {values[0]!r}"
+            )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3", "linear"):

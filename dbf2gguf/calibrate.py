@@ -11,7 +11,9 @@ from dbf2gguf.progress import Stage
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
 
 
-def output_importance(model: nn.Module, names: dict[str, str], rows: Tensor, batch: int, stage: Stage) -> dict[str, Tensor]:
+def output_importance(
+    model: nn.Module, names: dict[str, str], rows: Tensor, batch: int, stage: Stage
+) -> dict[str, Tensor]:
     """Root of the second moment of the loss' gradient at every linear layer's outputs, mean 1 over its
     squares; the loss is next-token cross-entropy on `rows`.
 
@@ -64,7 +66,9 @@ def _loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     parts = []
     for start in range(0, len(inputs), HEAD_TOKENS):
         part = inputs[start : start + HEAD_TOKENS].clone().requires_grad_(True)
-        loss = functional.cross_entropy(head(part).float(), targets[start : start + HEAD_TOKENS], reduction="sum")
+        loss = functional.cross_entropy(
+            head(part).float(), targets[start : start + HEAD_TOKENS], reduction="sum"
+        )
         parts.append(torch.autograd.grad(loss, part)[0])
     gradient = torch.zeros_like(hidden)
     gradient[:, :-1] = torch.cat(parts).view(*gradient[:, :-1].shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +19,7 @@ def convert_parser() -> argparse.ArgumentParser:
     """Options of `dbf2gguf MODEL OUT`."""
     parser = argparse.ArgumentParser(
         prog="dbf2gguf",
-        description="Factorize every linear layer of a causal language model into sign matrices and write a GGUF file.",
+        description="Factorize every linear layer of a causal language model into sign matrices; write GGUF.",
         epilog=EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -27,14 +28,28 @@ def convert_parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
     add("--bpw", type=float, default=1.2, help="bits per weight of the linear layers: signs, filler, scales")
     add("--preset", choices=list(PRESETS), default=DEFAULT_PRESET, help="how much work to do")
-    add("--calib", metavar="FILE", action="append", default=[], help="text (.txt, .jsonl) to calibrate and distil on; repeatable; without it the model writes its own")
-    add("--eval-text", metavar="FILE", help="text for the quality receipt; without it, rows held out of the calibration text")
+    add(
+        "--calib",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="text (.txt, .jsonl) to calibrate and distil on; repeatable; without it the model writes some",
+    )
+    add(
+        "--eval-text",
+        metavar="FILE",
+        help="text for the quality receipt; without it, rows held out of the calibration text",
+    )
     add("--embed-type", choices=["f16", "q8_0"], default="q8_0", help="type of the embedding and the head")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
     add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
-    add("--distill-steps", type=int, help="optimizer steps of distillation, 0 for none (default: the preset's)")
+    add(
+        "--distill-steps",
+        type=int,
+        help="optimizer steps of distillation, 0 for none (default: the preset's)",
+    )
     add("--correct-rows", type=int, help="rows that the sequential correction sees (default: the preset's)")
     add("--admm-iterations", type=int, help="ADMM rounds of each factorization (default: the preset's)")
     add("--dry-run", action="store_true", help="print the plan and stop")
@@ -70,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             from dbf2gguf.inspect import inspect
 
             inspect(Path(options["file"]), tensors=options["tensors"], as_json=options["json"])
+            sys.stdout.flush()
         else:
             from dbf2gguf.convert import convert
 
@@ -77,8 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError:  # the reader of stdout left: no error, but nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (DbfError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()

@@ -29,9 +29,7 @@ class Quality:
 
 
 @torch.no_grad()
-def measure(
-    reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage
-) -> Quality:
+def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) -> Quality:
     """Score `model` against `reference` on rows (n, tokens) int64. `stage` gets one step for each row.
 
     KL is KL(reference || model) of the next-token distributions.

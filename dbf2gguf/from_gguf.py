@@ -37,10 +37,14 @@ def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) 
         target.mkdir(parents=True, exist_ok=True)
         config = _config(file, arch, dtype)
         _write_json(target / "config.json", config)
-        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
+        ids = {
+            k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None
+        }
         _write_json(target / "generation_config.json", ids)
         _write_tokenizer(file, source, target)
-        save_file(_tensors(file, arch, config, dtype), target / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            _tensors(file, arch, config, dtype), target / "model.safetensors", metadata={"format": "pt"}
+        )
     (target / "model.safetensors").chmod(0o644)
 
 
@@ -140,7 +144,9 @@ def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
-    special = {i: t in (UNKNOWN, CONTROL) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)}
+    special = {
+        i: t in (UNKNOWN, CONTROL) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)
+    }
     for i, is_special in special.items():
         added = AddedToken(tokens[i], special=is_special, normalized=False)
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([added])

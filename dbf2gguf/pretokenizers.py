@@ -1,4 +1,4 @@
-"""llama.cpp's names (`tokenizer.ggml.pre`) of the pre-tokenizers of byte-level BPE models, and what they do."""
+"""llama.cpp's names (`tokenizer.ggml.pre`) of byte-level BPE models' pre-tokenizers, and what they do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers import pre_tokenizers as pt
 
 PROBE = (
-    "Hello  world!\n\n\t I'm we'LL  123456 7.89 a_b \u00e9t\u00e9 \u4f60\u597d \u0928\u092e\u0938\u094d\u0924\u0947"
-    " \U0001f600 --- (x)=y;\r\n  end   \n"
+    "Hello  world!\n\n\t I'm we'LL  123456 7.89 a_b \u00e9t\u00e9 \u4f60\u597d "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \U0001f600 --- (x)=y;\r\n  end   \n"
 )
 """Text on which no two of the pre-tokenizers below agree."""
 

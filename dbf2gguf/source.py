@@ -36,7 +36,9 @@ def open_source(model: str | Path, scratch: Path) -> Source:
     path = Path(model)
     name = path.resolve().name
     if not path.exists():
-        raise FormatError(f"{model}: no such folder or file; wanted a Hugging Face model folder or a GGUF file")
+        raise FormatError(
+            f"{model}: no such folder or file; wanted a Hugging Face model folder or a GGUF file"
+        )
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != GGUF_MAGIC:
@@ -123,7 +125,9 @@ def load_tokenizer(source: Source) -> Any:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise FormatError(f"{source.path}: transformers cannot load its tokenizer: {lines[0]}") from error
     if not tokenizer.is_fast:
-        raise UnsupportedModelError(f"{source.path}: no tokenizer.json, and none can be made from its tokenizer")
+        raise UnsupportedModelError(
+            f"{source.path}: no tokenizer.json, and none can be made from its tokenizer"
+        )
     return tokenizer
 
 
