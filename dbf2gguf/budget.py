@@ -10,6 +10,7 @@ weights that they replace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,8 +61,8 @@ class Plan:
 def plan_uniform(shapes: Mapping[str, Shape], bpw: float) -> Plan:
     """Give every layer the same bits per weight, as nearly as steps of 8 allow.
 
-    Each layer gets the largest rank that stays within `bpw`; what is left over buys one more step for
-    the layers that fell shortest, until nothing more fits. The average is never above `bpw`, and within
+    Each layer gets the largest rank that stays within `bpw`; what is left over buys further steps, first
+    for the layers that fell shortest, until nothing more fits. The average is never above `bpw`, and within
     one step of the cheapest layer below it.
 
     Raises OptionError if `bpw` cannot pay for rank 8 everywhere, or is above MAX_BPW.
@@ -69,10 +70,11 @@ def plan_uniform(shapes: Mapping[str, Shape], bpw: float) -> Plan:
     if not shapes:
         raise OptionError("the model has no linear layers to factorize")
     weights = sum(rows * cols for rows, cols in shapes.values())
-    floor = sum(linear_bits(rows, cols, RANK_STEP) for rows, cols in shapes.values()) / weights
-    if not floor <= bpw <= MAX_BPW:
-        raise OptionError(f"--bpw {bpw:g} is out of range: this model can have {floor:.3f} to {MAX_BPW:g}")
-    budget = int(bpw * weights)
+    floor = sum(linear_bits(rows, cols, RANK_STEP) for rows, cols in shapes.values())
+    budget = int(bpw * weights) if math.isfinite(bpw) else -1
+    if not (floor <= budget and bpw <= MAX_BPW):
+        least = math.ceil(floor / weights * 1000) / 1000
+        raise OptionError(f"--bpw {bpw:g} is out of range: this model can have {least:.3f} to {MAX_BPW:g}")
     ranks: dict[str, int] = {}
     for name, (rows, cols) in shapes.items():
         free = bpw * rows * cols - SCALE_BITS * (rows + cols)
@@ -84,10 +86,13 @@ def plan_uniform(shapes: Mapping[str, Shape], bpw: float) -> Plan:
         name = max((n for n in ranks if ranks[n] > RANK_STEP), key=lambda n: _share(shapes[n], ranks[n]))
         spent -= _step_bits(shapes[name])
         ranks[name] -= RANK_STEP
-    for name in sorted(ranks, key=lambda n: _share(shapes[n], ranks[n])):
-        if spent + _step_bits(shapes[name]) <= budget:
-            spent += _step_bits(shapes[name])
-            ranks[name] += RANK_STEP
+    before = -1
+    while before != spent:
+        before = spent
+        for name in sorted(ranks, key=lambda n: _share(shapes[n], ranks[n])):
+            if spent + _step_bits(shapes[name]) <= budget:
+                spent += _step_bits(shapes[name])
+                ranks[name] += RANK_STEP
     return Plan(dict(shapes), ranks, bpw)
 
 
