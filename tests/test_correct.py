@@ -1,0 +1,139 @@
+"""The sequential correction on a tiny random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_hf
+import torch
+from torch import Tensor, nn
+
+from dbf2gguf.archs import ARCHS, Group
+from dbf2gguf.budget import Plan
+from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.convert import make_plan
+from dbf2gguf.correct import factorize_model
+from dbf2gguf.distill import make_student
+from dbf2gguf.factorize import Factors, factorize
+from dbf2gguf.progress import Stage
+from dbf2gguf.recipe import Recipe
+from dbf2gguf.source import Source, linear_names, load_model, open_source
+
+RECIPE = Recipe(row_tokens=32, correct_rows=48, admm_iterations=12, damping=0.1)
+
+
+class Setup:
+    def __init__(self, folder: Path) -> None:
+        tiny_hf.write_folder(folder, attention_bias=True)
+        self.source: Source = open_source(folder, folder / "scratch")
+        self.model = load_model(self.source)
+        self.names = linear_names(self.model, self.source.arch)
+        self.plan: Plan = make_plan(self.source, self.model, 4.0)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, tiny_hf.N_VOCAB, (64, 32), generator=generator)
+        self.rows, self.held_out = tokens[:48], tokens[48:]
+        self.importance = {name: torch.ones(self.plan.shapes[name][0]) for name in self.names}
+
+    def corrected(self, seed: int = 0, rows: Tensor | None = None) -> dict[str, Factors]:
+        stage = Stage("factorize", 2, quiet=True)
+        rows = self.rows if rows is None else rows
+        return factorize_model(
+            self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage
+        ).factors
+
+    def plain(self) -> dict[str, Factors]:
+        """Every layer on its own, no importances."""
+        found = {}
+        for name, path in self.names.items():
+            weight = self.model.get_submodule(path).weight[None]
+            ones_in, ones_out = torch.ones(1, weight.shape[2]), torch.ones(1, weight.shape[1])
+            rank = self.plan.ranks[name]
+            found[name] = factorize(weight, rank, ones_in, ones_out, iterations=12, seed=0)
+        return found
+
+    @torch.no_grad()
+    def error(self, factors: dict[str, Factors]) -> float:
+        """Relative error of what the head reads, on text that was not seen."""
+        student = make_student(self.model, self.names, factors)
+        wanted = hidden_states(self.model, input_ids=self.held_out)
+        got = hidden_states(student, input_ids=self.held_out)
+        return float((got - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return Setup(tmp_path_factory.mktemp("correct") / "model")
+
+
+def test_correction_beats_plain_factorization(setup: Setup) -> None:
+    """At equal bits and iterations."""
+    corrected, plain = setup.error(setup.corrected()), setup.error(setup.plain())
+    assert corrected < 0.85 * plain
+
+
+def test_the_model_is_left_as_it_was(setup: Setup) -> None:
+    before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    parameters = dict(setup.model.named_parameters())
+    setup.corrected()
+    assert dict(setup.model.named_parameters()) == parameters  # the same objects
+    after = setup.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in setup.model.modules())
+
+
+def test_the_model_survives_an_interrupt(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = dict(setup.model.named_parameters())
+
+    def interrupt(*_args: object, **_options: object) -> Factors:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dbf2gguf.correct.factorize", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        setup.corrected()
+    assert dict(setup.model.named_parameters()) == parameters
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in setup.model.modules())
+
+
+def test_every_layer_has_its_rank(setup: Setup) -> None:
+    factors = setup.corrected()
+    assert set(factors) == set(setup.names)
+    for name, (rows, cols) in setup.plan.shapes.items():
+        rank = setup.plan.ranks[name]
+        assert factors[name].a.shape == (1, rows, rank)
+        assert factors[name].b.shape == (1, rank, cols)
+
+
+def test_seeds(setup: Setup) -> None:
+    one, again, other = (setup.corrected(seed)["blk.1.ffn_down"].dense() for seed in (4, 4, 5))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("count", [1, 7, 13])
+def test_odd_numbers_of_rows(setup: Setup, count: int) -> None:
+    """Batches need equal sizes; fewer tokens than inputs leave the equations to the damping."""
+    factors = setup.corrected(rows=setup.rows[:count])
+    assert all(torch.isfinite(f.dense()).all() for f in factors.values())
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda spec: spec.model_type)
+def test_groups_hold_every_linear_once(arch: object) -> None:
+    groups: tuple[Group, ...] = arch.groups  # type: ignore[attr-defined]
+    linears: dict[str, str] = arch.linears  # type: ignore[attr-defined]
+    assert sorted(name for group in groups for name in group.linears) == sorted(linears)
+
+
+def test_importance_is_used(setup: Setup) -> None:
+    """Outputs that weigh more come out closer to the layer's own weight."""
+    name = "blk.0.ffn_up"
+    module: nn.Module = setup.model.get_submodule(setup.names[name])
+    rows = setup.plan.shapes[name][0]
+    heavy = torch.arange(rows) < rows // 4
+    even = setup.corrected()[name].dense()[0] - module.weight
+    setup.importance[name] = torch.where(heavy, 10.0, 1.0)
+    try:
+        weighted = setup.corrected()[name].dense()[0] - module.weight
+    finally:
+        setup.importance[name] = torch.ones(rows)
+    assert weighted[heavy].square().mean() < 0.7 * even[heavy].square().mean()

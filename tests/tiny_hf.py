@@ -1,0 +1,188 @@
+"""Tiny random Llama folders as Hugging Face has them, and what it takes to convert them in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from make_gguf import CHAT_TEMPLATE, tokenizer_json
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dbf2gguf.archs import permute_rope
+from dbf2gguf.convert import as_read, load_model
+from dbf2gguf.factorize import Factors
+from dbf2gguf.source import Source, linear_names, open_source
+from runtime.config import Linear
+from runtime.format import LINEARS, unpack
+from runtime.model import load_model_file
+
+N_VOCAB = 300
+
+QUICK: dict[str, Any] = {
+    "bpw": 4.0,
+    "row_tokens": 24,
+    "text_rows": 8,
+    "correct_rows": 4,
+    "gradient_rows": 4,
+    "eval_rows": 2,
+    "admm_iterations": 3,
+    "distill_steps": 2,
+    "threads": 1,
+    "quiet": True,
+}
+"""Options of `convert` that make it quick; the result is as correct as any, if not as good."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": N_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama with random norms and biases. It has something to say: its logits differ by units."""
+    config = LlamaConfig(**{**SIZES, **changes})
+    torch.manual_seed(seed)
+    made = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.normal_(0, 0.1)
+        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            parameter.normal_(0, 0.3)
+        else:
+            parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return made
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json(N_VOCAB)),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def write_folder(path: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write the model and its tokenizer to `path`, which is made."""
+    model(seed, **changes).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def write_text(path: Path, lines: int = 120) -> Path:
+    """A text with some structure, for --calib."""
+    words = ["the", "cat", "sat", "on", "mat", "and", "hat", "times", "with", "naive", "cafe", "1234"]
+    generator = torch.Generator().manual_seed(5)
+    picks = torch.randint(0, len(words), (lines, 9), generator=generator).tolist()
+    path.write_text("\n".join(" ".join(words[i] for i in row) for row in picks), encoding="utf-8")
+    return path
+
+
+# What a file holds, in transformers' terms ----------------------------------------------------------------
+
+
+def file_factors(path: Path, source: Source) -> dict[str, Factors]:
+    """The factors in a DBF file, rows of q and k in transformers' order."""
+    file = load_model_file(path)
+    found: dict[str, Factors] = {}
+    heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
+    for index, layer in enumerate(file.weights.layers):
+        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        for name, part in zip(LINEARS, parts, strict=True):
+            factors = _factors(part)
+            if name in heads:
+                n = heads[name]
+                factors.a = _halves(factors.a[0], n)[None]
+                factors.s_out = _halves(factors.s_out[0], n)[None]
+            found[f"blk.{index}.{name}"] = factors
+    file.close()
+    return found
+
+
+def _factors(part: Linear) -> Factors:
+    a, b = unpack(part.a), unpack(part.b, part.cols)
+    arrays = (a, b, part.s_out, part.s_mid, part.s_in)
+    return Factors(*(torch.from_numpy(array.astype("float32"))[None] for array in arrays))
+
+
+def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp's order of a head's rows, adjacent pairs -> transformers', halves, row by row."""
+    size = len(rows) // heads
+    order = [h * size + 2 * (i % (size // 2)) + i // (size // 2) for h in range(heads) for i in range(size)]
+    return rows[order]
+
+
+def dense_twin(path: Path, folder: Path, embed_type: str, scratch: Path) -> nn.Module:
+    """The transformers model, float32, with the weights that the DBF file at `path` stands for."""
+    source = open_source(folder, scratch)
+    original = load_model(source)
+    names = linear_names(original, source.arch)
+    return as_read(original, names, file_factors(path, source), embed_type)
+
+
+# The same model as llama.cpp writes it --------------------------------------------------------------------
+
+
+def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
+    """A plain F32 GGUF of a folder of `write_folder`, by the conventions of convert_hf_to_gguf.py."""
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = made.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    _add_bpe(writer, folder, pre)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in made.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = permute_rope(tensor, heads)
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert target is not None, name
+        writer.add_tensor(target, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_bpe(writer: gguf.GGUFWriter, folder: Path, pre: str) -> None:
+    made = PreTrainedTokenizerFast.from_pretrained(folder)
+    by_id = sorted((index, token) for token, index in made.get_vocab().items())
+    special = made.added_tokens_decoder
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([token for _, token in by_id])
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.CONTROL if i in special else kinds.NORMAL for i, _ in by_id])
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(by_id)).add_to_gguf(writer, quiet=True)
