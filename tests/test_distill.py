@@ -1,0 +1,208 @@
+"""End-to-end training of scales and signs on a tiny random model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import tiny_hf
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dbf2gguf.archs import ARCHS
+from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.distill import (
+    DbfLinear,
+    _batches,
+    _kl_gradient,
+    _schedule,
+    distill,
+    make_student,
+    student_factors,
+)
+from dbf2gguf.factorize import Factors, factorize
+from dbf2gguf.progress import Stage
+from dbf2gguf.recipe import Recipe
+from dbf2gguf.source import linear_names
+
+RECIPE = Recipe(row_tokens=32, distill_steps=30, distill_batch=4, warmup_steps=3)
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.model: nn.Module = tiny_hf.model(attention_bias=True)
+        self.names = linear_names(self.model, ARCHS["llama"])
+        self.rows = torch.randint(0, tiny_hf.N_VOCAB, (12, 32), generator=torch.Generator().manual_seed(2))
+        self.factors = {}
+        for name, path in self.names.items():
+            weight = self.model.get_submodule(path).weight[None]
+            ones_in, ones_out = torch.ones(1, weight.shape[2]), torch.ones(1, weight.shape[1])
+            self.factors[name] = factorize(weight, 24, ones_in, ones_out, iterations=8, seed=0)
+
+    def student(self) -> nn.Module:
+        return make_student(self.model, self.names, self.factors)
+
+    def train(self, student: nn.Module, recipe: Recipe = RECIPE, seed: int = 0) -> list[float]:
+        stage = Stage("distil", recipe.distill_steps, quiet=True)
+        return distill(self.model, student, self.rows, recipe, seed, stage)
+
+    @torch.no_grad()
+    def kl(self, student: nn.Module) -> float:
+        """KL(original || student), nats a token, by torch's own function."""
+        log_p = torch.log_softmax(self.model(self.rows).logits, -1).flatten(0, 1)
+        log_q = torch.log_softmax(student(self.rows).logits, -1).flatten(0, 1)
+        return float(functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    return Setup()
+
+
+def test_kl_falls(setup: Setup) -> None:
+    student = setup.student()
+    before = setup.kl(student)
+    history = setup.train(student)
+    assert len(history) == RECIPE.distill_steps
+    assert history[0] == pytest.approx(before, rel=0.2)  # a batch of the rows, before any step
+    assert setup.kl(student) < 0.7 * before
+    assert sum(history[-5:]) < 0.8 * sum(history[:5])
+
+
+def test_the_teacher_is_left_as_it_was(setup: Setup) -> None:
+    before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    setup.train(setup.student())
+    after = setup.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(p.grad is None for p in setup.model.parameters())
+
+
+def test_the_rest_is_shared(setup: Setup) -> None:
+    """Only factors are new: a student costs no second embedding."""
+    student = setup.student()
+    assert student.get_input_embeddings().weight is setup.model.get_input_embeddings().weight
+    assert student.get_output_embeddings().weight is setup.model.get_output_embeddings().weight
+    trained = {n for n, p in student.named_parameters() if p.requires_grad}
+    assert {n.rpartition(".")[2] for n in trained} == {"a", "b", "s_out", "s_mid", "s_in"}
+    assert len(trained) == 5 * len(setup.names)
+
+
+def test_no_steps(setup: Setup) -> None:
+    student = setup.student()
+    assert setup.train(student, Recipe(distill_steps=0)) == []
+    for name, factors in student_factors(student, setup.names).items():
+        assert torch.allclose(factors.dense(), setup.factors[name].dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_seeds(setup: Setup) -> None:
+    recipe = Recipe(row_tokens=32, distill_steps=3, distill_batch=2, warmup_steps=1)
+    students = [setup.student() for _ in range(3)]
+    histories = [setup.train(s, recipe, seed) for s, seed in zip(students, (5, 5, 6), strict=True)]
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+    one, again, _ = (student_factors(s, setup.names)["blk.0.attn_q"] for s in students)
+    assert torch.equal(one.dense(), again.dense())
+
+
+def test_factors_come_back_as_trained(setup: Setup) -> None:
+    """The student's logits are those of a model with the factors multiplied out."""
+    student = setup.student()
+    setup.train(student, Recipe(distill_steps=2, distill_batch=2))
+    for name, factors in student_factors(student, setup.names).items():
+        module = student.get_submodule(setup.names[name])
+        assert isinstance(module, DbfLinear)
+        assert torch.allclose(module.weight(), factors.dense()[0], rtol=1e-4, atol=1e-6)
+
+
+def random_factors(rows: int, rank: int, cols: int) -> Factors:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((1, rows, rank), (1, rank, cols), (1, rows), (1, rank), (1, cols))
+    return Factors(*(torch.randn(*shape, generator=generator) for shape in shapes))
+
+
+def test_weight_is_the_formula() -> None:
+    factors = random_factors(6, 16, 10)
+    bias = torch.arange(6.0)
+    linear = DbfLinear(factors, bias)
+    assert torch.allclose(linear.weight(), factors.dense()[0], rtol=1e-5, atol=1e-5)
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(4))
+    assert torch.allclose(linear(x), x @ factors.dense()[0].mT + bias, rtol=1e-4, atol=1e-4)
+    back = linear.factors()
+    for f in fields(Factors):
+        assert torch.allclose(getattr(back, f.name), getattr(factors, f.name), rtol=1e-5)
+
+
+def test_gradients_pass_through_the_signs() -> None:
+    """A sign's latent gets the gradient that the sign would get; scales get theirs times their rms."""
+    factors = random_factors(6, 16, 10)
+    linear = DbfLinear(factors, None)
+    upstream = torch.randn(6, 10, generator=torch.Generator().manual_seed(5))
+    linear.weight().backward(upstream)
+    a, b = (torch.where(x[0] < 0, -1.0, 1.0).requires_grad_() for x in (factors.a, factors.b))
+    scales = [s[0].clone().requires_grad_() for s in (factors.s_out, factors.s_mid, factors.s_in)]
+    s_out, s_mid, s_in = scales
+    (s_out[:, None] * ((a * s_mid) @ b) * s_in).backward(upstream)
+    assert torch.allclose(linear.a.grad, a.grad, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(linear.b.grad, b.grad, rtol=1e-4, atol=1e-4)
+    for name, scale in zip(("s_out", "s_mid", "s_in"), scales, strict=True):
+        rms = scale.detach().square().mean().sqrt()
+        assert torch.allclose(getattr(linear, name).grad, scale.grad * rms, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_gradient_is_autograds() -> None:
+    generator = torch.Generator().manual_seed(6)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden, wanted, head = normal(7, 12).requires_grad_(), normal(7, 12), normal(30, 12)
+    kl, gradient = _kl_gradient(hidden.detach(), wanted, head)
+    log_q, log_p = (torch.log_softmax(h @ head.mT, -1) for h in (hidden, wanted))
+    expected = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    expected.backward()
+    assert float(kl) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert torch.allclose(gradient, hidden.grad, rtol=1e-4, atol=1e-5)
+    assert float(_kl_gradient(wanted, wanted, head)[0]) == pytest.approx(0, abs=1e-5)
+
+
+def test_gradient_of_a_step_is_autograds(setup: Setup) -> None:
+    """The step's gradients, made a few logits at a time, are those of the mean KL."""
+    from dbf2gguf.distill import _train_step
+
+    tokens = setup.rows[:3]
+    by_hand, by_torch = setup.student(), setup.student()
+    value = _train_step(setup.model, by_hand, tokens)
+    with torch.no_grad():
+        log_p = torch.log_softmax(setup.model(tokens).logits, -1).flatten(0, 1)
+    hidden = hidden_states(by_torch, input_ids=tokens)
+    log_q = torch.log_softmax(by_torch.get_output_embeddings()(hidden), -1).flatten(0, 1)
+    loss = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    loss.backward()
+    assert value == pytest.approx(float(loss.detach()), rel=1e-4)
+    theirs = dict(by_torch.named_parameters())
+    for name, parameter in by_hand.named_parameters():
+        if parameter.requires_grad:
+            size = theirs[name].grad.abs().max()
+            assert (parameter.grad - theirs[name].grad).abs().max() < 1e-3 * size
+
+
+def test_schedule() -> None:
+    rates = [_schedule(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1, rel=1e-3)
+    assert max(rates) == pytest.approx(1.0, rel=0.05)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.02, rel=0.05)
+
+
+def test_batches() -> None:
+    """Every row once before any is used again; the order depends on the seed only."""
+    rows = torch.arange(12)[:, None]
+    stream, again, other = _batches(rows, 4, 1), _batches(rows, 4, 1), _batches(rows, 4, 2)
+    first = [next(stream).flatten().tolist() for _ in range(6)]
+    assert [next(again).flatten().tolist() for _ in range(6)] == first
+    assert [next(other).flatten().tolist() for _ in range(6)] != first
+    for epoch in (first[:3], first[3:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(12))
+    assert len(next(_batches(rows[:3], 8, 0))) == 3  # fewer rows than a batch
