@@ -1,0 +1,203 @@
+"""Calibration text: files, and text that the model writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_hf
+import torch
+
+from dbf2gguf.progress import Stage
+from dbf2gguf.text import rows_from_files, self_written_rows
+from runtime.errors import DbfError, FormatError, OptionError
+
+TOKENIZER = tiny_hf.tokenizer()
+END = TOKENIZER.eos_token_id
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def jsonl(path: Path, *entries: Any) -> Path:
+    path.write_text("\n".join(json.dumps(e) for e in entries) + "\n\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path, rows: int = 100, row_tokens: int = 4, seed: int = 0) -> torch.Tensor:
+    return rows_from_files([path], TOKENIZER, rows, row_tokens, seed)
+
+
+def as_set(rows: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in rows.tolist()}
+
+
+def pieces(tokens: list[int], size: int = 4) -> set[tuple[int, ...]]:
+    """All whole rows of a stream of tokens."""
+    return {tuple(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)}
+
+
+def test_plain_text(tmp_path: Path) -> None:
+    """Every whole row of the file, once; the end token closes the text."""
+    text = "the cat sat on the mat; naïve café 1234 🙂"
+    file = tmp_path / "a.txt"
+    file.write_text(text, encoding="utf-8")
+    rows = read(file)
+    assert rows.dtype == torch.int64
+    assert as_set(rows) == pieces([*ids(text), END])
+
+
+USER = {"role": "user", "content": "Hi there"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"prompt": " Hi there ", "response": "Good day to you"},
+        {"question": "Hi there", "answer": "Good day to you\n", "source": "x"},
+        {"instruction": "Hi there", "output": "Good day to you"},
+        {"messages": [USER, {"role": "assistant", "content": "Good day to you"}]},
+    ],
+    ids=["prompt", "question", "instruction", "messages"],
+)  # fmt: skip
+def test_conversations(tmp_path: Path, entry: dict[str, Any]) -> None:
+    """All spellings of one exchange give the tokens of the chat template."""
+    text = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nGood day to you<|im_end|>\n"
+    assert 2 in ids(text)  # control tokens are parsed
+    assert as_set(read(jsonl(tmp_path / "a.jsonl", entry))) == pieces([*ids(text), END])
+
+
+def test_documents_of_jsonl(tmp_path: Path) -> None:
+    """Documents follow each other with the end token between; empty lines are nothing."""
+    first, second = "the cat sat on the mat", "and the hat, 1234 times"
+    file = jsonl(tmp_path / "a.jsonl", {"text": first}, {"text": second})
+    assert as_set(read(file)) == pieces([*ids(first), END, *ids(second), END])
+
+
+def test_deterministic(tmp_path: Path) -> None:
+    file = tiny_hf.write_text(tmp_path / "a.txt")
+    assert torch.equal(read(file, seed=3), read(file, seed=3))
+    assert not torch.equal(read(file, seed=3), read(file, seed=4))
+    assert as_set(read(file, rows=9999, seed=3)) == as_set(read(file, rows=9999, seed=4))
+
+
+def test_as_many_as_asked(tmp_path: Path) -> None:
+    """No more than asked, no row twice, and from each file alike as far as it goes."""
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    small.write_text("mat " * 40, encoding="utf-8")
+    large.write_text("cat " * 4000, encoding="utf-8")
+    rows = rows_from_files([large, small], TOKENIZER, 10, 8, 0)
+    assert rows.shape == (10, 8)
+    of_small = sum("mat" in TOKENIZER.decode(row) for row in rows)
+    assert of_small == 5
+    many = rows_from_files([large, small], TOKENIZER, 300, 8, 0)
+    assert len(many) == 300
+    held = len(pieces([*ids("mat " * 40), END], 8))
+    assert 1 <= sum("mat" in TOKENIZER.decode(row) for row in many) <= max(held, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n\n[1, 2]\n', r"a\.jsonl:3: wanted an object with 'text'"),
+        ("a.jsonl", b'{"title": "one"}\n', r"a\.jsonl:1: wanted an object with 'text', 'messages'"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: wanted an object"),
+        ("a.jsonl", b'"text"\n', r"a\.jsonl:1: wanted an object"),
+        ("a.txt", b"caf\xe9 au lait", r"a\.txt: cannot be read as UTF-8 text"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.xfail(reason="str.splitlines also splits at these characters", strict=False)
+def test_line_ends_inside_strings(tmp_path: Path) -> None:
+    """JSON strings may hold U+2028 or U+0085 as they are; only a line feed ends a line."""
+    text = "one\u2028two\u0085three\x1cfour"
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
+    assert as_set(read(file)) == pieces([*ids(text), END])
+
+
+@pytest.mark.xfail(reason="a conversation's form is not checked", strict=False)
+@pytest.mark.parametrize(
+    "messages",
+    [7, "Hi", [7], [{}], [{"role": "user"}], [{"content": "Hi"}], [], None, [{"role": 1, "content": None}]],
+    ids=str,
+)
+@pytest.mark.parametrize("template", [True, False])
+def test_bad_messages(tmp_path: Path, messages: Any, template: bool) -> None:
+    """Whatever "messages" holds: rows, or an error for the user; never another exception."""
+    tokenizer = tiny_hf.tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    file = jsonl(tmp_path / "a.jsonl", {"messages": messages}, {"text": "the cat sat on the mat"})
+    try:
+        rows_from_files([file], tokenizer, 4, 2, 0)
+    except DbfError as error:
+        assert "a.jsonl:1" in str(error)  # noqa: PT017
+
+
+def test_too_short(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("cat")
+    with pytest.raises(OptionError, match="hold 0 rows of 64 tokens"):
+        read(tmp_path / "a.txt", row_tokens=64)
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(OptionError, match="wanted 2 at least"):
+        read(tmp_path / "b.txt")
+
+
+def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> torch.Tensor:
+    tokenizer = tiny_hf.tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    stage = Stage("text", rows, quiet=True)
+    return self_written_rows(tiny_hf.model(), tokenizer, rows, length, seed, stage)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_self_written(template: bool) -> None:
+    rows = write_rows(5, 40, template=template)
+    assert rows.shape == (5, 40)
+    assert rows.dtype == torch.int64
+    assert rows.min() >= 0
+    assert rows.max() < tiny_hf.N_VOCAB
+    assert len(as_set(rows)) == 5
+    starts = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
+    chats = sum(int(row[0]) == starts for row in rows)
+    assert (chats > 0) == template  # chat questions and openings by turns
+
+
+def test_self_written_is_deterministic() -> None:
+    assert torch.equal(write_rows(3, 24, seed=1), write_rows(3, 24, seed=1))
+    assert not torch.equal(write_rows(3, 24, seed=1), write_rows(3, 24, seed=2))
+
+
+def test_self_written_is_the_models_text() -> None:
+    """A model that knows one token only writes it, once its prompt is over."""
+    made = tiny_hf.model(tie_word_embeddings=False)
+    made.lm_head.weight.zero_()
+    made.lm_head.weight[77] = 1.0
+    made.model.norm.weight.fill_(1.0)
+    for layer in made.model.layers:  # the residual stream is the embedding, whose sum has one sign
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    made.model.embed_tokens.weight.fill_(1.0)
+    rows = self_written_rows(made, TOKENIZER, 2, 120, 0, Stage("text", 2, quiet=True))
+    assert (rows[:, -10:] == 77).all()
+
+
+def test_prompts_are_text_of_the_tokenizer() -> None:
+    from dbf2gguf.text import _prompt_stream
+
+    generator = torch.Generator().manual_seed(0)
+    for prompt in itertools.islice(_prompt_stream(TOKENIZER, generator), 20):
+        assert prompt
+        assert all(isinstance(i, int) and 0 <= i < tiny_hf.N_VOCAB for i in prompt)
