@@ -1,0 +1,371 @@
+"""Conversions end to end, on tiny random models: the file holds what it should, and the runtime runs it.
+
+The reference is the dense twin: transformers, float32, with the factors of the file multiplied out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny_hf
+import torch
+from gguf import GGUFReader
+
+import runtime
+from dbf2gguf.convert import Report, convert
+from dbf2gguf.evaluate import measure
+from dbf2gguf.from_gguf import gguf_to_hf
+from dbf2gguf.progress import Stage
+from dbf2gguf.source import load_model, load_tokenizer, open_source
+from dbf2gguf.text import rows_from_files
+from dbf2gguf.write import verify
+from runtime import Sampler
+from runtime.errors import FormatError
+from runtime.gguf import GgufFile
+from runtime.tokenizer import Tokenizer
+
+STORIES = Path(__file__).parents[1] / "../shared/models/stories260k"
+IDS = [1, 60, 7, 8, 90, 11, 12, 33, 200, 100, 44, 250, 17, 294, 3, 2, 60, 7, 8, 91]
+
+TOLERANCE = 1e-2
+"""Largest difference of a logit, over the standard deviation of all logits.
+
+The runtime rounds every linear's inputs to integers of 14 bits, one scale a vector: an error of 2^-13 of the
+vector's largest entry at most, and of about 1e-4 of its root mean square on average. Two such roundings a
+linear, 7 linears a layer and a few layers add up to about 5e-4 of a logit's size on average, and 4 of these
+at the worst of some thousand logits. Measured: 1e-3 to 4e-3. Wrong signs, scales, rotations or heads: > 0.1.
+"""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gqa-tied": {},
+    "mha-separate-head": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "one-kv-head": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide-heads": {"head_dim": 16, "attention_bias": True},
+    "odd-sizes": {
+        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 45,
+    },
+    "llama3-rope": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        }
+    },
+    "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "eps-and-theta": {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+    "one-layer": {"num_hidden_layers": 1, "max_position_embeddings": 20},
+}  # fmt: skip
+
+
+class Case:
+    """A converted model."""
+
+    def __init__(self, base: Path, changes: dict[str, Any], embed_type: str = "f16") -> None:
+        self.folder = tiny_hf.write_folder(base / "model", **changes)
+        self.out, self.embed_type, self.scratch = base / "out.gguf", embed_type, base / "scratch"
+        self.report: Report = convert(self.folder, self.out, embed_type=embed_type, **tiny_hf.QUICK)
+
+    def twin_logits(self, ids: list[int]) -> np.ndarray:
+        twin = tiny_hf.dense_twin(self.out, self.folder, self.embed_type, self.scratch)
+        with torch.no_grad():
+            return twin(torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Conversions of MODELS, each made once."""
+    made: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in made:
+            made[name] = Case(tmp_path_factory.mktemp(name), MODELS[name])
+        return made[name]
+
+    return case
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
+    assert np.abs(got - wanted).max() < TOLERANCE * wanted.std()
+
+
+# What the runtime computes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_dense_twins(make: Callable[[str], Case], name: str) -> None:
+    case = make(name)
+    with runtime.load(case.out, backend="c", n_threads=1) as model:
+        assert_close(model.logits(IDS), case.twin_logits(IDS))
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
+@pytest.mark.parametrize("name", ["gqa-tied", "odd-sizes"])
+def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
+    """The same logits within the same bound, and the same greedy tokens as C."""
+    case = make(name)
+    tokens = []
+    for backend in ("c", "numba"):
+        with runtime.load(case.out, backend=backend, n_threads=1) as model:
+            assert_close(model.logits(IDS), case.twin_logits(IDS))
+            tokens.append(list(model.generate(IDS[:5], Sampler(temperature=0), 15)))
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) > 1
+
+
+def test_quantized_embedding(tmp_path: Path) -> None:
+    """Q8_0, separate head: both as stored."""
+    case = Case(tmp_path, {"tie_word_embeddings": False}, "q8_0")
+    with runtime.load(case.out, backend="c", n_threads=1) as model:
+        assert_close(model.logits(IDS), case.twin_logits(IDS))
+    with GgufFile(case.out) as file:
+        assert file.tensors["token_embd.weight"].type_name == "Q8_0"
+        assert file.tensors["output.weight"].type_name == "Q8_0"
+
+
+def test_rows_of_no_whole_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of 36 fit no Q8_0: the embedding is stored as F16, and the user is told."""
+    case = Case(tmp_path, MODELS["odd-sizes"], "q8_0")
+    assert "stored as f16, not q8_0" in capsys.readouterr().err
+    with GgufFile(case.out) as file:
+        assert file.tensors["token_embd.weight"].type_name == "F16"
+
+
+# What the file holds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bits_per_weight(make: Callable[[str], Case], name: str) -> None:
+    """What the file takes is what was asked for, and what the plan and the metadata say."""
+    case = make(name)
+    plan = case.report.plan
+    with GgufFile(case.out) as file:
+        held = sum(8 * t.nbytes for t in file.tensors.values() if ".dbf_" in t.name)
+        assert held == plan.bits
+        assert 0.9 * 4.0 <= plan.bpw <= 4.0  # tiny layers: one step is a lot
+        assert file.metadata["dbf.bits_per_weight"] == pytest.approx(plan.bpw)
+        assert file.metadata["dbf.recipe.bpw"] == 4.0
+        assert max(map(len, file.tensors)) < 64
+    assert case.report.file_bytes == case.out.stat().st_size
+    assert case.report.model_weights == load_model(open_source(case.folder, case.scratch)).num_parameters()
+
+
+def test_gguf_reads_it(make: Callable[[str], Case]) -> None:
+    """gguf's own reader, with DBF1 registered: the same tensors, dequantized to signs."""
+    case = make("biases")
+    reader = GGUFReader(case.out)
+    with GgufFile(case.out) as file:
+        assert {t.name: tuple(map(int, t.shape[::-1])) for t in reader.tensors} == {
+            t.name: t.shape for t in file.tensors.values()
+        }
+    factors = tiny_hf.file_factors(case.out, open_source(case.folder, case.scratch))
+    (tensor,) = (t for t in reader.tensors if t.name == "blk.1.ffn_up.dbf_b")
+    signs = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert np.array_equal(signs, factors["blk.1.ffn_up"].b[0].numpy())
+
+
+def test_keys(make: Callable[[str], Case]) -> None:
+    with GgufFile(make("llama3-rope").out) as file:
+        meta = file.metadata
+        assert meta["general.architecture"] == "llama"
+        assert meta["llama.attention.head_count"] == 4
+        assert meta["llama.attention.head_count_kv"] == 2
+        assert meta["llama.rope.dimension_count"] == 8
+        assert meta["llama.rope.freq_base"] == 500.0
+        assert meta["llama.vocab_size"] == tiny_hf.N_VOCAB == len(meta["tokenizer.ggml.tokens"])
+        assert meta["tokenizer.ggml.bos_token_id"] == 1
+        assert meta["tokenizer.ggml.eos_token_id"] == 2
+        assert "rope_freqs.weight" in file.tensors
+    with GgufFile(make("gqa-tied").out) as file:
+        assert "rope_freqs.weight" not in file.tensors
+        assert "output.weight" not in file.tensors
+
+
+def test_tokenizer(make: Callable[[str], Case]) -> None:
+    """The file's tokenizer and chat template do what the folder's do; padding entries fill the vocabulary."""
+    case = make("gqa-tied")
+    theirs = load_tokenizer(open_source(case.folder, case.scratch))
+    text = "the cat <|im_end|> sat; naïve café 🙂  1234\n"
+    messages = [{"role": "user", "content": "Hi"}]
+    with GgufFile(case.out) as file:
+        ours = Tokenizer.from_metadata(file.metadata)
+        assert ours.encode(text, parse_special=True) == theirs(text).input_ids
+        wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert ours.render(messages) == wanted
+        tokens, types = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
+        assert tokens[: len(theirs)] == theirs.convert_ids_to_tokens(range(len(theirs)))
+        assert types[:3] == [gguf.TokenType.CONTROL] * 3
+        assert types[len(theirs) :] == [gguf.TokenType.UNUSED] * (tiny_hf.N_VOCAB - len(theirs))
+        assert len(file.metadata["tokenizer.ggml.merges"]) == len(theirs) - 3 - 256
+
+
+def test_receipt_is_of_the_file(tmp_path: Path) -> None:
+    """The quality in the metadata is what the file's own dense twin scores on the same text."""
+    folder = tiny_hf.write_folder(tmp_path / "model")
+    text = tiny_hf.write_text(tmp_path / "held_out.txt")
+    out = tmp_path / "out.gguf"
+    report = convert(folder, out, eval_text=text, seed=3, **tiny_hf.QUICK)
+    source = open_source(folder, tmp_path / "scratch")
+    rows = rows_from_files([text], load_tokenizer(source), 2, 24, 3)
+    twin = tiny_hf.dense_twin(out, folder, "q8_0", tmp_path / "scratch")
+    got = measure(load_model(source), twin, rows, Stage("measure", 2, quiet=True)).describe()
+    assert report.quality is not None
+    with GgufFile(out) as file:
+        for key, value in got.items():
+            assert file.metadata[f"dbf.quality.{key}"] == pytest.approx(value, rel=1e-3), key
+            assert getattr(report.quality, key) == pytest.approx(value, rel=1e-3)
+
+
+# Determinism, sources -------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes(make: Callable[[str], Case], tmp_path: Path) -> None:
+    case = make("gqa-tied")
+    for seed, same in ((0, True), (1, False)):
+        out = tmp_path / f"{seed}.gguf"
+        convert(case.folder, out, embed_type="f16", seed=seed, **tiny_hf.QUICK)
+        assert (out.read_bytes() == case.out.read_bytes()) == same
+
+
+def test_text_is_used(make: Callable[[str], Case], tmp_path: Path) -> None:
+    case, text = make("gqa-tied"), tiny_hf.write_text(tmp_path / "a.txt")
+    convert(case.folder, tmp_path / "out.gguf", calib=[text], **tiny_hf.QUICK)
+    with GgufFile(tmp_path / "out.gguf") as file, GgufFile(case.out) as other:
+        assert file.metadata["dbf.recipe.text"] == "a.txt"
+        assert other.metadata["dbf.recipe.text"] == "self-written"
+        key = "dbf.recipe.text_sha256"
+        assert file.metadata[key] != other.metadata[key]
+
+
+@pytest.mark.parametrize("name", ["gqa-tied", "mha-separate-head", "biases", "wide-heads"])
+def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
+    """The model as llama.cpp writes it, q and k permuted, comes back as the folder it was."""
+    case = make(name)
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", case.folder)
+    gguf_to_hf(plain, tmp_path / "back")
+    theirs, ours = (open_source(f, tmp_path) for f in (case.folder, tmp_path / "back"))
+    original, back = load_model(theirs).state_dict(), load_model(ours).state_dict()
+    assert set(original) == set(back)
+    for key, weight in original.items():
+        assert torch.equal(back[key], weight.bfloat16().float()), key
+    one, two = load_tokenizer(theirs), load_tokenizer(ours)
+    text = "the cat <|im_end|> sat; naïve café 🙂  1234\n"
+    assert two(text).input_ids == one(text).input_ids
+    assert two.chat_template == one.chat_template
+    assert (two.bos_token_id, two.eos_token_id) == (one.bos_token_id, one.eos_token_id)
+    report = convert(plain, tmp_path / "out.gguf", embed_type="f16", **tiny_hf.QUICK)
+    assert report.plan == case.report.plan
+    with GgufFile(tmp_path / "out.gguf") as file, GgufFile(case.out) as other:
+        for key in ("tokens", "token_type", "merges", "pre", "model", "bos_token_id", "eos_token_id"):
+            key = f"tokenizer.ggml.{key}"
+            assert file.metadata[key] == other.metadata[key], key
+        shapes = {t.name: (t.type, t.shape) for t in file.tensors.values()}
+        assert shapes == {t.name: (t.type, t.shape) for t in other.tensors.values()}
+
+
+def test_sharded_folder(make: Callable[[str], Case], tmp_path: Path) -> None:
+    """A folder of several safetensors files converts to the same bytes."""
+    case = make("gqa-tied")
+    folder = tmp_path / "model"
+    shutil.copytree(case.folder, folder)
+    (folder / "model.safetensors").unlink()
+    tiny_hf.model().save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    convert(folder, tmp_path / "out.gguf", embed_type="f16", **tiny_hf.QUICK)
+    assert (tmp_path / "out.gguf").read_bytes() == case.out.read_bytes()
+
+
+def test_dry_run(make: Callable[[str], Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = make("gqa-tied")
+    options = {**tiny_hf.QUICK, "quiet": False}
+    report = convert(case.folder, tmp_path / "out.gguf", dry_run=True, embed_type="f16", **options)
+    assert report.plan == case.report.plan
+    assert report.quality is None
+    assert list(tmp_path.iterdir()) == []
+    said = capsys.readouterr().err
+    assert "2 x attn_q" in said
+    assert "bits per weight" in said
+    assert 0.5 * report.file_bytes < case.report.file_bytes  # the estimate leaves out the metadata
+
+
+def test_report(make: Callable[[str], Case]) -> None:
+    report = make("gqa-tied").report
+    described = report.describe()
+    json.dumps(described)
+    assert described["bpw"] <= 4.0
+    assert described["file_bpw"] == pytest.approx(report.file_bytes * 8 / report.model_weights)
+    assert set(report.seconds) == {"load", "text", "gradients", "factorize", "distil", "measure", "write"}
+
+
+# Reading back ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["dbf_a", "dbf_b", "dbf_out", "dbf_mid", "dbf_in"])
+@pytest.mark.parametrize("linear", ["blk.0.attn_q", "blk.1.ffn_down"])
+def test_verify_sees_a_changed_byte(
+    make: Callable[[str], Case], tmp_path: Path, linear: str, part: str
+) -> None:
+    case = make("gqa-tied")
+    source = open_source(case.folder, case.scratch)
+    factors = tiny_hf.file_factors(case.out, source)
+    verify(case.out, source, factors)
+    with GgufFile(case.out) as file:
+        info = file.tensors[f"{linear}.{part}"]
+    data = bytearray(case.out.read_bytes())
+    data[info.offset + info.nbytes - 2] ^= 0x04
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(data)
+    with pytest.raises(FormatError, match=rf"{linear}\.{part}: 1 of \d+ values differ"):
+        verify(bad, source, factors)
+
+
+def test_verify_counts_layers(make: Callable[[str], Case]) -> None:
+    case = make("gqa-tied")
+    source = open_source(case.folder, case.scratch)
+    factors = tiny_hf.file_factors(case.out, source)
+    with pytest.raises(FormatError, match="holds 14 linear layers; wanted 15"):
+        verify(case.out, source, {**factors, "blk.2.attn_q": factors["blk.1.attn_q"]})
+    del factors["blk.0.attn_k"]
+    with pytest.raises(FormatError, match=r"blk\.0\.attn_k was not written"):
+        verify(case.out, source, factors)
+
+
+# A real SentencePiece model -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")
+def test_stories260k(tmp_path: Path) -> None:
+    """A feed-forward size of 172, no multiple of 8, and a vocabulary of SentencePiece."""
+    from sentencepiece import SentencePieceProcessor
+
+    out = tmp_path / "out.gguf"
+    convert(STORIES, out, **{**tiny_hf.QUICK, "bpw": 3.0})
+    twin = tiny_hf.dense_twin(out, STORIES, "q8_0", tmp_path / "scratch")
+    pieces = SentencePieceProcessor(model_file=str(STORIES / "tokenizer.model"))
+    text = "Once upon a time, there was a little girl. Zoë had 3 cats.\n"
+    with runtime.load(out, backend="c", n_threads=1) as model:
+        ids = model.tokenizer.encode(text)
+        assert ids == [pieces.bos_id(), *pieces.encode(text)]
+        assert model.tokenizer.decode(ids, skip_special=True) == text
+        with torch.no_grad():
+            assert_close(model.logits(ids), twin(torch.tensor([ids])).logits[0].numpy())
+        meta = model.file.metadata
+        assert meta["tokenizer.ggml.model"] == "llama"
+        assert meta["tokenizer.ggml.pre"] == "default"
+        assert meta["tokenizer.ggml.tokens"] == [pieces.id_to_piece(i) for i in range(512)]
+        assert meta["tokenizer.ggml.scores"] == [pieces.get_score(i) for i in range(512)]
+        kinds = meta["tokenizer.ggml.token_type"]
+        assert kinds[:3] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+        assert all((kinds[i] == gguf.TokenType.BYTE) == pieces.is_byte(i) for i in range(512))
+        assert meta["tokenizer.ggml.bos_token_id"] == pieces.bos_id()
+        assert meta["tokenizer.ggml.eos_token_id"] == pieces.eos_id()
+        assert meta["tokenizer.ggml.unknown_token_id"] == pieces.unk_id()
+        assert meta["tokenizer.ggml.add_bos_token"] is True
+        assert meta["llama.feed_forward_length"] == 172
