@@ -10,7 +10,7 @@ that write to it), and l a share of H's mean diagonal.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,10 +191,8 @@ def _embed(model: nn.Module, first: nn.Module, rows: Tensor) -> tuple[list[Tenso
     device = next(model.parameters()).device
     with _hooked(first.register_forward_pre_hook(on_call, with_kwargs=True)):
         for chunk in rows.split(_even_batch(len(rows))):
-            try:
+            with suppress(_Stop):
                 model.get_decoder()(chunk.to(device), use_cache=False)
-            except _Stop:
-                pass
     return states, arguments
 
 
@@ -233,10 +231,8 @@ def _inputs(
                 raise _Stop
 
         with _watching(layer, _watched(arch, (group,)), on_input):
-            try:
+            with suppress(_Stop):
                 _call(layer, state, arguments)
-            except _Stop:
-                pass
         result.append((seen[group.linears[0]], _residual(group, state, seen)))
     return result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,36 @@ ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
 
 
-class _Sign(torch.autograd.Function):
-    """sign(x) with the identity as its gradient."""
+class _Weight(torch.autograd.Function):
+    """W = diag(s_out) sign(a) diag(s_mid) sign(b) diag(s_in), with the identity as the gradient of sign.
+
+    By hand, because what autograd would keep and recompute costs as much as the products.
+    """
 
     @staticmethod
-    def forward(_ctx: object, x: Tensor) -> Tensor:
-        return signs(x)
+    def forward(ctx: Any, a: Tensor, b: Tensor, s_out: Tensor, s_mid: Tensor, s_in: Tensor) -> Tensor:
+        dtype = (
+            torch.get_autocast_dtype(a.device.type) if torch.is_autocast_enabled(a.device.type) else a.dtype
+        )
+        sign_a, right = signs(a).to(dtype), signs(b).to(dtype)
+        left = sign_a * s_mid.to(dtype)
+        product = left @ right
+        ctx.save_for_backward(sign_a, left, right, product, s_out, s_mid, s_in)
+        return product * s_out[:, None].to(dtype) * s_in.to(dtype)
 
     @staticmethod
-    def backward(_ctx: object, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        sign_a, left, right, product, s_out, s_mid, s_in = ctx.saved_tensors
+        weighted = gradient * product
+        grad_out = weighted @ s_in.to(gradient.dtype)
+        grad_in = s_out.to(gradient.dtype) @ weighted
+        inner = gradient * s_out[:, None].to(gradient.dtype) * s_in.to(gradient.dtype)
+        grad_left = inner @ right.mT
+        grad_b = left.mT @ inner
+        grad_mid = torch.linalg.vecdot(grad_left.mT, sign_a.mT)
+        grad_a = grad_left.mul_(s_mid.to(gradient.dtype))
+        grads = (grad_a, grad_b, grad_out, grad_mid, grad_in)
+        return tuple(g.to(s_out.dtype) for g in grads)
 
 
 class DbfLinear(nn.Module):
@@ -53,9 +74,8 @@ class DbfLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The dense weight, (rows, cols)."""
-        a, b = _Sign.apply(self.a), _Sign.apply(self.b)
-        product = (a * (self.s_mid * self.s_mid_rms)) @ b
-        return product * (self.s_out * self.s_out_rms)[:, None] * (self.s_in * self.s_in_rms)
+        scales = (getattr(self, n) * getattr(self, f"{n}_rms") for n in ("s_out", "s_mid", "s_in"))
+        return _Weight.apply(self.a, self.b, *scales)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight(), self.bias)

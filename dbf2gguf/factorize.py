@@ -102,7 +102,9 @@ def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
     )
 
 
-def _half_step(left: Tensor, weight: Tensor, x: Tensor, dual: Tensor, rho: float) -> tuple[Tensor, Tensor, Tensor]:
+def _half_step(
+    left: Tensor, weight: Tensor, x: Tensor, dual: Tensor, rho: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """ADMM steps for min ||weight - left x||^2 subject to x = signs * rank-1 magnitudes.
 
     Returns the projected x, the new dual and the point that was projected. The first step uses penalty
@@ -112,8 +114,8 @@ def _half_step(left: Tensor, weight: Tensor, x: Tensor, dual: Tensor, rho: float
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal.mean(1, keepdim=True)
     target = left.mT @ weight
-    free = _inverse(gram, rho) @ (target + rho * (x - dual))
-    inverse = _inverse(gram, 1.0)
+    free = torch.cholesky_solve(target + rho * (x - dual), _cholesky(gram, rho))
+    inverse = torch.cholesky_inverse(_cholesky(gram, 1.0))
     for _ in range(INNER_STEPS - 1):
         point = free + dual
         x = _project(point)
@@ -124,10 +126,11 @@ def _half_step(left: Tensor, weight: Tensor, x: Tensor, dual: Tensor, rho: float
     return x, point - x, point
 
 
-def _inverse(gram: Tensor, rho: float) -> Tensor:
-    """(gram + rho I)^-1 by Cholesky."""
-    eye = torch.eye(gram.shape[1], device=gram.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram + rho * eye))
+def _cholesky(gram: Tensor, rho: float) -> Tensor:
+    """The lower Cholesky factor of gram + rho I."""
+    shifted = gram.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(rho)
+    return torch.linalg.cholesky(shifted)
 
 
 def _project(x: Tensor) -> Tensor:

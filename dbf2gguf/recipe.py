@@ -13,17 +13,17 @@ class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
 
     row_tokens: int = 512
-    text_rows: int = 128  # distinct rows of calibration text; distillation runs over them in turn
+    text_rows: int = 112  # distinct rows of calibration text; distillation runs over them in turn
     correct_rows: int = 64  # rows that the sequential correction sees
-    gradient_rows: int = 16  # rows for the output importances
-    eval_rows: int = 12  # held-out rows of the receipt; no other stage sees them
+    gradient_rows: int = 8  # rows for the output importances
+    eval_rows: int = 8  # held-out rows of the receipt; no other stage sees them
     admm_iterations: int = 25
     damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
-    distill_steps: int = 64
+    distill_steps: int = 28
     distill_batch: int = 4  # rows a step
-    scale_rate: float = 8e-3  # Adam's peak learning rate for scales of unit rms
-    sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
-    warmup_steps: int = 10
+    scale_rate: float = 5e-3  # Adam's peak learning rate for scales of unit rms
+    sign_rate: float = 1.2e-2  # and for the latents of mean magnitude 1
+    warmup_steps: int = 6
 
     def describe(self) -> dict[str, Any]:
         """All settings, for the receipt."""
@@ -32,7 +32,15 @@ class Recipe:
 
 PRESETS = {
     "fast": Recipe(),
-    "balanced": Recipe(text_rows=384, correct_rows=128, distill_steps=192, warmup_steps=20),
+    "balanced": Recipe(
+        text_rows=384,
+        correct_rows=128,
+        gradient_rows=16,
+        eval_rows=16,
+        admm_iterations=40,
+        distill_steps=96,
+        warmup_steps=10,
+    ),
     "best": Recipe(
         text_rows=8192,
         correct_rows=256,

@@ -23,9 +23,7 @@ TEMPERATURE = 1.0
 BATCH_TOKENS = 32768  # tokens of KV cache at a time
 
 
-def rows_from_files(
-    files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int
-) -> Tensor:
+def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
     """Rows of tokens drawn from text files, equally from each as far as it goes.
 
     files   .jsonl (one object a line: "text", "messages", or a question and its answer) or plain text
@@ -128,7 +126,12 @@ def self_written_rows(
 
 
 def _sample_block(
-    model: nn.Module, tokenizer: Any, prompts: Iterator[list[int]], count: int, length: int, generator: torch.Generator
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Iterator[list[int]],
+    count: int,
+    length: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """`count` rows of `length` tokens, written side by side."""
     device = next(model.parameters()).device
@@ -152,7 +155,7 @@ def _sample_block(
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token a row from softmax(logits), (rows,) int64 on the CPU, by the inverse of the cumulative sum."""
+    """One token a row from softmax(logits), by inverting the cumulative sum: (rows,) int64 on the CPU."""
     reached = torch.softmax(logits, -1).cumsum(-1)
     wanted = torch.rand(len(logits), 1, generator=generator).to(logits.device) * reached[:, -1:]
     return torch.searchsorted(reached, wanted).clamp_(max=logits.shape[1] - 1)[:, 0].cpu()
@@ -183,5 +186,7 @@ def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[li
 
 def _end_ids(tokenizer: Any) -> list[int]:
     ends = [tokenizer.eos_token_id]
-    ends += [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")]
+    ends += [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
+    ]
     return [e for e in ends if e is not None and e != tokenizer.unk_token_id]

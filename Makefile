@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first if it is missing.
+
+PYTHON ?= python3
+# The torch that the demo and the tests were run with. The project itself takes any torch >= 2.4.
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+MODEL := demo/SmolLM2-135M-Instruct
+GGUF := demo/smollm2-135m.gguf
+QUESTION := What is the capital of France?
+
+.PHONY: demo test lint ctest clean
+
+demo: $(GGUF)
+	$(PY) -m dbf2gguf inspect $(GGUF)
+	@echo "> $(QUESTION)"
+	$(PY) -m runtime.chat $(GGUF) -p "$(QUESTION)" --temp 0 --max-tokens 80 --stats
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The C core alone: warnings are errors, AddressSanitizer and UBSan watch its self-test.
+ctest:
+	cmake -S cext -B build/ctest -DDBF_WERROR=ON -DDBF_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/ctest
+	ctest --test-dir build/ctest --output-on-failure
+
+$(GGUF): $(MODEL)/config.json
+	$(PY) -m dbf2gguf $(MODEL) $(GGUF) --bpw 2.0
+
+$(MODEL)/config.json: | $(INSTALLED)
+	$(PY) -m dbf2gguf.demo $(MODEL)
+
+$(INSTALLED): pyproject.toml $(wildcard cext/*.h cext/*.py cext/CMakeLists.txt cext/src/*)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV)
