@@ -230,9 +230,8 @@ def _inputs(
             if name == group.linears[0]:
                 raise _Stop
 
-        with _watching(layer, _watched(arch, (group,)), on_input):
-            with suppress(_Stop):
-                _call(layer, state, arguments)
+        with _watching(layer, _watched(arch, (group,)), on_input), suppress(_Stop):
+            _call(layer, state, arguments)
         result.append((seen[group.linears[0]], _residual(group, state, seen)))
     return result
 
