@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.errors import UnsupportedModelError
+from runtime.errors import FormatError, UnsupportedModelError
 
 INPUT = "input"
 """Residual of a linear whose output is added to the block's input."""
@@ -66,9 +66,9 @@ ARCHS = {spec.model_type: spec for spec in (ArchSpec("llama", "llama", rope_pair
 
 def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
     """The spec for a config.json. Raises UnsupportedModelError for a family or a feature that is not
-    implemented, naming it and what is."""
+    implemented, naming it and what is; FormatError for one that makes no sense."""
     model_type = config.get("model_type")
-    if model_type not in ARCHS:
+    if not isinstance(model_type, str) or model_type not in ARCHS:
         known = ", ".join(sorted(ARCHS))
         raise UnsupportedModelError(
             f"{where}: model_type {model_type!r} is not supported; supported: {known}"
@@ -85,6 +85,8 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
                 f"{where}: {key} = {got!r} is not supported; supported: {values[0]!r}"
             )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise FormatError(f"{where}: RoPE parameters are {rope!r}; wanted an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3", "linear"):
         raise UnsupportedModelError(

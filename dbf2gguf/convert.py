@@ -36,9 +36,10 @@ from dbf2gguf.write import (
     verify,
     write_gguf,
 )
-from runtime.errors import OptionError
+from runtime.errors import FormatError, OptionError
 
 GRADIENT_BATCH = 4
+MAX_SEED = 1 << 32
 COLLAPSED_KL = 3.0  # nats a token: beyond it a model says nothing sensible
 
 
@@ -99,6 +100,7 @@ def convert(
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
     """
     recipe = find_recipe(preset, **overrides)
+    _check_numbers(recipe, seed, threads)
     out = Path(out)
     if embed_type not in EMBED_TYPES:
         raise OptionError(f"--embed-type {embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}")
@@ -239,8 +241,30 @@ def as_read(
     return twin
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checks before the work
+
+
+def _check_numbers(recipe: Recipe, seed: int, threads: int | None) -> None:
+    """Counts are large enough to work with. Raises OptionError."""
+    least = {
+        "row_tokens": 4,
+        "text_rows": 1,
+        "correct_rows": 1,
+        "gradient_rows": 1,
+        "eval_rows": 1,
+        "admm_iterations": 1,
+        "distill_steps": 0,
+        "distill_batch": 1,
+    }
+    for name, minimum in least.items():
+        value = getattr(recipe, name)
+        if value < minimum:
+            raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
+    if threads is not None and threads < 1:
+        raise OptionError(f"--threads is {threads}; wanted 1 or more")
+    if not 0 <= seed < MAX_SEED:
+        raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
 
 
 def _check_output(out: Path) -> None:
@@ -279,10 +303,15 @@ def _skeleton(source: Source) -> nn.Module:
     """The model's modules and shapes without its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(source.path, local_files_only=True)
-        )
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        if config.max_position_embeddings < 4:
+            raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # values that no model can have: transformers raises anything
+        line = " ".join(str(error).split()) or repr(error)
+        raise FormatError(f"{source.path / 'config.json'}: transformers cannot use it: {line}") from error
 
 
 def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:
@@ -297,7 +326,7 @@ def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:
     return embed_type
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figures
 
 

@@ -165,7 +165,7 @@ def _normal_equations(
     return solve, importance
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running one layer
 
 
@@ -220,7 +220,7 @@ def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: dict[str
 def _inputs(
     layer: nn.Module, arch: ArchSpec, group: Group, states: list[Tensor], arguments: dict[str, Any]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """A group's inputs and residuals in the layer as it is now, the pass stopped as soon as they are known."""
+    """A group's inputs and residuals in the layer as it is now; each pass stops once they are known."""
     result = []
     for state in states:
         seen: dict[str, Tensor] = {}

@@ -69,7 +69,9 @@ def _check_safetensors(path: Path) -> None:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            if not all(isinstance(name, str) for name in files):
+                raise TypeError("names of files must be strings")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise FormatError(f"{index}: not a safetensors index: {error!r}") from None
     else:
         files = sorted(p.name for p in path.glob("*.safetensors"))
@@ -102,6 +104,7 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             attn_implementation="sdpa",
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
@@ -109,9 +112,16 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         raise FormatError(f"{source.path}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    mismatched = sorted(info.get("mismatched_keys") or [])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
     if mismatched:
-        raise FormatError(f"{source.path}: shape of {mismatched[0]} contradicts config.json")
+        raise FormatError(f"{source.path}: shapes contradict config.json, first {mismatched[0]}")
+    tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
+    unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(".inv_freq"))
+    if unknown:
+        raise FormatError(
+            f"{source.path}: {len(unknown)} tensors have no place in the model that config.json describes, "
+            f"first {unknown[0]!r}"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
