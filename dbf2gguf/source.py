@@ -112,9 +112,10 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         raise FormatError(f"{source.path}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    mismatched = sorted(str(key) for key in info["mismatched_keys"])
-    if mismatched:
-        raise FormatError(f"{source.path}: shapes contradict config.json, first {mismatched[0]}")
+    for name, got, wanted in sorted(info["mismatched_keys"]):
+        raise FormatError(
+            f"{source.path}: shapes contradict config.json: {name!r} is {tuple(got)}; wanted {tuple(wanted)}"
+        )
     tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
     unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(".inv_freq"))
     if unknown:

@@ -140,6 +140,9 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.name)
+    weights = model.num_parameters()
+    writer.add_size_label(gguf.size_label(weights, weights, 0, 0))
+    writer.add_file_type(gguf.LlamaFileType.GUESSED)  # llama.cpp has no number for DBF1
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
