@@ -26,7 +26,9 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import linear_names
 
-RECIPE = Recipe(row_tokens=32, distill_steps=30, distill_batch=4, warmup_steps=3)
+RECIPE = Recipe(
+    row_tokens=32, distill_steps=30, distill_batch=4, warmup_steps=3, scale_rate=1.5e-2, sign_rate=5e-2
+)
 
 
 class Setup:
