@@ -73,57 +73,66 @@ def relative_error(weight: Tensor, approximation: Tensor) -> Tensor:
     return (weight - approximation).square().sum((1, 2)) / weight.square().sum((1, 2)).clamp(min=TINY)
 
 
+@dataclass
+class _Factor:
+    """One factor's side of the ADMM: its projection, its dual, and where the next power iteration starts."""
+
+    x: Tensor  # (batch, rank, width)
+    dual: Tensor
+    cols: Tensor  # (batch, width), the right singular vector of |x + dual|
+
+    def project(self, point: Tensor) -> None:
+        """x = SVID(point): its signs times the best rank-1 approximation of its magnitudes; dual = the rest.
+        `point` is overwritten."""
+        rows, self.cols = _rank_one(point.abs(), self.cols, 1)
+        self.x = torch.copysign(rows[:, :, None] * self.cols[:, None, :], point)
+        self.dual = point.sub_(self.x)
+
+
 def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
     batch, rows, cols = weight.shape
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device)
+    def random_factor(*shape: int) -> _Factor:
+        x = torch.randn(*shape, generator=generator).to(weight.device)
+        return _Factor(x, torch.zeros_like(x), torch.ones_like(x[:, 0]))
 
-    a, b = normal(batch, rows, rank), normal(batch, rank, cols)
-    dual_a, dual_b = torch.zeros_like(a), torch.zeros_like(b)
-    raw_a, raw_b = a, b
+    # A is held transposed, (batch, rank, rows), so that both sides are the same problem.
+    a = random_factor(batch, rank, rows)
+    b = random_factor(batch, rank, cols)
     for step in range(iterations):
         rho = min(1.0, step / max(1, iterations - 3)) ** 3
-        norm = b.norm(dim=2).clamp(min=TINY)
-        left = (b / norm[:, :, None]).mT
-        a_t, dual_t, raw_t = _half_step(left, weight.mT, a.mT, dual_a.mT, rho)
-        a, dual_a, raw_a = a_t.mT, dual_t.mT, raw_t.mT
-        norm = a.norm(dim=1).clamp(min=TINY)
-        b, dual_b, raw_b = _half_step(a / norm[:, None, :], weight, b, dual_b, rho)
-    a_rows, a_cols = _rank_one(a.abs())
-    b_rows, b_cols = _rank_one(b.abs())
+        _half_step(b.x / b.x.norm(dim=2, keepdim=True).clamp(min=TINY), weight.mT, a, rho)
+        norm = a.x.norm(dim=2, keepdim=True).clamp(min=TINY)
+        _half_step(a.x / norm, weight, b, rho)
+    a_cols, a_rows = _rank_one(a.x.abs(), a.cols, POWER_ITERATIONS)
+    b_rows, b_cols = _rank_one(b.x.abs(), b.cols, POWER_ITERATIONS)
     return Factors(
-        a=_unit_latent(raw_a, a_rows, a_cols),
-        b=_unit_latent(raw_b, b_rows, b_cols),
+        a=_unit_latent(a.x + a.dual, a_cols, a_rows).mT.contiguous(),
+        b=_unit_latent(b.x + b.dual, b_rows, b_cols),
         s_out=a_rows,
-        s_mid=a_cols * b_rows / norm,
+        s_mid=a_cols * b_rows / norm[:, :, 0],
         s_in=b_cols,
     )
 
 
-def _half_step(
-    left: Tensor, weight: Tensor, x: Tensor, dual: Tensor, rho: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ADMM steps for min ||weight - left x||^2 subject to x = signs * rank-1 magnitudes.
+def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> None:
+    """ADMM steps for min ||weight - other^T x||^2 subject to x = signs * rank-1 magnitudes.
 
-    Returns the projected x, the new dual and the point that was projected. The first step uses penalty
-    `rho`, the others 1.
+    other   (batch, rank, rows)  the other factor, rows normalized
+    weight  (batch, rows, cols)
+    The first step uses penalty `rho`, the others 1.
     """
-    gram = left.mT @ left
+    gram = other @ other.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal.mean(1, keepdim=True)
-    target = left.mT @ weight
-    free = torch.cholesky_solve(target + rho * (x - dual), _cholesky(gram, rho))
+    target = other @ weight
+    free = torch.cholesky_solve(target + rho * (factor.x - factor.dual), _cholesky(gram, rho))
     inverse = torch.cholesky_inverse(_cholesky(gram, 1.0))
     for _ in range(INNER_STEPS - 1):
-        point = free + dual
-        x = _project(point)
-        dual = point - x
-        free = inverse @ (target + x - dual)
-    point = free + dual
-    x = _project(point)
-    return x, point - x, point
+        factor.project(free.add_(factor.dual))
+        free = inverse @ torch.sub(factor.x, factor.dual).add_(target)
+    factor.project(free.add_(factor.dual))
 
 
 def _cholesky(gram: Tensor, rho: float) -> Tensor:
@@ -133,16 +142,10 @@ def _cholesky(gram: Tensor, rho: float) -> Tensor:
     return torch.linalg.cholesky(shifted)
 
 
-def _project(x: Tensor) -> Tensor:
-    """SVID: sign(x) times the best rank-1 approximation of |x|."""
-    rows, cols = _rank_one(x.abs())
-    return torch.copysign(rows[:, :, None] * cols[:, None, :], x)
-
-
-def _rank_one(x: Tensor) -> tuple[Tensor, Tensor]:
-    """u, v with u v^T ~ x >= 0, v of unit length, by power iteration."""
-    v = torch.ones(x.shape[0], x.shape[2], 1, device=x.device)
-    for _ in range(POWER_ITERATIONS):
+def _rank_one(x: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """u, v with u v^T ~ x >= 0, v of unit length, by power iteration from v = start."""
+    v = start[:, :, None]
+    for _ in range(iterations):
         u = x @ v
         v = x.mT @ (u / u.norm(dim=1, keepdim=True).clamp(min=TINY))
         v = v / v.norm(dim=1, keepdim=True).clamp(min=TINY)

@@ -14,7 +14,7 @@ class Recipe:
 
     row_tokens: int = 512
     text_rows: int = 112  # distinct rows of calibration text; distillation runs over them in turn
-    correct_rows: int = 64  # rows that the sequential correction sees
+    correct_rows: int = 80  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
     eval_rows: int = 8  # held-out rows of the receipt; no other stage sees them
     admm_iterations: int = 25
