@@ -93,13 +93,13 @@ def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
     batch, rows, cols = weight.shape
     generator = torch.Generator().manual_seed(seed)
 
-    def random_factor(*shape: int) -> _Factor:
-        x = torch.randn(*shape, generator=generator).to(weight.device)
+    def random_factor(width: int) -> _Factor:
+        """The same start for every matrix, so that none depends on what shares its batch."""
+        x = torch.randn(rank, width, generator=generator).to(weight.device).expand(batch, -1, -1)
         return _Factor(x, torch.zeros_like(x), torch.ones_like(x[:, 0]))
 
     # A is held transposed, (batch, rank, rows), so that both sides are the same problem.
-    a = random_factor(batch, rank, rows)
-    b = random_factor(batch, rank, cols)
+    a, b = random_factor(rows), random_factor(cols)
     for step in range(iterations):
         rho = min(1.0, step / max(1, iterations - 3)) ** 3
         _half_step(b.x / b.x.norm(dim=2, keepdim=True).clamp(min=TINY), weight.mT, a, rho)
@@ -125,7 +125,7 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> No
     """
     gram = other @ other.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE * diagonal.mean(1, keepdim=True)
+    diagonal += RIDGE * diagonal.mean(1, keepdim=True) + TINY
     target = other @ weight
     free = torch.cholesky_solve(target + rho * (factor.x - factor.dual), _cholesky(gram, rho))
     inverse = torch.cholesky_inverse(_cholesky(gram, 1.0))

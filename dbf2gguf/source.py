@@ -48,7 +48,7 @@ def open_source(model: str | Path, scratch: Path) -> Source:
         from dbf2gguf.from_gguf import gguf_to_hf
 
         name, path = path.stem, scratch / "model"
-        gguf_to_hf(Path(model), path)
+        gguf_to_hf(Path(model), path, torch.float32)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FormatError(f"{path}: no config.json in it; wanted a Hugging Face model folder")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from dbf2gguf.kvcache import GrowingCache
@@ -65,7 +66,7 @@ def _file_tokens(file: Path, tokenizer: Any) -> Iterator[int]:
 
 
 def _jsonl_documents(file: Path, text: str, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -80,24 +81,30 @@ def _document(entry: Any, tokenizer: Any, where: str) -> str:
         if isinstance(entry.get("text"), str):
             return str(entry["text"])
         if "messages" in entry:
-            return _chat(entry["messages"], tokenizer)
+            return _chat(entry["messages"], tokenizer, where)
         for ask, reply in CHAT_KEYS:
             if ask in entry and reply in entry:
-                return _chat(
-                    [
-                        {"role": "user", "content": str(entry[ask]).strip()},
-                        {"role": "assistant", "content": str(entry[reply]).strip()},
-                    ],
-                    tokenizer,
-                )
+                turns = (("user", entry[ask]), ("assistant", entry[reply]))
+                messages = [{"role": role, "content": str(text).strip()} for role, text in turns]
+                return _chat(messages, tokenizer, where)
     pairs = ", ".join(f"{ask!r} and {reply!r}" for ask, reply in CHAT_KEYS)
     raise FormatError(f"{where}: wanted an object with 'text', 'messages', or {pairs}")
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    if tokenizer.chat_template:
+def _chat(messages: Any, tokenizer: Any, where: str) -> str:
+    """A conversation in the model's own form; turns with empty lines between them if it has none."""
+    if not isinstance(messages, list) or not messages or not all(_is_turn(m) for m in messages):
+        raise FormatError(f"{where}: 'messages': wanted a list of objects with 'role' and 'content'")
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for message in messages)
+    try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return "\n\n".join(str(message["content"]) for message in messages)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise FormatError(f"{where}: the model's chat template refuses it: {error}") from None
+
+
+def _is_turn(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
 
 
 @torch.no_grad()
