@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MODEL := demo/SmolLM2-135M-Instruct
 GGUF := demo/smollm2-135m.gguf
+QUICK := build/quick.gguf
 QUESTION := What is the capital of France?
 
 .PHONY: demo test lint ctest clean
@@ -19,6 +20,13 @@ demo: $(GGUF)
 
 test: $(INSTALLED)
 	$(PY) -m pytest
+
+# A real model, converted badly but in a minute: with DBF_TEST_GGUF=build/quick.gguf, `make test` compares the
+# runtime with transformers on it where `make demo` has not run.
+$(QUICK): $(MODEL)/config.json
+	mkdir -p $(@D)
+	$(PY) -m dbf2gguf $(MODEL) $@ --calib README.md --calib docs/FORMAT.md --calib Makefile \
+		--admm-iterations 3 --distill-steps 1
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
