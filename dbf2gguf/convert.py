@@ -99,7 +99,7 @@ def convert(
 
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
     """
-    recipe = find_recipe(preset, **overrides)
+    recipe = find_recipe(preset, bpw, **overrides)
     _check_numbers(recipe, seed, threads)
     out = Path(out)
     if embed_type not in EMBED_TYPES:

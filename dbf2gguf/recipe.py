@@ -21,8 +21,8 @@ class Recipe:
     damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
     distill_steps: int = 28
     distill_batch: int = 4  # rows a step
-    scale_rate: float = 5e-3  # Adam's peak learning rate for scales of unit rms
-    sign_rate: float = 1.2e-2  # and for the latents of mean magnitude 1
+    scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
+    sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
     warmup_steps: int = 6
 
     def describe(self) -> dict[str, Any]:
@@ -55,10 +55,22 @@ PRESETS = {
     ),
 }
 DEFAULT_PRESET = "fast"
+PRESET_BPW = 2.0
 
 
-def find_recipe(preset: str, **overrides: Any) -> Recipe:
-    """The preset's recipe with every override that is not None in place. Raises OptionError."""
+def find_recipe(preset: str, bpw: float, **overrides: Any) -> Recipe:
+    """The preset's recipe for `bpw`, with every override that is not None in place. Raises OptionError.
+
+    Presets are made for PRESET_BPW. A model of fewer bits starts further from the original and is quicker to
+    factorize: what that saves goes into more text and more steps of distillation.
+    """
     if preset not in PRESETS:
         raise OptionError(f"--preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-    return replace(PRESETS[preset], **{k: v for k, v in overrides.items() if v is not None})
+    recipe = PRESETS[preset]
+    share = (PRESET_BPW / min(3.0, max(1.0, bpw))) ** 1.5
+    recipe = replace(
+        recipe,
+        text_rows=round(recipe.text_rows * share),
+        distill_steps=round(recipe.distill_steps * share),
+    )
+    return replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
