@@ -26,7 +26,7 @@ test: $(INSTALLED)
 $(QUICK): $(MODEL)/config.json
 	mkdir -p $(@D)
 	$(PY) -m dbf2gguf $(MODEL) $@ --calib README.md --calib docs/FORMAT.md --calib Makefile \
-		--admm-iterations 3 --distill-steps 1
+		--preset fast --admm-iterations 3 --distill-steps 1
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -40,7 +40,7 @@ ctest:
 	ctest --test-dir build/ctest --output-on-failure
 
 $(GGUF): $(MODEL)/config.json
-	$(PY) -m dbf2gguf $(MODEL) $(GGUF) --bpw 2.0
+	$(PY) -m dbf2gguf $(MODEL) $(GGUF) --bpw 2.0 --preset fast
 
 $(MODEL)/config.json: | $(INSTALLED)
 	$(PY) -m dbf2gguf.demo $(MODEL)

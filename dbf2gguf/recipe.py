@@ -13,13 +13,13 @@ class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
 
     row_tokens: int = 512
-    text_rows: int = 112  # distinct rows of calibration text; distillation runs over them in turn
-    correct_rows: int = 80  # rows that the sequential correction sees
+    text_rows: int = 80  # distinct rows of calibration text; distillation runs over them in turn
+    correct_rows: int = 64  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
     eval_rows: int = 8  # held-out rows of the receipt; no other stage sees them
     admm_iterations: int = 25
     damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
-    distill_steps: int = 28
+    distill_steps: int = 20
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
     sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
@@ -33,12 +33,11 @@ class Recipe:
 PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
-        text_rows=384,
+        text_rows=192,
         correct_rows=128,
         gradient_rows=16,
         eval_rows=16,
-        admm_iterations=40,
-        distill_steps=96,
+        distill_steps=64,
         warmup_steps=10,
     ),
     "best": Recipe(
@@ -54,7 +53,7 @@ PRESETS = {
         warmup_steps=20,
     ),
 }
-DEFAULT_PRESET = "fast"
+DEFAULT_PRESET = "balanced"
 PRESET_BPW = 2.0
 
 
@@ -67,7 +66,7 @@ def find_recipe(preset: str, bpw: float, **overrides: Any) -> Recipe:
     if preset not in PRESETS:
         raise OptionError(f"--preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     recipe = PRESETS[preset]
-    share = (PRESET_BPW / min(3.0, max(1.0, bpw))) ** 1.5
+    share = PRESET_BPW / min(3.0, max(1.0, bpw))
     recipe = replace(
         recipe,
         text_rows=round(recipe.text_rows * share),
