@@ -1,4 +1,4 @@
-"""The DBF1 tensor type: block layout, pack, unpack, and its registration with `gguf`.
+"""The DBF1 tensor type: block layout, pack, unpack, the bits of a layer, registration with `gguf`.
 
 This file is the definition of the format; docs/FORMAT.md is its prose.
 
@@ -13,6 +13,8 @@ Importing this module registers the type with `gguf`, so that `GGUFWriter`, `GGU
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from gguf import constants as _constants
 from gguf import quants as _quants
 from numpy.typing import NDArray
 
-from runtime.errors import FormatError
+from runtime.errors import FormatError, OptionError
 
 DBF1 = 0x31464244
 """GGML type id of DBF1: the bytes "DBF1" read as a little-endian uint32."""
@@ -39,6 +41,17 @@ LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "f
 
 FACTORS = ("dbf_a", "dbf_b", "dbf_out", "dbf_mid", "dbf_in")
 """Suffixes of the five tensors that stand for one linear layer's weight."""
+
+RANK_STEP = 8
+"""Inner sizes are multiples of this: rows of A are whole bytes."""
+
+SCALE_BITS = 16
+"""Bits of one entry of a scale vector, a float16."""
+
+MAX_BPW = 8.0
+"""Most bits per weight that a plan may have."""
+
+Shape = tuple[int, int]
 
 
 def pad8(n: int) -> int:
@@ -75,6 +88,60 @@ def unpack(data: NDArray[np.uint8], cols: int | None = None) -> NDArray[np.int8]
         raise FormatError(f"unpack: wanted {cols} columns of rows that hold {data.shape[1] * BLOCK_SIGNS}")
     bits = np.unpackbits(np.ascontiguousarray(data), axis=1, count=cols, bitorder="little")
     return (bits.astype(np.int8) << 1) - np.int8(1)
+
+
+def linear_bits(rows: int, cols: int, rank: int) -> int:
+    """Bits of one factorized linear layer: signs of A, signs of B with their filler, three scale vectors."""
+    return rank * (rows + pad8(cols)) + SCALE_BITS * (rows + rank + cols)
+
+
+def uniform_ranks(shapes: Mapping[str, Shape], bpw: float) -> dict[str, int]:
+    """Inner sizes that give every layer the same bits per weight, as nearly as steps of 8 allow.
+
+    Bits per weight (bpw) is the sum of `linear_bits` over all layers, divided by the number of weights that
+    they replace. Each layer gets the largest rank that stays within `bpw`; what is left over buys further
+    steps, first for the layers that fell shortest, until nothing more fits. The average is never above
+    `bpw`, and within one step of the cheapest layer below it.
+
+    shapes  name -> (rows, cols)
+
+    Raises OptionError if `bpw` cannot pay for rank 8 everywhere, or is above MAX_BPW.
+    """
+    if not shapes:
+        raise OptionError("the model has no linear layers to factorize")
+    weights = sum(rows * cols for rows, cols in shapes.values())
+    floor = sum(linear_bits(rows, cols, RANK_STEP) for rows, cols in shapes.values())
+    budget = int(bpw * weights) if math.isfinite(bpw) else -1
+    if not (floor <= budget and bpw <= MAX_BPW):
+        least = math.ceil(floor / weights * 1000) / 1000
+        raise OptionError(f"--bpw {bpw:g} is out of range: this model can have {least:.3f} to {MAX_BPW:g}")
+    ranks: dict[str, int] = {}
+    for name, (rows, cols) in shapes.items():
+        free = bpw * rows * cols - SCALE_BITS * (rows + cols)
+        steps = int(free / (linear_bits(rows, cols, 1) - linear_bits(rows, cols, 0)) / RANK_STEP)
+        ranks[name] = max(1, steps) * RANK_STEP
+    spent = sum(linear_bits(*shapes[name], rank) for name, rank in ranks.items())
+    # Layers too small for their share took rank 8 all the same: take that back where it costs least.
+    while spent > budget:
+        name = max((n for n in ranks if ranks[n] > RANK_STEP), key=lambda n: _share(shapes[n], ranks[n]))
+        spent -= _step_bits(shapes[name])
+        ranks[name] -= RANK_STEP
+    before = -1
+    while before != spent:
+        before = spent
+        for name in sorted(ranks, key=lambda n: _share(shapes[n], ranks[n])):
+            if spent + _step_bits(shapes[name]) <= budget:
+                spent += _step_bits(shapes[name])
+                ranks[name] += RANK_STEP
+    return ranks
+
+
+def _share(shape: Shape, rank: int) -> float:
+    return linear_bits(*shape, rank) / (shape[0] * shape[1])
+
+
+def _step_bits(shape: Shape) -> int:
+    return linear_bits(*shape, RANK_STEP) - linear_bits(*shape, 0)
 
 
 def _register() -> int:
