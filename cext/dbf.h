@@ -84,7 +84,7 @@ const char *dbf_isa_active(void);   /* NULL if DBF_ISA names none of them */
 const char *dbf_isa_demoted(void);  /* a set that this CPU has, but whose self-test failed; NULL if there is none */
 int dbf_isa_use(const char *name);  /* NULL: the fastest */
 
-/* Single kernels of the active instruction set, for tests and benchmarks. */
+/* Single kernels of the active instruction set, for tests and benchmarks (and, last, the memory). */
 
 /* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
  * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 */
@@ -98,7 +98,13 @@ int dbf_quantize(int16_t *q, float *scale, const float *x, int n);
  * y[w->rows], x[w->cols] */
 int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x);
 
-/* repeat a sign product on weights packed once, in memory of the caller's thread; *seconds is the time of all */
-int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int repeats);
+/* Least time of one product of a sign matrix with `batch` vectors, their tables included, on one thread, repeated for
+ * `duration` seconds. Copies of the packed matrix, at least `footprint` bytes in all, take turns: 0 keeps one matrix
+ * in the caches, much more than these hold makes every product read it from memory. */
+int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t footprint, double duration);
+
+/* Least time in which n_threads read `bytes` of memory once, each its own consecutive part, repeated for `duration`
+ * seconds. */
+int dbf_bench_read(double *seconds, size_t bytes, int n_threads, double duration);
 
 #endif

@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define MAX_DIM DBF_MAX_COLS
@@ -339,37 +338,6 @@ int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows
     }
     free(p.memory);
     return DBF_OK;
-}
-
-int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int repeats)
-{
-    if (!seconds || repeats < 1 || rows < 1 || rows > MAX_VOCAB || !dim_ok(cols)) return DBF_EINVAL;
-    size_t stride = (size_t)((cols + 7) / 8);
-    uint8_t *bits = malloc((size_t)rows * stride);
-    int16_t *q = malloc((size_t)cols * sizeof *q);
-    product_t p;
-    int code = bits && q ? DBF_OK : DBF_ENOMEM;
-    if (!code) {
-        for (size_t i = 0; i < (size_t)rows * stride; i++) bits[i] = (uint8_t)(i * 167 + i / 251);
-        for (int i = 0; i < cols; i++) q[i] = (int16_t)(i * 7919 % 16383 - DBF_QMAX);
-        code = product_new(&p, bits, q, rows, cols);
-    }
-    if (!code) {
-        struct timespec t0, t1;
-        clock_gettime(CLOCK_MONOTONIC, &t0);
-        for (int i = 0; i < repeats; i++) {
-            p.k->sign_table(p.table, q, cols);
-            for (int r = 0; r < rows; r += DBF_PANEL)
-                p.k->sign_gemv(p.isum, p.bits + (size_t)r * stride, p.table,
-                               rows - r < DBF_PANEL ? rows - r : DBF_PANEL, cols);
-        }
-        clock_gettime(CLOCK_MONOTONIC, &t1);
-        *seconds = (double)(t1.tv_sec - t0.tv_sec) + 1e-9 * (double)(t1.tv_nsec - t0.tv_nsec);
-        free(p.memory);
-    }
-    free(bits);
-    free(q);
-    return code;
 }
 
 int dbf_quantize(int16_t *q, float *scale, const float *x, int n)

@@ -146,6 +146,25 @@ static void test_model(int type)
     free(h), free(f), free(q8), free((void *)w.out_norm);
 }
 
+static void test_bench(void)
+{
+    double seconds = -1.0;
+    for (int isa = 0; isa < dbf_isa_count(); isa++) {
+        CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
+        for (size_t footprint = 0; footprint <= 20000; footprint += 20000) {
+            CHECK(dbf_bench_sign_gemv(&seconds, 67, 100, 3, footprint, 0.001) == DBF_OK, "dbf_bench_sign_gemv");
+            CHECK(seconds > 0.0, "%s bench", dbf_isa_name(isa));
+        }
+    }
+    CHECK(dbf_bench_sign_gemv(&seconds, 67, 100, 0, 0, 0.0) == DBF_EINVAL, "a batch of 0");
+    CHECK(dbf_bench_sign_gemv(&seconds, 67, 100, 1, 0, INFINITY) == DBF_EINVAL, "an endless duration");
+    for (int threads = 1; threads <= 3; threads++) {
+        seconds = -1.0;
+        CHECK(dbf_bench_read(&seconds, 100001, threads, 0.001) == DBF_OK && seconds > 0.0, "dbf_bench_read");
+    }
+    CHECK(dbf_bench_read(&seconds, 0, 1, 0.0) == DBF_EINVAL, "nothing to read");
+}
+
 int main(void)
 {
     CHECK(!dbf_isa_demoted(), "the self-test of %s failed", dbf_isa_demoted());
@@ -154,6 +173,7 @@ int main(void)
     test_model(DBF_F32);
     test_model(DBF_F16);
     test_model(DBF_Q8_0);
+    test_bench();
     printf("ok:");
     for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));
     printf("\n");

@@ -1,0 +1,160 @@
+/* bench.c - how fast are a sign product and the memory, for runtime/bench. */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "../dbf.h"
+#include "kernels.h"
+#include "pool.h"
+
+#define ALIGN 64
+#define MAX_ROWS (1 << 24)
+#define MAX_BATCH 4096
+#define MAX_THREADS 1024
+#define MAX_DURATION 3600.0
+#define WINDOW 0.01 /* seconds that are timed together: shorter ones are at the mercy of the clock */
+
+static size_t round_up(size_t n)
+{
+    return (n + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- a sign product --------------------------------------------------------------------------------------- */
+
+typedef struct product {
+    const kernels_t *k;
+    int rows, cols, batch;
+    size_t row_bytes, copy_bytes, table_bytes;
+    size_t copies, next;
+    uint8_t *w;     /* [copies][copy_bytes] */
+    uint8_t *table; /* [batch][table_bytes] */
+    int16_t *q;     /* [cols] */
+} product_t;
+
+static void multiply(product_t *p)
+{
+    int32_t isum[DBF_PANEL];
+    const uint8_t *w = p->w + p->next * p->copy_bytes;
+    p->next = (p->next + 1) % p->copies;
+    for (int i = 0; i < p->batch; i++) p->k->sign_table(p->table + (size_t)i * p->table_bytes, p->q, p->cols);
+    for (int r = 0; r < p->rows; r += DBF_PANEL) {
+        int some = p->rows - r < DBF_PANEL ? p->rows - r : DBF_PANEL;
+        for (int i = 0; i < p->batch; i++)
+            p->k->sign_gemv(isum, w + (size_t)r * p->row_bytes, p->table + (size_t)i * p->table_bytes, some, p->cols);
+    }
+}
+
+/* the first copy is packed, the others are copied: what the signs are makes no difference to the kernels */
+static int fill(product_t *p)
+{
+    size_t bytes = (size_t)p->rows * p->row_bytes, packed = p->k->sign_pack_bytes(p->rows, p->cols);
+    uint8_t *bits = malloc(bytes);
+    if (!bits) return DBF_ENOMEM;
+    for (size_t i = 0; i < bytes; i++) bits[i] = (uint8_t)(i * 167 + i / 251);
+    for (int i = 0; i < p->cols; i++) p->q[i] = (int16_t)(i * 7919 % (2 * DBF_QMAX + 1) - DBF_QMAX);
+    if (packed)
+        p->k->sign_pack(p->w, bits, p->rows, p->cols);
+    else
+        memcpy(p->w, bits, bytes);
+    for (size_t i = 1; i < p->copies; i++) memcpy(p->w + i * p->copy_bytes, p->w, packed ? packed : bytes);
+    free(bits);
+    return DBF_OK;
+}
+
+int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t footprint, double duration)
+{
+    if (!seconds || rows < 1 || rows > MAX_ROWS || cols < 1 || cols > DBF_MAX_COLS || batch < 1 || batch > MAX_BATCH
+        || footprint > SIZE_MAX / 4 || !(duration >= 0.0 && duration <= MAX_DURATION))
+        return DBF_EINVAL;
+    product_t p = { .k = dbf_kernels_active(), .rows = rows, .cols = cols, .batch = batch };
+    if (!p.k) return DBF_EISA;
+    p.row_bytes = (size_t)((cols + 7) / 8);
+    size_t packed = p.k->sign_pack_bytes(rows, cols);
+    p.copy_bytes = round_up(packed ? packed : (size_t)rows * p.row_bytes);
+    p.table_bytes = round_up(p.k->sign_table_bytes(cols));
+    p.copies = footprint > p.copy_bytes ? (footprint + p.copy_bytes - 1) / p.copy_bytes : 1;
+    p.w = aligned_alloc(ALIGN, p.copies * p.copy_bytes);
+    p.table = aligned_alloc(ALIGN, (size_t)batch * p.table_bytes);
+    p.q = malloc((size_t)cols * sizeof *p.q);
+    int code = p.w && p.table && p.q ? fill(&p) : DBF_ENOMEM;
+    if (!code) {
+        double end = now() + duration, t0 = now(), t1;
+        int settled = 0;
+        for (size_t burst = 1; !settled || t0 < end; t0 = t1) {
+            for (size_t i = 0; i < burst; i++) multiply(&p);
+            t1 = now();
+            double each = (t1 - t0) / (double)burst;
+            if (!settled || each < *seconds) *seconds = each;
+            if (t1 - t0 < WINDOW && t1 < end)
+                burst *= 2;
+            else
+                settled = 1;
+        }
+    }
+    free(p.w);
+    free(p.table);
+    free(p.q);
+    return code;
+}
+
+/* ---- memory ----------------------------------------------------------------------------------------------- */
+
+#define PREFETCH 4096 /* bytes ahead: as the kernels do, beyond what the CPU prefetches by itself */
+
+typedef struct reading {
+    pool_t *pool;
+    uint64_t *data;
+    size_t lines; /* of ALIGN bytes */
+    int touch;
+    _Atomic uint64_t sum; /* keeps the compiler from leaving the reads out */
+} reading_t;
+
+static void part_of(void *arg, int thread)
+{
+    reading_t *r = arg;
+    enum { WORDS = ALIGN / sizeof(uint64_t) };
+    size_t threads = (size_t)pool_threads(r->pool);
+    size_t begin = r->lines * (size_t)thread / threads, end = r->lines * ((size_t)thread + 1) / threads;
+    if (r->touch) { /* by the thread that reads it, so that it lies in that thread's memory */
+        memset(r->data + begin * WORDS, 1, (end - begin) * ALIGN);
+        return;
+    }
+    uint64_t sum[WORDS] = { 0 }, total = 0;
+    for (const uint64_t *p = r->data + begin * WORDS, *stop = r->data + end * WORDS; p < stop; p += WORDS) {
+        __builtin_prefetch((const char *)p + PREFETCH);
+        for (int i = 0; i < WORDS; i++) sum[i] += p[i];
+    }
+    for (int i = 0; i < WORDS; i++) total += sum[i];
+    r->sum += total;
+}
+
+int dbf_bench_read(double *seconds, size_t bytes, int n_threads, double duration)
+{
+    if (!seconds || bytes < ALIGN || bytes > SIZE_MAX / 4 || n_threads < 1 || n_threads > MAX_THREADS
+        || !(duration >= 0.0 && duration <= MAX_DURATION))
+        return DBF_EINVAL;
+    reading_t r = { .lines = bytes / ALIGN, .touch = 1 };
+    int code = pool_new(&r.pool, n_threads);
+    if (code) return code;
+    r.data = aligned_alloc(ALIGN, r.lines * ALIGN);
+    code = r.data ? pool_run(r.pool, part_of, &r) : DBF_ENOMEM;
+    r.touch = 0;
+    double end = now() + duration;
+    for (int pass = 0; !code && (pass == 0 || now() < end); pass++) {
+        double t0 = now();
+        code = pool_run(r.pool, part_of, &r);
+        double each = (now() - t0) * (double)bytes / (double)(r.lines * ALIGN);
+        if (pass == 0 || each < *seconds) *seconds = each;
+    }
+    free(r.data);
+    pool_free(r.pool);
+    return code;
+}
