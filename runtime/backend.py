@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -298,3 +300,58 @@ class CBackend(Backend):
     def __del__(self) -> None:
         if getattr(self, "_lib", None) is not None and getattr(self, "_model", None) is not None:
             self.close()
+
+
+class Core:
+    """The C core's instruction sets and timings, for `runtime.bench`.
+
+    Attributes: isas (the usable ones, from slow to fast), active (the one in use, or None if DBF_ISA names an
+    unusable one), demoted (one that this CPU has, but whose self-test failed, or None), default_threads.
+
+    Raises BackendError if the C core is not built.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import cext
+        except ImportError as e:
+            raise BackendError(f"the C core is not built ({e}); run: pip install -e .") from e
+        self._ffi, self._lib = cext.ffi, cext.lib
+        names = (self._string(self._lib.dbf_isa_name(i)) for i in range(self._lib.dbf_isa_count()))
+        self.isas: tuple[str, ...] = tuple(name for name in names if name is not None)
+        self.demoted = self._string(self._lib.dbf_isa_demoted())
+        self.default_threads = int(self._lib.dbf_default_threads())
+
+    @property
+    def active(self) -> str | None:
+        return self._string(self._lib.dbf_isa_active())
+
+    @contextmanager
+    def use(self, isa: str) -> Iterator[None]:
+        """Within the body, `isa` is active."""
+        before = self._lib.dbf_isa_active()
+        self._ensure(self._lib.dbf_isa_use(isa.encode()), f"instruction set {isa!r}")
+        try:
+            yield
+        finally:
+            self._lib.dbf_isa_use(before)
+
+    def sign_gemv_seconds(self, rows: int, cols: int, batch: int, footprint: int, duration: float) -> float:
+        """Least time of a sign product of the active instruction set: dbf_bench_sign_gemv of dbf.h."""
+        out = self._ffi.new("double *")
+        code = self._lib.dbf_bench_sign_gemv(out, rows, cols, batch, footprint, duration)
+        self._ensure(code, f"sign product {rows} x {cols} x {batch}")
+        return float(out[0])
+
+    def read_seconds(self, nbytes: int, n_threads: int, duration: float) -> float:
+        """Least time in which n_threads read nbytes of memory: dbf_bench_read of dbf.h."""
+        out = self._ffi.new("double *")
+        self._ensure(self._lib.dbf_bench_read(out, nbytes, n_threads, duration), f"reading {nbytes} bytes")
+        return float(out[0])
+
+    def _string(self, text: Any) -> str | None:
+        return str(self._ffi.string(text).decode()) if text else None
+
+    def _ensure(self, code: int, what: str) -> None:
+        if code != self._lib.DBF_OK:
+            raise BackendError(f"{what}: {self._string(self._lib.dbf_strerror(code))}")

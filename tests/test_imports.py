@@ -22,8 +22,8 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "runtime", "runtime.chat", "runtime.perplexity", "runtime.engine", "runtime.gguf", "runtime.model",
-        "runtime.sampling", "runtime.template", "runtime.tokenizer",
+        "runtime", "runtime.bench.__main__", "runtime.chat", "runtime.perplexity", "runtime.engine",
+        "runtime.gguf", "runtime.model", "runtime.sampling", "runtime.template", "runtime.tokenizer",
     ],
 )  # fmt: skip
 def test_light(module: str) -> None:

@@ -1,0 +1,1 @@
+"""Speed of models, kernels and memory: python -m runtime.bench --help"""
