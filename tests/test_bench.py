@@ -138,15 +138,8 @@ def test_file_as_text(model: Path, form: str, capsys: pytest.CaptureFixture[str]
     if form == "csv":
         rows = list(csv.DictReader(io.StringIO(out)))
         assert len(rows) == 8
-        assert {
-            "model_type",
-            "model_size",
-            "model_n_params",
-            "n_threads",
-            "test",
-            "avg_ts",
-            "stddev_ts",
-        } <= set(rows[0])
+        wanted = {"model_type", "model_size", "model_n_params", "n_threads", "test", "avg_ts", "stddev_ts"}
+        assert wanted <= set(rows[0])
         assert None not in rows[0]
         return
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
@@ -466,6 +459,21 @@ def test_errors(args: tuple[str, ...], message: str, capsys: pytest.CaptureFixtu
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+@needs_c
+def test_progress_is_for_terminals(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one, each note replaces the last, and nothing of them is left when a result or an error comes."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert run(model, *OPTIONS) == 0
+    notes = capsys.readouterr().err.split("\r\x1b[K")
+    assert "1 thread, pp5: 2/2" in notes
+    assert "2 threads, tg3 @ d4: warm-up" in notes
+    assert notes[-1] == ""
+    assert run(model.with_name("missing.gguf")) == 1
+    assert capsys.readouterr().err.split("\r\x1b[K")[-1].startswith("error: ")
 
 
 def test_threads_out_of_range(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

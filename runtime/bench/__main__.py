@@ -88,25 +88,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def bench(args: argparse.Namespace) -> int:
     _check(args)
-    if args.info:
-        found = machine.machine()
-        print(json.dumps(asdict(found), indent=2) if args.output == "json" else machine.describe(found))
-    elif args.kernels:
-        _print(args, kernels.COLUMNS, kernels.bench(args.shapes, args.batch, args.seconds))
-    else:
-        cases = decode.plan(args.n_prompt, args.n_gen, args.depth)
-        threads = args.threads or [None]
-        if args.peer:
-            peer.find()  # before anything is written
-        with _model(args) as path:
-            if args.peer:
-                shape = synthetic.SHAPES[args.synthetic]
-                rows = peer.bench(path, shape, cases, threads, args.repetitions, args.seed, _note)
-                _print(args, peer.COLUMNS, rows)
-            else:
-                rows = decode.bench(str(path), cases, threads, args.repetitions, args.backend)
-                _print(args, decode.COLUMNS, rows)
+    try:
+        if args.info:
+            found = machine.machine()
+            print(json.dumps(asdict(found), indent=2) if args.output == "json" else machine.describe(found))
+        elif args.kernels:
+            _print(args, kernels.COLUMNS, kernels.bench(args.shapes, args.batch, args.seconds))
+        else:
+            _bench_model(args)
+    finally:
+        decode.progress("")  # an error's line begins at the margin
     return 0
+
+
+def _bench_model(args: argparse.Namespace) -> None:
+    cases = decode.plan(args.n_prompt, args.n_gen, args.depth)
+    threads = args.threads or [None]
+    if args.peer:
+        peer.find()  # before anything is written
+    with _model(args) as path:
+        if args.peer:
+            shape = synthetic.SHAPES[args.synthetic]
+            rows = peer.bench(path, shape, cases, threads, args.repetitions, args.seed, _note)
+            _print(args, peer.COLUMNS, rows)
+        else:
+            rows = decode.bench(str(path), cases, threads, args.repetitions, args.backend)
+            _print(args, decode.COLUMNS, rows)
 
 
 def _check(args: argparse.Namespace) -> None:
