@@ -14,7 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def help_texts() -> str:
     parsers = [cli.convert_parser(), cli.inspect_parser()]
-    parsers += [importlib.import_module(f"runtime.{name}").build_parser() for name in ("chat", "perplexity")]
+    parsers += [
+        importlib.import_module(f"runtime.{name}").build_parser()
+        for name in ("chat", "perplexity", "bench.__main__")
+    ]
     return "\n".join(parser.format_help() for parser in parsers)
 
 
