@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dbf2gguf.budget import MAX_BPW, RANK_STEP, linear_bits, plan_uniform
@@ -42,6 +42,7 @@ def test_padding_is_paid_for() -> None:
     assert plan.sign_bits == rank * (64 + 172)
 
 
+@settings(deadline=None)
 @given(st.floats(0.8, 3.0))
 def test_smollm2(bpw: float) -> None:
     plan = plan_uniform(SMOLLM2, bpw)
@@ -60,6 +61,7 @@ def test_smollm2_figures() -> None:
     assert plan.target == 1.2
 
 
+@settings(deadline=None)
 @given(SHAPES, st.floats(0.05, MAX_BPW))
 def test_any_shapes(shapes: dict[str, tuple[int, int]], bpw: float) -> None:
     weights = sum(rows * cols for rows, cols in shapes.values())
@@ -73,6 +75,7 @@ def test_any_shapes(shapes: dict[str, tuple[int, int]], bpw: float) -> None:
     assert plan_uniform(shapes, bpw) == plan
 
 
+@settings(deadline=None)
 @given(SHAPES)
 def test_least_possible(shapes: dict[str, tuple[int, int]]) -> None:
     """The smallest number of bits that an error message names is one that works; below it, none does."""
