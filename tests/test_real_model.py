@@ -32,13 +32,14 @@ pytestmark = pytest.mark.skipif(
     reason=f"{FOLDER.name} or {FILE.name} is not here; `make demo` makes them",
 )
 
-TOLERANCE_RMS, TOLERANCE_MAX = 5e-3, 6e-2
+TOLERANCE_RMS, TOLERANCE_MAX = (1.5e-2, 0.15) if "DBF_TEST_GGUF" in os.environ else (5e-3, 6e-2)
 """Difference of the logits over their standard deviation: root mean square, and largest of all.
 
 Each linear's inputs are rounded to 14 bits a vector (see test_convert.py): 420 roundings of 1e-4 to 1e-3 of
 the signal, more where a few large entries set the scale, as in this model's residual stream. They add up as
-their squares do. Measured: 1.3e-3 to 1.7e-3 rms; the worst of two million logits 8e-3 to 2e-2, as some
-tokens have larger errors than others. Wrong signs, scales, heads or rotations: > 0.1 rms.
+their squares do. Measured on the demo's file: 0.7e-3 to 1.1e-3 rms, the worst of two million logits 7e-3. A
+file converted in a hurry amplifies them: 2.4e-3 to 7.1e-3 rms, at worst 4.3e-2, hence its wider bound. Wrong
+signs, scales, heads or rotations: > 0.1 rms.
 """
 
 TEXTS = {
