@@ -9,6 +9,7 @@
 #define DBF_FLOAT_SIMD_H
 
 #define ACCS (DBF_LANES / VW)
+#define AHEAD 8192 /* bytes that large matrices are prefetched ahead; far beyond what the CPU does by itself */
 
 static inline vf vf_exp(vf x)
 {
@@ -83,20 +84,24 @@ static void gemv_f32_simd(float *y, const float *w, const float *x, int rows, in
     for (int r = 0; r < rows; r++, w += cols) {
         vf acc[ACCS] = { 0 };
         float sum;
-        for (int k = 0; k < full; k += DBF_LANES)
+        for (int k = 0; k < full; k += DBF_LANES) {
+            __builtin_prefetch((const char *)(w + k) + AHEAD);
             for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_load(w + k + a * VW) * vf_load(x + k + a * VW);
+        }
         SUM_TAIL(acc, full, cols, w[i] * x[i]);
         y[r] = sum;
     }
 }
 
-static inline float dot_f16_simd(const uint16_t *w, const float *x, int n)
+static inline float dot_f16_simd(const uint16_t *w, const float *x, int n, int ahead)
 {
     int full = n / DBF_LANES * DBF_LANES;
     vf acc[ACCS] = { 0 };
     float sum;
-    for (int k = 0; k < full; k += DBF_LANES)
+    for (int k = 0; k < full; k += DBF_LANES) {
+        if (ahead) __builtin_prefetch((const char *)(w + k) + ahead);
         for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_f16(w + k + a * VW) * vf_load(x + k + a * VW);
+    }
     if (full == n) return lanes_of(acc);
     SUM_TAIL(acc, full, n, f32_from_f16(w[i]) * x[i]);
     return sum;
@@ -104,7 +109,7 @@ static inline float dot_f16_simd(const uint16_t *w, const float *x, int n)
 
 static void gemv_f16_simd(float *y, const uint16_t *w, const float *x, int rows, int cols)
 {
-    for (int r = 0; r < rows; r++) y[r] = dot_f16_simd(w + (size_t)r * cols, x, cols);
+    for (int r = 0; r < rows; r++) y[r] = dot_f16_simd(w + (size_t)r * cols, x, cols, AHEAD);
 }
 
 static void rmsnorm_simd(float *y, const float *x, const float *w, float eps, int n)
@@ -125,7 +130,7 @@ static void attend_simd(float *y, const float *x, const uint16_t *k, const uint1
 {
     float top = -INFINITY;
     for (int j = 0; j < held; j++) {
-        score[j] = dot_f16_simd(k + (size_t)j * dim, x, dim) * factor;
+        score[j] = dot_f16_simd(k + (size_t)j * dim, x, dim, 0) * factor;
         top = score[j] > top ? score[j] : top;
     }
 

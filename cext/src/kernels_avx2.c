@@ -48,8 +48,6 @@ static inline float sum8(__m256 v) /* lanes_sum from half = 4 on */
 
 #include "float_simd.h"
 
-#define PREFETCH 8192 /* bytes ahead; far beyond what the CPU prefetches by itself */
-
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
 /* byte shuffles: entry i of a table takes, for column j, max(q[j], 0) if bit j of i is set, else max(-q[j], 0);
@@ -142,7 +140,7 @@ static void sign_gemv_avx2(int32_t *isum, const uint8_t *w, const void *table, i
             __m256i b_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
             __m256i a_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 2));
             __m256i b_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 3));
-            _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
+            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
             LOOK_UP(w, l0, l0_odd, h0, h0_odd);
             LOOK_UP(w + 32, l1, l1_odd, h1, h1_odd);
         }
@@ -171,7 +169,7 @@ static void gemv_q8_0_avx2(float *y, const uint8_t *w, const int16_t *q, float s
             memcpy(&head, w, sizeof head);
             __m256 d = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(head)));
             acc = acc + _mm256_cvtepi32_ps(isum) * d;
-            _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
+            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
         }
         y[r] = sum8(acc) * scale;
     }
