@@ -15,6 +15,13 @@ static int have_avx2(void)
     __builtin_cpu_init();
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2");
 }
+
+static int have_avx512(void)
+{
+    /* __builtin_cpu_supports also asks xgetbv whether the system saves the wide registers and the masks */
+    return have_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 #elif defined(__aarch64__)
 static int have_neon(void)
 {
@@ -30,6 +37,7 @@ static const struct {
 } isas[] = {
 #if defined(__x86_64__)
     { "avx2", have_avx2, kernels_avx2 },
+    { "avx512", have_avx512, kernels_avx512 },
 #elif defined(__aarch64__)
     { "neon", have_neon, kernels_neon },
 #endif

@@ -1,4 +1,4 @@
-/* lut16.h - layouts of the 16-entry-table kernels (AVX2, NEON).
+/* lut16.h - layouts of the 16-entry-table kernels (AVX2, NEON; AVX-512 with changes of its own).
  *
  * With bit = 1 for +1, isum[r] = 2 * agree[r] - l1, where l1 = sum |q[k]| and agree[r] adds |q[k]| over the columns
  * whose sign is that of q[k]. For 4 columns, agree has 16 possible values, 0 .. 4 * 8191: 15 bits, which a byte
@@ -22,17 +22,17 @@
 #define LUT16_GROUP 64
 #define LUT16_GROUPS 128
 
-static size_t lut16_table_bytes(int cols)
+static inline size_t lut16_table_bytes(int cols)
 {
     return LUT16_HEAD + (size_t)((cols + 7) / 8) * LUT16_GROUP;
 }
 
-static size_t lut16_pack_bytes(int rows, int cols)
+static inline size_t lut16_pack_bytes(int rows, int cols)
 {
     return (size_t)((rows + DBF_PANEL - 1) / DBF_PANEL) * DBF_PANEL * (size_t)((cols + 7) / 8);
 }
 
-static void lut16_pack(uint8_t *w, const uint8_t *bits, int rows, int cols)
+static inline void lut16_pack(uint8_t *w, const uint8_t *bits, int rows, int cols)
 {
     size_t groups = (size_t)((cols + 7) / 8);
     for (int r0 = 0; r0 < rows; r0 += DBF_PANEL, w += groups * DBF_PANEL)
