@@ -1,6 +1,7 @@
 /* dbf.h - the C API of dbf2gguf's runtime. cffi reads this same file.
  *
- * A model is borrowed memory: every pointer in dbf_weights must stay valid until dbf_model_free.
+ * dbf_model_new copies what it is given, but for dense matrices, and for sign matrices where the kernels read DBF1
+ * as it is: these are borrowed and must stay valid until dbf_model_free.
  * Functions return DBF_OK or a negative code, whose text is dbf_strerror(code). The library never
  * exits, aborts or prints.
  *
@@ -56,6 +57,9 @@ typedef struct dbf_weights {
     dbf_dense embed, head;   /* [n_vocab][d_model] */
     const dbf_layer *layers; /* [n_layers] */
     const float *out_norm;   /* f32 [d_model] */
+    int32_t mapped;          /* 1: everything from the first to the last sign matrix of a layer lies in one read-only
+                              * mapping of a file; what is copied is dropped from memory at once, as it can be read
+                              * again. 0: memory of any other kind, which that would destroy */
 } dbf_weights;
 
 typedef struct dbf_model dbf_model;     /* weights as the kernels want them, and the thread pool */

@@ -57,6 +57,7 @@ def load(
 
         ctx = min(file.config.n_ctx_train, DEFAULT_CTX) if n_ctx is None else n_ctx
         running = backends.load(file.config, file.weights, backend=backend, n_threads=n_threads, n_ctx=ctx)
+        file.file.release()  # most of it has been copied
     except BaseException:
         file.close()
         raise

@@ -6,6 +6,7 @@ and slow stand-in for platforms where the C core could not be built.
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime import config as cfg
-from runtime.config import Config, Dense, Linear, Weights
+from runtime.config import Config, Dense, Layer, Linear, Weights
 from runtime.errors import BackendError
 
 NAMES = ("auto", "c", "numba")
@@ -186,11 +187,28 @@ def check_tokens(
     return ids
 
 
+def _mapping(array: NDArray[Any]) -> object:
+    """The read-only mapped file that the array is a view of; None if it is none."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    owner = base.obj if isinstance(base, memoryview) else base
+    return owner if isinstance(owner, mmap.mmap) and memoryview(owner).readonly else None
+
+
+def in_one_file(layer: Layer) -> bool:
+    """Whether all sign matrices are contiguous views of one mapped file, whose pages can be read again."""
+    linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+    signs = [array for w in linears for array in (w.a, w.b)]
+    owner = _mapping(signs[0])
+    return owner is not None and all(_mapping(a) is owner and a.flags.c_contiguous for a in signs)
+
+
 # ---- C -----------------------------------------------------------------------------------------------------
 
 
 class CBackend(Backend):
-    """The C core. C borrows the arrays of `weights`: `_keep` holds them until `close`."""
+    """The C core. C borrows some arrays of `weights`: `_keep` holds all of them until `close`."""
 
     name = "c"
 
@@ -234,6 +252,7 @@ class CBackend(Backend):
         self._dense(w.head, weights.head)
         w.layers = layers
         w.out_norm = self._borrow("float[]", weights.out_norm)
+        w.mapped = all(in_one_file(layer) for layer in weights.layers)
 
         model, session = ffi.new("dbf_model **"), ffi.new("dbf_session **")
         self._ensure(lib.dbf_model_new(model, c_config, w, self.n_threads), "dbf_model_new")

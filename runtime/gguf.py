@@ -171,6 +171,12 @@ class GgufFile:
         count = info.nbytes // dtype.itemsize
         return np.frombuffer(self._mapped(), dtype=dtype, count=count, offset=info.offset).reshape(shape)
 
+    def release(self) -> None:
+        """Drop the file's pages from this process's memory. What is used again is read again, by itself."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Unmap the file. Arrays that `data` returned stay valid; the last of them unmaps it then."""
         if self._map is not None:

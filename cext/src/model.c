@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #define MAX_DIM DBF_MAX_COLS
@@ -82,40 +83,94 @@ typedef struct packing {
     atomic_int next; /* linear layer to do */
 } packing_t;
 
+/* let the system drop the pages that lie wholly between begin and end */
+static void drop_pages(const uint8_t *begin, const uint8_t *end)
+{
+#ifdef MADV_DONTNEED
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
+    uintptr_t to = (uintptr_t)end / page * page;
+    if (from < to) madvise((void *)from, to - from, MADV_DONTNEED);
+#else
+    (void)begin, (void)end;
+#endif
+}
+
+/* Drop the pages of one layer's sign matrices and of what lies between them. All of them, each time that one matrix
+ * is done: reading a page maps its neighbours too, and so brings back some of those that were dropped before. */
+static void drop_layer(const dbf_layer *layer)
+{
+    const dbf_linear *l = &layer->q;
+    const uint8_t *begin = l->a, *end = l->a;
+    for (int i = 0; i < N_LINEARS; i++, l++) {
+        const uint8_t *a_end = l->a + (size_t)l->rows * (size_t)(l->rank / 8);
+        const uint8_t *b_end = l->b + (size_t)l->rank * (size_t)((l->cols + 7) / 8);
+        begin = l->a < begin ? l->a : begin;
+        begin = l->b < begin ? l->b : begin;
+        end = a_end > end ? a_end : end;
+        end = b_end > end ? b_end : end;
+    }
+    drop_pages(begin, end);
+}
+
+static void copy(const void *to, const void *from, size_t bytes)
+{
+    memcpy((void *)to, from, bytes);
+}
+
 static void pack_some(void *arg, int thread)
 {
     (void)thread;
     packing_t *p = arg;
     const kernels_t *k = p->model->kernels;
     for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->model->config.n_layers * N_LINEARS;) {
-        const dbf_linear *from = &p->weights->layers[i / N_LINEARS].q + i % N_LINEARS;
+        const dbf_layer *layer = &p->weights->layers[i / N_LINEARS];
+        const dbf_linear *from = &layer->q + i % N_LINEARS;
         const linear_t *to = &p->model->layers[i / N_LINEARS].linear[i % N_LINEARS];
+        copy(to->s_out, from->s_out, (size_t)from->rows * sizeof *from->s_out);
+        copy(to->s_mid, from->s_mid, (size_t)from->rank * sizeof *from->s_mid);
+        copy(to->s_in, from->s_in, (size_t)from->cols * sizeof *from->s_in);
+        if (from->bias) copy(to->bias, from->bias, (size_t)from->rows * sizeof *from->bias);
+        if (to->a == from->a) continue; /* the kernels read DBF1 as it is */
         k->sign_pack((uint8_t *)to->a, from->a, from->rows, from->rank);
         k->sign_pack((uint8_t *)to->b, from->b, from->rank, from->cols);
+        if (p->weights->mapped) drop_layer(layer);
     }
 }
 
-/* fill in model->layers; points a and b into model->packed, or counts their bytes while that is NULL */
+/* the next part of model->packed; NULL while that is only being measured */
+static void *place(const dbf_model *m, size_t *used, size_t bytes)
+{
+    void *p = m->packed ? m->packed + *used : NULL;
+    *used += round_up(bytes);
+    return p;
+}
+
+/* fill in model->layers, with pointers into model->packed; returns the bytes that it has or needs */
 static size_t lay_out(dbf_model *m, const dbf_weights *w)
 {
     const kernels_t *k = m->kernels;
-    size_t bytes = 0;
+    size_t used = 0, norm = (size_t)m->config.d_model * sizeof(float);
     for (int i = 0; i < m->config.n_layers * N_LINEARS; i++) {
         const dbf_linear *from = &w->layers[i / N_LINEARS].q + i % N_LINEARS;
         linear_t *to = &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
-        size_t a_bytes = round_up(k->sign_pack_bytes(from->rows, from->rank));
-        size_t b_bytes = round_up(k->sign_pack_bytes(from->rank, from->cols));
-        *to = (linear_t){ from->rows,  from->rank, from->cols, from->a, from->b, from->s_out, from->s_mid,
-                          from->s_in, from->bias };
-        if (m->packed) {
-            to->a = m->packed + bytes;
-            to->b = m->packed + bytes + a_bytes;
-        }
-        bytes += a_bytes + b_bytes;
+        size_t a_bytes = k->sign_pack_bytes(from->rows, from->rank);
+        size_t b_bytes = k->sign_pack_bytes(from->rank, from->cols);
+        *to = (linear_t){ .rows = from->rows, .rank = from->rank, .cols = from->cols };
+        to->b = b_bytes ? place(m, &used, b_bytes) : from->b;
+        to->a = a_bytes ? place(m, &used, a_bytes) : from->a;
+        to->s_in = place(m, &used, (size_t)from->cols * sizeof *to->s_in);
+        to->s_mid = place(m, &used, (size_t)from->rank * sizeof *to->s_mid);
+        to->s_out = place(m, &used, (size_t)from->rows * sizeof *to->s_out);
+        if (from->bias) to->bias = place(m, &used, (size_t)from->rows * sizeof *to->bias);
         m->max_rank = max_of(m->max_rank, from->rank);
         m->max_dim = max_of(m->max_dim, max_of(from->rows, from->cols));
     }
-    return bytes;
+    for (int i = 0; i < m->config.n_layers; i++) {
+        m->layers[i].attn_norm = place(m, &used, norm);
+        m->layers[i].ffn_norm = place(m, &used, norm);
+    }
+    m->out_norm = place(m, &used, norm);
+    return used;
 }
 
 static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
@@ -124,15 +179,15 @@ static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
     if (code) return code;
     m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
     if (!m->layers) return DBF_ENOMEM;
-    for (int i = 0; i < m->config.n_layers; i++) {
-        m->layers[i].attn_norm = w->layers[i].attn_norm;
-        m->layers[i].ffn_norm = w->layers[i].ffn_norm;
-    }
-    size_t bytes = lay_out(m, w);
-    if (bytes == 0) return DBF_OK; /* the kernels read DBF1 as it is */
-    m->packed = aligned_alloc(ALIGN, bytes);
+    m->packed = aligned_alloc(ALIGN, lay_out(m, w));
     if (!m->packed) return DBF_ENOMEM;
     lay_out(m, w);
+    size_t norm = (size_t)m->config.d_model * sizeof(float);
+    for (int i = 0; i < m->config.n_layers; i++) {
+        copy(m->layers[i].attn_norm, w->layers[i].attn_norm, norm);
+        copy(m->layers[i].ffn_norm, w->layers[i].ffn_norm, norm);
+    }
+    copy(m->out_norm, w->out_norm, norm);
     packing_t packing = { .model = m, .weights = w };
     return pool_run(m->pool, pack_some, &packing);
 }
@@ -150,7 +205,6 @@ int dbf_model_new(dbf_model **out, const dbf_config *config, const dbf_weights *
     m->kernels = kernels;
     m->embed = weights->embed;
     m->head = weights->head;
-    m->out_norm = weights->out_norm;
     int code = fill_model(m, weights, n_threads);
     if (code)
         dbf_model_free(m);

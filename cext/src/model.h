@@ -8,7 +8,7 @@
 
 #define CHUNK 64 /* tokens that go through a layer together */
 
-/* one linear layer; a and b as kernels_t.sign_gemv wants them */
+/* one linear layer; a and b as kernels_t.sign_gemv wants them, the rest copied */
 typedef struct linear {
     int rows, rank, cols;
     const uint8_t *a, *b;
@@ -30,7 +30,7 @@ struct dbf_model {
     dbf_dense embed, head;
     const float *out_norm;
     layer_t *layers;
-    uint8_t *packed;        /* all a and b, repacked */
+    uint8_t *packed;        /* all a and b, repacked, and everything that is copied */
     int max_dim, max_rank;  /* of the rows and cols of all matrices; of all ranks */
 };
 
