@@ -96,6 +96,21 @@ def test_threads_are_identical(model, n_threads):
     assert_same(run(config, weights, ids[:6], n_threads=n_threads, step=1), logits[:6])
 
 
+@pytest.mark.parametrize("name", ["odd sizes", "Q8_0"])
+def test_threads_are_identical_on_every_instruction_set(name):
+    config, options = MODELS[name]
+    weights, ids = tiny.weights(config, **options), ids_of(config, 7)
+    want = run(config, weights, ids)
+    try:
+        for isa in ISAS:
+            assert lib.dbf_isa_use(isa.encode()) == lib.DBF_OK
+            for n_threads in range(1, 9):
+                assert_same(run(config, weights, ids, n_threads=n_threads), want)
+                assert_same(run(config, weights, ids[:3], n_threads=n_threads, step=1), want[:3])
+    finally:
+        lib.dbf_isa_use(ffi.NULL)
+
+
 @pytest.mark.parametrize("step", [1, 2, 7, 63, 64, 65])
 def test_batches_are_identical(model, step):
     config, weights, ids, logits = model

@@ -141,6 +141,20 @@ def test_dense_gemv(isa, kind):
         assert (np.abs(out.array - m @ x.astype(np.float64)) <= bound).all()
 
 
+@pytest.mark.parametrize("shift", range(8))
+def test_q8_0_leftover_rows_at_any_alignment(isa, shift):
+    rng = np.random.default_rng(shift)
+    x = guarded(rng.standard_normal(96).astype(np.float32), shift + 1)
+    for rows in range(1, 10):
+        w = tiny.dense(rng, Q8_0, rows, 96)
+        data, out = guarded(w.data, shift), Guarded(np.float32, rows, shift)
+        c = ffi.new("dbf_dense *", [Q8_0, rows, 96, data.pointer("void *")])
+        assert lib.dbf_dense_gemv(out.pointer("float *"), c, x.pointer("float *")) == lib.DBF_OK
+        out.check()
+        want = oracle.dense(w) @ x.array.astype(np.float64)
+        np.testing.assert_allclose(out.array, want, atol=96 * 4 * 0.6 * np.abs(x.array).max() / 8191)
+
+
 def test_bad_arguments():
     one = np.zeros(8, np.int16)
     q, bits, out = ffi.from_buffer("int16_t[]", one), ffi.new("uint8_t[8]"), ffi.new("int32_t[8]")

@@ -1,0 +1,112 @@
+/* demotion.c - an instruction set with one wrong kernel must not be used.
+ *
+ * kernels_avx2 and kernels_neon are replaced, at link time, by the scalar kernels with one result off by one bit: each
+ * kernel in a process of its own, as sets are tested once. Exit status 0 and "ok" if all were noticed. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../dbf.h"
+#include "../src/kernels.h"
+
+static void flip(float *x)
+{
+    uint32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    bits ^= 1;
+    memcpy(x, &bits, sizeof bits);
+}
+
+#define WRONG(kernel, params, args, spoil) \
+    static void wrong_##kernel params      \
+    {                                      \
+        kernels_ref.kernel args;           \
+        spoil;                             \
+    }
+
+static float wrong_quantize(int16_t *q, const float *x, int n)
+{
+    float scale = kernels_ref.quantize(q, x, n);
+    q[n - 1] ^= 1;
+    return scale;
+}
+
+WRONG(scale, (float *y, const float *x, const uint16_t *s, int n), (y, x, s, n), flip(&y[n - 1]))
+WRONG(descale, (float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n),
+      (y, isum, scale, s, bias, n), flip(&y[n - 1]))
+WRONG(sign_gemv, (int32_t *isum, const uint8_t *w, const void *table, int rows, int cols),
+      (isum, w, table, rows, cols), isum[rows - 1]++)
+WRONG(gemv_f32, (float *y, const float *w, const float *x, int rows, int cols), (y, w, x, rows, cols),
+      flip(&y[rows - 1]))
+WRONG(gemv_f16, (float *y, const uint16_t *w, const float *x, int rows, int cols), (y, w, x, rows, cols),
+      flip(&y[rows - 1]))
+WRONG(gemv_q8_0, (float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols),
+      (y, w, q, scale, rows, cols), flip(&y[rows - 1]))
+WRONG(rmsnorm, (float *y, const float *x, const float *w, float eps, int n), (y, x, w, eps, n), flip(&y[n - 1]))
+WRONG(attend,
+      (float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor, int held, int dim),
+      (y, x, k, v, score, factor, held, dim), flip(&y[dim - 1]))
+WRONG(silu_mul, (float *y, const float *gate, const float *up, int n), (y, gate, up, n), flip(&y[n - 1]))
+WRONG(add, (float *y, const float *x, int n), (y, x, n), flip(&y[n - 1]))
+WRONG(to_f16, (uint16_t *y, const float *x, int n), (y, x, n), y[n - 1] ^= 1)
+WRONG(from_f16, (float *y, const uint16_t *x, int n), (y, x, n), flip(&y[n - 1]))
+
+#define KERNELS(X) \
+    X(quantize) X(scale) X(descale) X(sign_gemv) X(gemv_f32) X(gemv_f16) X(gemv_q8_0) X(rmsnorm) X(attend) \
+    X(silu_mul) X(add) X(to_f16) X(from_f16)
+
+enum { NONE,
+#define NUMBER(kernel) WRONG_##kernel,
+       KERNELS(NUMBER) COUNT };
+static int wrong = NONE;
+
+static void set_wrong(kernels_t *k, const char *name)
+{
+    *k = kernels_ref;
+    k->name = name;
+#define SPOIL(kernel) if (wrong == WRONG_##kernel) k->kernel = wrong_##kernel;
+    KERNELS(SPOIL)
+}
+
+#if defined(__x86_64__)
+#define NAME "avx2"
+void kernels_avx2(kernels_t *k)
+{
+    set_wrong(k, NAME);
+}
+#elif defined(__aarch64__)
+#define NAME "neon"
+void kernels_neon(kernels_t *k)
+{
+    set_wrong(k, NAME);
+}
+#else
+#define NAME ""
+#endif
+
+/* 0 if the set was treated as it should be */
+static int check(void)
+{
+    int listed = dbf_isa_use(NAME) == DBF_OK;
+    const char *demoted = dbf_isa_demoted();
+    if (wrong == NONE) return demoted != NULL;
+    if (!demoted) return listed; /* the CPU may lack it */
+    return strcmp(demoted, NAME) != 0 || listed || dbf_isa_use("scalar") != DBF_OK || !dbf_isa_active();
+}
+
+int main(void)
+{
+    for (wrong = NONE; wrong < COUNT; wrong++) {
+        int status = 1;
+        pid_t child = fork();
+        if (child == 0) _exit(check());
+        if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
+            fprintf(stderr, "demotion: kernel %d of %d\n", wrong, COUNT - 1);
+            return 1;
+        }
+    }
+    printf("ok\n");
+    return 0;
+}
