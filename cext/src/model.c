@@ -83,16 +83,12 @@ typedef struct packing {
     atomic_int next; /* linear layer to do */
 } packing_t;
 
-/* let the system drop the pages that lie wholly between begin and end */
-static void drop_pages(const uint8_t *begin, const uint8_t *end)
+/* advise the system about the pages that lie wholly between begin and end */
+static void advise(const uint8_t *begin, const uint8_t *end, int advice)
 {
-#ifdef MADV_DONTNEED
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
     uintptr_t to = (uintptr_t)end / page * page;
-    if (from < to) madvise((void *)from, to - from, MADV_DONTNEED);
-#else
-    (void)begin, (void)end;
-#endif
+    if (from < to) madvise((void *)from, to - from, advice);
 }
 
 /* Drop the pages of one layer's sign matrices and of what lies between them. All of them, each time that one matrix
@@ -109,7 +105,9 @@ static void drop_layer(const dbf_layer *layer)
         end = a_end > end ? a_end : end;
         end = b_end > end ? b_end : end;
     }
-    drop_pages(begin, end);
+#ifdef MADV_DONTNEED
+    advise(begin, end, MADV_DONTNEED);
+#endif
 }
 
 static void copy(const void *to, const void *from, size_t bytes)
@@ -179,8 +177,13 @@ static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
     if (code) return code;
     m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
     if (!m->layers) return DBF_ENOMEM;
-    m->packed = aligned_alloc(ALIGN, lay_out(m, w));
+    size_t bytes = lay_out(m, w);
+    m->packed = aligned_alloc(ALIGN, bytes);
     if (!m->packed) return DBF_ENOMEM;
+#ifdef MADV_HUGEPAGE
+    /* every token reads all of it: with fewer, larger pages, fewer of their addresses must be looked up */
+    advise(m->packed, m->packed + bytes, MADV_HUGEPAGE);
+#endif
     lay_out(m, w);
     size_t norm = (size_t)m->config.d_model * sizeof(float);
     for (int i = 0; i < m->config.n_layers; i++) {
