@@ -9,9 +9,10 @@ that write to it), and l a share of H's mean diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from dbf2gguf.archs import INPUT, ArchSpec, Group
 from dbf2gguf.budget import Plan
 from dbf2gguf.factorize import Factors, factorize, relative_error
+from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
@@ -107,30 +109,38 @@ def _factorize_group(
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
     targets = {name: solve(module.weight) for name, module in modules.items()}
-    for names in _equal_shapes(group.linears, prefix, plan):
-        weight = torch.stack([targets[name] for name in names])
-        factors = factorize(
-            weight,
+
+    def factorize_some(names: list[str]) -> Factors:
+        return factorize(
+            torch.stack([targets[name] for name in names]),
             plan.ranks[prefix + names[0]],
             importance_in.expand(len(names), -1),
             torch.stack([importance_out[prefix + name] for name in names]),
             iterations=recipe.admm_iterations,
             seed=seed + source.arch.groups.index(group),
         )
+
+    together = _equal_shapes(group.linears, prefix, plan)
+    if importance_in.is_cuda:
+        factorized: Iterable[Factors] = map(factorize_some, together)
+    else:
+        together = [[name] for names in together for name in names]
+        factorized = map_on_cores(factorize_some, together)
+    for names, factors in zip(together, factorized, strict=True):
         dense = factors.dense()
-        errors = relative_error(weight, dense).tolist()
         for place, name in enumerate(names):
             result.factors[prefix + name] = factors[place : place + 1]
-            result.errors[prefix + name] = errors[place]
+            error = relative_error(targets[name][None], dense[place : place + 1])
+            result.errors[prefix + name] = float(error)
             modules[name].weight = nn.Parameter(dense[place], requires_grad=False)
 
 
-def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> Iterator[list[str]]:
-    """The layers of a group in batches of equal shape and rank."""
+def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[list[str]]:
+    """The layers of a group in batches of equal shape and rank, the largest first."""
     batches: dict[tuple[Any, ...], list[str]] = {}
     for name in linears:
-        batches.setdefault((plan.shapes[prefix + name], plan.ranks[prefix + name]), []).append(name)
-    yield from batches.values()
+        batches.setdefault((*plan.shapes[prefix + name], plan.ranks[prefix + name]), []).append(name)
+    return [batches[size] for size in sorted(batches, key=prod, reverse=True)]
 
 
 def _normal_equations(

@@ -23,6 +23,7 @@ class Recipe:
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
     sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
+    dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
 
     def describe(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class Recipe:
 PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
-        text_rows=192,
+        text_rows=240,
         correct_rows=128,
         gradient_rows=16,
         eval_rows=16,
@@ -50,6 +51,7 @@ PRESETS = {
         distill_batch=32,
         scale_rate=1.5e-2,
         sign_rate=2e-2,
+        dense_rate=3e-3,
         warmup_steps=20,
     ),
 }
@@ -61,12 +63,12 @@ def find_recipe(preset: str, bpw: float, **overrides: Any) -> Recipe:
     """The preset's recipe for `bpw`, with every override that is not None in place. Raises OptionError.
 
     Presets are made for PRESET_BPW. A model of fewer bits starts further from the original and is quicker to
-    factorize: what that saves goes into more text and more steps of distillation.
+    factorize: what that saves goes into more text and more steps of distillation, by the root of the ratio.
     """
     if preset not in PRESETS:
         raise OptionError(f"--preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     recipe = PRESETS[preset]
-    share = PRESET_BPW / min(3.0, max(1.0, bpw))
+    share = (PRESET_BPW / min(3.0, max(1.0, bpw))) ** 0.5
     recipe = replace(
         recipe,
         text_rows=round(recipe.text_rows * share),

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from dbf2gguf.kvcache import GrowingCache
+from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
 from runtime.errors import FormatError, OptionError
@@ -21,7 +22,9 @@ from runtime.errors import FormatError, OptionError
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
-BATCH_TOKENS = 32768  # tokens of KV cache at a time
+BATCH_TOKENS = 32768  # tokens of KV cache that one core fills at a time
+GPU_BATCH_TOKENS = 16 * BATCH_TOKENS
+TURNS = ("opening", "document", "opening", "chat", "opening", "document")  # docs/ABLATIONS.md says why
 
 
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
@@ -111,25 +114,30 @@ def _is_turn(message: Any) -> bool:
 def self_written_rows(
     model: nn.Module, tokenizer: Any, rows: int, row_tokens: int, seed: int, stage: Stage
 ) -> Tensor:
-    """Text that the model writes at temperature 1 from many short prompts: chat questions, where the
-    tokenizer has a chat template, and openings of texts of many kinds.
+    """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
+    the mere start of a document, and chat questions.
 
     ->  (rows, row_tokens) int64
 
     `stage` gets one step for each row. When the model ends a text, the next prompt follows in its place.
     """
-    generator = torch.Generator().manual_seed(seed)
-    prompts = _prompt_stream(tokenizer, generator)
     pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
-    length = row_tokens // pieces
-    batch = max(1, BATCH_TOKENS // row_tokens)
+    on_gpu = next(model.parameters()).is_cuda
+    batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // row_tokens)
+    blocks = torch.arange(rows).tensor_split(-(-rows // batch))
+
+    def write(block: Tensor) -> Tensor:
+        """Rows whose numbers `block` holds; the first of them is the seed."""
+        generator = torch.Generator().manual_seed(seed * rows + int(block[0]))
+        prompts = _prompt_stream(tokenizer, generator)
+        drawn = _sample_block(model, tokenizer, prompts, len(block) * pieces, row_tokens // pieces, generator)
+        return drawn.view(len(block), row_tokens)
+
     drawn = []
-    while len(drawn) * batch < rows:
-        count = min(batch, rows - len(drawn) * batch)
-        block = _sample_block(model, tokenizer, prompts, count * pieces, length, generator)
-        drawn.append(block.view(count, row_tokens))
-        stage.step(n=count)
-    return torch.cat(drawn)[:rows]
+    for block in map(write, blocks) if on_gpu else map_on_cores(write, blocks):
+        drawn.append(block)
+        stage.step(n=len(block))
+    return torch.cat(drawn)
 
 
 def _sample_block(
@@ -146,17 +154,19 @@ def _sample_block(
     out = torch.empty(count, length, dtype=torch.int64)
     ends = set(_end_ids(tokenizer))
     cache = GrowingCache(length)
-    tokens = torch.tensor([queue.popleft() for queue in forced])
+    ids = [queue.popleft() for queue in forced]
     for position in range(length):
+        tokens = torch.tensor(ids)
         out[:, position] = tokens
         if position + 1 == length:
             break
-        logits = model(tokens[:, None].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
-        tokens = _sample(logits.float() / TEMPERATURE, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(tokens[:, None].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+        ids = _sample(logits.float() / TEMPERATURE, generator).tolist()
         for row, queue in enumerate(forced):
             if queue:
-                tokens[row] = queue.popleft()
-            elif int(tokens[row]) in ends:
+                ids[row] = queue.popleft()
+            elif ids[row] in ends:
                 queue.extend(next(prompts))
     return out
 
@@ -169,20 +179,32 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _prompt_stream(tokenizer: Any, generator: torch.Generator) -> Iterator[list[int]]:
-    """Prompts as tokens, without end: chat questions and openings by turns, each in random order."""
-    kinds = [[tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]]
+    """Prompts as tokens, without end, by turns as TURNS says, each kind in random order. A kind that the
+    tokenizer has no form for is left out."""
+    kinds = {"opening": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]}
+    start = _document_start(tokenizer)
+    if start is not None:
+        kinds["document"] = [[start]]
     if tokenizer.chat_template:
-        kinds.append(
-            [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-                )["input_ids"]
-                for text in chat_questions()
-            ]
-        )
-    streams = [_shuffled(kind, generator) for kind in kinds]
-    for stream in itertools.cycle(streams):
-        yield next(stream)
+        kinds["chat"] = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            for text in chat_questions()
+        ]
+    streams = {name: _shuffled(prompts, generator) for name, prompts in kinds.items()}
+    for kind in itertools.cycle(TURNS):
+        if kind in streams:
+            yield next(streams[kind])
+
+
+def _document_start(tokenizer: Any) -> int | None:
+    """The token that stood before every document in training: BOS, if the chat template does not use it
+    between turns, or <|endoftext|>."""
+    bos = tokenizer.bos_token
+    if bos is not None and bos not in (tokenizer.chat_template or ""):
+        return int(tokenizer.bos_token_id)
+    return tokenizer.get_vocab().get("<|endoftext|>")
 
 
 def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:

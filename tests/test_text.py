@@ -155,7 +155,7 @@ def test_too_short(tmp_path: Path) -> None:
 def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> torch.Tensor:
     tokenizer = tiny_hf.tokenizer()
     if not template:
-        tokenizer.chat_template = None
+        tokenizer.chat_template = tokenizer.bos_token = None
     stage = Stage("text", rows, quiet=True)
     return self_written_rows(tiny_hf.model(), tokenizer, rows, length, seed, stage)
 
@@ -170,7 +170,7 @@ def test_self_written(template: bool) -> None:
     assert len(as_set(rows)) == 5
     starts = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
     chats = sum(int(row[0]) == starts for row in rows)
-    assert (chats > 0) == template  # chat questions and openings by turns
+    assert (chats > 0) == template  # by turns with texts of other kinds
 
 
 def test_self_written_is_deterministic() -> None:
@@ -199,3 +199,15 @@ def test_prompts_are_text_of_the_tokenizer() -> None:
     for prompt in itertools.islice(_prompt_stream(TOKENIZER, generator), 20):
         assert prompt
         assert all(isinstance(i, int) and 0 <= i < tiny_hf.N_VOCAB for i in prompt)
+
+
+def test_document_start() -> None:
+    """BOS where it means that; in ChatML it opens turns, and <|endoftext|> is what parts documents."""
+    from dbf2gguf.text import _document_start
+
+    tokenizer = tiny_hf.tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    assert "<|im_start|>" in tokenizer.chat_template
+    assert _document_start(tokenizer) == tokenizer.get_vocab().get("<|endoftext|>")
+    tokenizer.chat_template = None
+    assert _document_start(tokenizer) == tokenizer.bos_token_id

@@ -1,0 +1,51 @@
+"""Tasks side by side on the cores."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from dbf2gguf.parallel import map_on_cores
+
+
+@pytest.fixture
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2  # whatever happened, the caller has its threads back
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_in_order_and_side_by_side() -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def work(item: int) -> tuple[int, int, bool]:
+        together.wait()  # passed only if two run at a time
+        return item * item, torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert list(map_on_cores(work, range(4))) == [(i * i, 1, False) for i in range(4)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_one_item_gets_all_threads() -> None:
+    assert list(map_on_cores(lambda _: torch.get_num_threads(), [0])) == [2]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_errors_reach_the_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(map_on_cores(lambda i: 1 // i, [1, 0, 1]))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_number_of_threads_changes_nothing() -> None:
+    matrices = [torch.randn(70, 70, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    together = list(map_on_cores(lambda m: m @ m.mT, matrices))
+    torch.set_num_threads(1)
+    alone = list(map_on_cores(lambda m: m @ m.mT, matrices))
+    torch.set_num_threads(2)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
