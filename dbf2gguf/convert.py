@@ -158,17 +158,16 @@ def _run(
     with stage("factorize", model.config.num_hidden_layers) as progress:
         some = rows[: recipe.correct_rows]
         corrected = factorize_model(source, model, plan, some, importance, recipe, seed, progress)
-    student = make_student(model, names, corrected.factors)
+    student = make_student(model, names, corrected.factors, copy_dense=recipe.dense_rate > 0)
     with stage("distil", recipe.distill_steps) as progress:
         history = distill(model, student, rows, recipe, seed, progress)
     factors = {name: as_stored(f) for name, f in student_factors(student, names).items()}
-    del student
     with stage("measure", len(held_out)) as progress:
-        final = as_read(model, names, factors, embed_type)
+        final = as_read(student, names, factors, embed_type)
         quality = measure(model, final, held_out, progress)
     notes = _notes(preset, recipe, seed, calib, rows, held_out, quality, plan, history)
     with stage("write", 1), replacing(out) as temporary:
-        write_gguf(temporary, source, model, tokenizer, factors, embed_type, plan.bpw, notes)
+        write_gguf(temporary, source, model, student, tokenizer, factors, embed_type, plan.bpw, notes)
         verify(temporary, source, factors)
     seconds = {s.name: s.seconds for s in stages}
     report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, _peak_rss())
@@ -222,11 +221,10 @@ def as_read(
     twin = make_student(model, names, factors)
     for name, path in names.items():
         parent, _, child = path.rpartition(".")
-        original = model.get_submodule(path)
-        rows, cols = original.weight.shape
-        linear = nn.Linear(cols, rows, bias=original.bias is not None, device="meta")
-        linear.weight = nn.Parameter(factors[name].dense()[0], requires_grad=False)
-        linear.bias = original.bias
+        weight, bias = factors[name].dense()[0], model.get_submodule(path).bias
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = bias
         setattr(twin.get_submodule(parent), child, linear)
     embedding = nn.Parameter(
         dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False

@@ -1,7 +1,8 @@
-"""Train scales and signs end to end so that the model's next-token distribution is the original's.
+"""Train the model end to end so that its next-token distribution is the original's.
 
 The loss is KL(original || model). Scales are trained in units of their own root mean square; signs through
-latents whose sign they are, with the identity as their gradient (straight-through estimator).
+latents whose sign they are, with the identity as their gradient (straight-through estimator); norms,
+embedding and head, whose bits are spent anyway, at rates relative to their root mean square.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ HEAD_TOKENS = 512  # tokens whose logits are held at a time
 FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
+COMPILED_STEPS = 100  # on a GPU: so many steps pay for the half minute that compiling takes
 
 
 class _Weight(torch.autograd.Function):
@@ -87,10 +90,15 @@ class DbfLinear(nn.Module):
         return Factors(self.a.detach()[None], self.b.detach()[None], *(s[None] for s in scales))
 
 
-def make_student(model: nn.Module, names: dict[str, str], factors: dict[str, Factors]) -> nn.Module:
-    """The model with its linear layers replaced by factorized ones; the rest is shared with `model`."""
+def make_student(
+    model: nn.Module, names: dict[str, str], factors: dict[str, Factors], copy_dense: bool = False
+) -> nn.Module:
+    """The model with its linear layers replaced by factorized ones. Norms, embedding and head are copies if
+    they are to be trained, else shared with `model`, as all the rest."""
     linears = {path: model.get_submodule(path) for path in names.values()}
-    shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
+    kept = (linear.parameters() for linear in linears.values()) if copy_dense else (model.parameters(),)
+    shared: dict[int, Any] = {id(p): p for parameters in kept for p in parameters}
+    shared |= {id(b): b for b in model.buffers()}
     student = copy.deepcopy(model, shared)
     for name, path in names.items():
         parent, _, child = path.rpartition(".")
@@ -106,7 +114,7 @@ def student_factors(student: nn.Module, names: dict[str, str]) -> dict[str, Fact
 def distill(
     teacher: nn.Module, student: nn.Module, rows: Tensor, recipe: Recipe, seed: int, stage: Stage
 ) -> list[float]:
-    """Train the student's scales and signs in place.
+    """Train the student in place.
 
     rows  (n, tokens) int64 text; every row is used before any is used again
     ->    mean KL of each step, nats a token
@@ -122,21 +130,45 @@ def distill(
         {"params": [p for m in modules for p in (m.s_out, m.s_mid, m.s_in)], "peak": recipe.scale_rate},
         {"params": [p for m in modules for p in (m.a, m.b)], "peak": recipe.sign_rate},
     ]
+    if recipe.dense_rate > 0:
+        factored = {id(p) for m in modules for p in m.parameters()}
+        for p in student.parameters():
+            if id(p) not in factored:
+                rms = float(p.detach().square().mean().sqrt())
+                groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
     optimizer = torch.optim.Adam(groups, lr=1.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     batches = _batches(rows, recipe.distill_batch, seed)
     history = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
-        history.append(_train_step(teacher, student, next(batches).to(device)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        recent = history[-8:]
-        stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
-    return history
+    compiled = device.type == "cuda" and steps >= COMPILED_STEPS
+    kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
+    with _compiled(teacher, student) if compiled else nullcontext():
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
+            history.append(_train_step(teacher, student, next(batches).to(device), kl_gradient))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recent = history[-8:]
+            stage.step(note=f"KL {float(sum(recent)) / len(recent):.3f}")
+    for p in student.parameters():
+        p.requires_grad_(False)
+    return [float(kl) for kl in history]
 
 
-def _train_step(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> float:
+@contextmanager
+def _compiled(*models: nn.Module) -> Iterator[None]:
+    """The models' layers, compiled while the context lasts: one compilation serves all layers of a model."""
+    layers = [layer for model in models for layer in model.get_decoder().layers]
+    for layer in layers:
+        layer.compile()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def _train_step(teacher: nn.Module, student: nn.Module, tokens: Tensor, kl_gradient: Any) -> Tensor:
     """Gradients of the mean KL on tokens (batch, tokens); returns it."""
     bf16 = torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)
     with bf16:
@@ -144,24 +176,33 @@ def _train_step(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> float
             wanted = hidden_states(teacher, input_ids=tokens).flatten(0, 1)
         hidden = hidden_states(student, input_ids=tokens)
         flat = hidden.detach().flatten(0, 1)
-        head = teacher.get_output_embeddings().weight
-        total, gradient = 0.0, torch.empty_like(flat)
-        for start in range(0, len(flat), HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
-            kl, gradient[part] = _kl_gradient(flat[part], wanted[part], head)
-            total = total + kl
+        wanted_head = teacher.get_output_embeddings().weight
+        head = student.get_output_embeddings().weight
+        head_gradient = torch.zeros_like(head) if head.requires_grad else None
+        size = HEAD_TOKENS * 8 if tokens.is_cuda else HEAD_TOKENS
+        total, gradient = torch.zeros((), device=tokens.device), torch.empty_like(flat)
+        for start in range(0, len(flat), size):
+            part = slice(start, start + size)
+            kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head)
+            gradient[part] = error @ head
+            if head_gradient is not None:
+                head_gradient += error.mT @ flat[part]
+            total += kl
     hidden.backward(gradient.view_as(hidden) / len(flat))
-    return float(total) / len(flat)
+    if head_gradient is not None:
+        head_gradient /= len(flat)
+        head.grad = head_gradient if head.grad is None else head.grad + head_gradient
+    return total / len(flat)
 
 
 @torch.no_grad()
-def _kl_gradient(hidden: Tensor, wanted: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed KL(wanted || hidden) of the head's distributions, and its gradient (p - p_wanted) head."""
+def _kl_gradient(hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed KL(wanted || hidden) of the heads' distributions, and its gradient at the logits."""
     log_p = torch.log_softmax((hidden @ head.mT).float(), -1)
-    log_wanted = torch.log_softmax((wanted @ head.mT).float(), -1)
+    log_wanted = torch.log_softmax((wanted @ wanted_head.mT).float(), -1)
     p_wanted = log_wanted.exp()
-    kl = log_wanted.sub_(log_p).mul_(p_wanted).sum()
-    return kl, (log_p.exp_().sub_(p_wanted).to(hidden.dtype)) @ head
+    kl = (log_wanted.sub_(log_p).mul_(p_wanted)).sum()
+    return kl, log_p.exp_().sub_(p_wanted).to(hidden.dtype)
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:

@@ -46,6 +46,7 @@ def write_gguf(
     path: Path,
     source: Source,
     model: nn.Module,
+    student: nn.Module,
     tokenizer: Any,
     factors: dict[str, Factors],
     embed_type: str,
@@ -54,7 +55,8 @@ def write_gguf(
 ) -> None:
     """Write the model to `path` at once; the caller gives a temporary name.
 
-    model    the original: norms, biases, embedding and head are taken from it
+    model    the original
+    student  norms, biases, embedding and head are taken from it
     factors  GGUF name ("blk.0.attn_q") -> factors, scales already float16 values
     notes    further metadata: full key -> str, int, float, bool
     """
@@ -70,7 +72,7 @@ def write_gguf(
         writer.add_string("dbf.norm", arch.norm)
         for key, value in notes.items():
             _add_value(writer, key, value)
-        _add_tensors(writer, arch, model, factors, embed_type)
+        _add_tensors(writer, arch, student, factors, embed_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

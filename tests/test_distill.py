@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import tiny_hf
@@ -17,6 +17,7 @@ from dbf2gguf.distill import (
     _batches,
     _kl_gradient,
     _schedule,
+    _train_step,
     distill,
     make_student,
     student_factors,
@@ -42,8 +43,8 @@ class Setup:
             ones_in, ones_out = torch.ones(1, weight.shape[2]), torch.ones(1, weight.shape[1])
             self.factors[name] = factorize(weight, 24, ones_in, ones_out, iterations=8, seed=0)
 
-    def student(self) -> nn.Module:
-        return make_student(self.model, self.names, self.factors)
+    def student(self, copy_dense: bool = False) -> nn.Module:
+        return make_student(self.model, self.names, self.factors, copy_dense)
 
     def train(self, student: nn.Module, recipe: Recipe = RECIPE, seed: int = 0) -> list[float]:
         stage = Stage("distil", recipe.distill_steps, quiet=True)
@@ -88,6 +89,19 @@ def test_the_rest_is_shared(setup: Setup) -> None:
     trained = {n for n, p in student.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[2] for n in trained} == {"a", "b", "s_out", "s_mid", "s_in"}
     assert len(trained) == 5 * len(setup.names)
+
+
+def test_dense_rate_trains_norms_and_embedding(setup: Setup) -> None:
+    """They move in the student alone, and the KL falls further than without them."""
+    before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    students = setup.student(), setup.student(copy_dense=True)
+    setup.train(students[0])
+    setup.train(students[1], replace(RECIPE, dense_rate=1e-2))
+    assert setup.kl(students[1]) < setup.kl(students[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
+    assert not torch.equal(students[1].get_input_embeddings().weight, before["model.embed_tokens.weight"])
+    assert not torch.equal(students[1].model.norm.weight, before["model.norm.weight"])
+    assert not any(p.requires_grad for p in students[1].parameters())
 
 
 def test_no_steps(setup: Setup) -> None:
@@ -159,22 +173,23 @@ def test_kl_gradient_is_autograds() -> None:
         return torch.randn(*shape, generator=generator)
 
     hidden, wanted, head = normal(7, 12).requires_grad_(), normal(7, 12), normal(30, 12)
-    kl, gradient = _kl_gradient(hidden.detach(), wanted, head)
+    kl, error = _kl_gradient(hidden.detach(), wanted, head, head)
     log_q, log_p = (torch.log_softmax(h @ head.mT, -1) for h in (hidden, wanted))
     expected = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
     expected.backward()
     assert float(kl) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert torch.allclose(gradient, hidden.grad, rtol=1e-4, atol=1e-5)
-    assert float(_kl_gradient(wanted, wanted, head)[0]) == pytest.approx(0, abs=1e-5)
+    assert torch.allclose(error @ head, hidden.grad, rtol=1e-4, atol=1e-5)
+    assert float(_kl_gradient(wanted, wanted, head, head)[0]) == pytest.approx(0, abs=1e-5)
 
 
-def test_gradient_of_a_step_is_autograds(setup: Setup) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradient_of_a_step_is_autograds(setup: Setup, dense: bool) -> None:
     """The step's gradients, made a few logits at a time, are those of the mean KL."""
-    from dbf2gguf.distill import _train_step
-
     tokens = setup.rows[:3]
-    by_hand, by_torch = setup.student(), setup.student()
-    value = _train_step(setup.model, by_hand, tokens)
+    by_hand, by_torch = setup.student(dense), setup.student(dense)
+    if dense:
+        by_hand.requires_grad_(True), by_torch.requires_grad_(True)
+    value = float(_train_step(setup.model, by_hand, tokens, _kl_gradient))
     with torch.no_grad():
         log_p = torch.log_softmax(setup.model(tokens).logits, -1).flatten(0, 1)
     hidden = hidden_states(by_torch, input_ids=tokens)
