@@ -33,7 +33,7 @@ def convert_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="text (.txt, .jsonl) to calibrate and distil on; repeatable; without it the model writes some",
+        help="text (.txt, .jsonl) to calibrate and distil on; repeatable; the model writes what it lacks",
     )
     add(
         "--eval-text",

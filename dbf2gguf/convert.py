@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dbf2gguf.budget import Plan, linear_bits, plan_uniform
 from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
-from dbf2gguf.distill import distill, make_student, student_factors
+from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.progress import Stage
@@ -94,12 +94,12 @@ def convert(
     model      a Hugging Face folder with safetensors, or a GGUF file
     bpw        bits per weight over the linear layers: signs, filler and scales
     preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
-    calib      text files to calibrate and distil on; without them the model writes its own text
+    calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
 
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
     """
-    recipe = find_recipe(preset, bpw, **overrides)
+    recipe = find_recipe(preset, **overrides)
     _check_numbers(recipe, seed, threads)
     out = Path(out)
     if embed_type not in EMBED_TYPES:
@@ -151,23 +151,23 @@ def _run(
         tokenizer = load_tokenizer(source)
     names = linear_names(model, source.arch)
     with stage("text", recipe.text_rows + recipe.eval_rows) as progress:
-        rows, held_out = _text(model, tokenizer, calib, eval_text, recipe, seed, progress)
+        rows, held_out, written = _text(model, tokenizer, calib, eval_text, recipe, seed, progress)
     with stage("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
         importance = output_importance(model, names, some, GRADIENT_BATCH, progress)
     with stage("factorize", model.config.num_hidden_layers) as progress:
         some = rows[: recipe.correct_rows]
         corrected = factorize_model(source, model, plan, some, importance, recipe, seed, progress)
-    student = make_student(model, names, corrected.factors, copy_dense=recipe.dense_rate > 0)
+    student = Student(model, names, corrected.factors, copy_dense=recipe.dense_rate > 0)
     with stage("distil", recipe.distill_steps) as progress:
         history = distill(model, student, rows, recipe, seed, progress)
-    factors = {name: as_stored(f) for name, f in student_factors(student, names).items()}
+    factors = {name: as_stored(f) for name, f in student.factors().items()}
     with stage("measure", len(held_out)) as progress:
-        final = as_read(student, names, factors, embed_type)
+        final = as_read(student.model, names, factors, embed_type)
         quality = measure(model, final, held_out, progress)
-    notes = _notes(preset, recipe, seed, calib, rows, held_out, quality, plan, history)
+    notes = _notes(preset, recipe, seed, calib, written, rows, held_out, quality, plan, history)
     with stage("write", 1), replacing(out) as temporary:
-        write_gguf(temporary, source, model, student, tokenizer, factors, embed_type, plan.bpw, notes)
+        write_gguf(temporary, source, model, student.model, tokenizer, factors, embed_type, plan.bpw, notes)
         verify(temporary, source, factors)
     seconds = {s.name: s.seconds for s in stages}
     report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, _peak_rss())
@@ -184,19 +184,24 @@ def _text(
     recipe: Recipe,
     seed: int,
     stage: Stage,
-) -> tuple[Tensor, Tensor]:
-    """Rows to calibrate and distil on, and rows for the receipt."""
+) -> tuple[Tensor, Tensor, int]:
+    """Rows to calibrate and distil on, rows for the receipt, and how many of both the model wrote."""
     length = min(recipe.row_tokens, model.config.max_position_embeddings)
     wanted = recipe.text_rows + (0 if eval_text else recipe.eval_rows)
+    rows = torch.empty(0, length, dtype=torch.int64)
     if calib:
         rows = rows_from_files([Path(c) for c in calib], tokenizer, wanted, length, seed)
-    else:
-        rows = self_written_rows(model, tokenizer, wanted, length, seed, stage)
+        stage.step(n=len(rows))
+    written = wanted - len(rows)
+    if written:
+        own = self_written_rows(model, tokenizer, written, length, seed, stage)
+        order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([rows, own])[order]
     if eval_text:
         held_out = rows_from_files([Path(eval_text)], tokenizer, recipe.eval_rows, length, seed)
-        return rows, held_out
+        return rows, held_out, written
     count = max(1, min(recipe.eval_rows, len(rows) // 5))
-    return rows[:-count], rows[-count:]
+    return rows[:-count], rows[-count:], written
 
 
 def make_plan(source: Source, model: nn.Module, bpw: float) -> Plan:
@@ -218,14 +223,14 @@ def as_read(
 ) -> nn.Module:
     """The dense twin: the model that a reader of the file has, factors multiplied out, embedding and head as
     stored. `model` is left as it was."""
-    twin = make_student(model, names, factors)
+    linears = {}
     for name, path in names.items():
-        parent, _, child = path.rpartition(".")
         weight, bias = factors[name].dense()[0], model.get_submodule(path).bias
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = bias
-        setattr(twin.get_submodule(parent), child, linear)
+        linears[path] = linear
+    twin = with_linears(model, linears)
     embedding = nn.Parameter(
         dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False
     )
@@ -350,6 +355,7 @@ def _notes(
     recipe: Recipe,
     seed: int,
     calib: Iterable[str | Path],
+    written: int,
     rows: Tensor,
     held_out: Tensor,
     quality: Quality,
@@ -361,12 +367,13 @@ def _notes(
     def digest(tokens: Tensor) -> str:
         return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
+    texts = [Path(c).name for c in calib] + ["self-written"] * (written > 0)
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
         "dbf.recipe.preset": preset,
         "dbf.recipe.bpw": plan.target,
         "dbf.recipe.seed": seed,
-        "dbf.recipe.text": ", ".join(Path(c).name for c in calib) or "self-written",
+        "dbf.recipe.text": ", ".join(texts),
         "dbf.recipe.text_sha256": digest(rows),
         "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in history]),
         "dbf.quality.text_sha256": digest(held_out),

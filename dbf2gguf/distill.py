@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,90 +29,138 @@ ADAM_EPS = 1e-10
 COMPILED_STEPS = 100  # on a GPU: so many steps pay for the half minute that compiling takes
 
 
-class _Weight(torch.autograd.Function):
-    """W = diag(s_out) sign(a) diag(s_mid) sign(b) diag(s_in), with the identity as the gradient of sign.
+class _Weights(torch.autograd.Function):
+    """W = diag(s_out) sign(a) diag(s_mid) sign(b) diag(s_in) of a batch, with the identity as the gradient of
+    sign.
 
     By hand, because what autograd would keep and recompute costs as much as the products.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, s_out: Tensor, s_mid: Tensor, s_in: Tensor) -> Tensor:
-        dtype = (
-            torch.get_autocast_dtype(a.device.type) if torch.is_autocast_enabled(a.device.type) else a.dtype
-        )
-        sign_a, right = signs(a).to(dtype), signs(b).to(dtype)
-        left = sign_a * s_mid.to(dtype)
-        product = left @ right
-        ctx.save_for_backward(sign_a, left, right, product, s_out, s_mid, s_in)
-        return product * s_out[:, None].to(dtype) * s_in.to(dtype)
+        kind = a.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+        product = (signs(a) * s_mid[:, None]).to(dtype) @ signs(b).to(dtype)
+        ctx.save_for_backward(a, b, product, s_out, s_mid, s_in)
+        return product * s_out[:, :, None].to(dtype) * s_in[:, None].to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        sign_a, left, right, product, s_out, s_mid, s_in = ctx.saved_tensors
+        a, b, product, s_out, s_mid, s_in = ctx.saved_tensors
+        dtype = gradient.dtype
         weighted = gradient * product
-        grad_out = weighted @ s_in.to(gradient.dtype)
-        grad_in = s_out.to(gradient.dtype) @ weighted
-        inner = gradient * s_out[:, None].to(gradient.dtype) * s_in.to(gradient.dtype)
-        grad_left = inner @ right.mT
-        grad_b = left.mT @ inner
-        grad_mid = torch.linalg.vecdot(grad_left.mT, sign_a.mT)
-        grad_a = grad_left.mul_(s_mid.to(gradient.dtype))
+        grad_out = (weighted @ s_in[:, :, None].to(dtype))[:, :, 0]
+        grad_in = (s_out[:, None].to(dtype) @ weighted)[:, 0]
+        inner = gradient * s_out[:, :, None].to(dtype) * s_in[:, None].to(dtype)
+        grad_b = (signs(a) * s_mid[:, None]).to(dtype).mT @ inner
+        grad_left = (inner @ signs(b).to(dtype).mT).to(s_mid.dtype)
+        grad_mid = (grad_left * signs(a)).sum(1)
+        grad_a = grad_left.mul_(s_mid[:, None])
         grads = (grad_a, grad_b, grad_out, grad_mid, grad_in)
         return tuple(g.to(s_out.dtype) for g in grads)
 
 
-class DbfLinear(nn.Module):
-    """A linear layer whose weight is diag(s_out) A diag(s_mid) B diag(s_in), all of it trainable."""
+class FactorStack(nn.Module):
+    """The factors of linear layers of one size, all of them trainable: see `factorize.Factors`.
 
-    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+    One product for all of them takes a fraction of the time of many small ones.
+    """
+
+    def __init__(self, names: list[str], factors: list[Factors]) -> None:
         super().__init__()
-        self.a = nn.Parameter(factors.a[0].clone())
-        self.b = nn.Parameter(factors.b[0].clone())
+        self.names = names
+        self.a = nn.Parameter(torch.cat([f.a for f in factors]))
+        self.b = nn.Parameter(torch.cat([f.b for f in factors]))
         for name in ("s_out", "s_mid", "s_in"):
-            scale = getattr(factors, name)[0]
-            rms = scale.square().mean().sqrt() + 1e-20
+            scale = torch.cat([getattr(f, name) for f in factors])
+            rms = scale.square().mean(1, keepdim=True).sqrt() + 1e-20
             self.register_buffer(f"{name}_rms", rms)
             setattr(self, name, nn.Parameter(scale / rms))
-        self.register_buffer("bias", bias)
 
-    def weight(self) -> Tensor:
-        """The dense weight, (rows, cols)."""
-        scales = (getattr(self, n) * getattr(self, f"{n}_rms") for n in ("s_out", "s_mid", "s_in"))
-        return _Weight.apply(self.a, self.b, *scales)
+    def _scales(self) -> list[Tensor]:
+        return [getattr(self, n) * getattr(self, f"{n}_rms") for n in ("s_out", "s_mid", "s_in")]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight(), self.bias)
+    def weights(self) -> dict[str, Tensor]:
+        """Name -> dense weight (rows, cols), with gradients."""
+        return dict(zip(self.names, _Weights.apply(self.a, self.b, *self._scales()).unbind(), strict=True))
 
     @torch.no_grad()
-    def factors(self) -> Factors:
-        """The factors as they are now, batch 1."""
-        scales = [getattr(self, n) * getattr(self, f"{n}_rms") for n in ("s_out", "s_mid", "s_in")]
-        return Factors(self.a.detach()[None], self.b.detach()[None], *(s[None] for s in scales))
+    def factors(self) -> dict[str, Factors]:
+        """Name -> the factors as they are now, batch 1."""
+        every = Factors(self.a.detach(), self.b.detach(), *self._scales())
+        return {name: every[i : i + 1] for i, name in enumerate(self.names)}
 
 
-def make_student(
-    model: nn.Module, names: dict[str, str], factors: dict[str, Factors], copy_dense: bool = False
-) -> nn.Module:
-    """The model with its linear layers replaced by factorized ones. Norms, embedding and head are copies if
-    they are to be trained, else shared with `model`, as all the rest."""
-    linears = {path: model.get_submodule(path) for path in names.values()}
-    kept = (linear.parameters() for linear in linears.values()) if copy_dense else (model.parameters(),)
-    shared: dict[int, Any] = {id(p): p for parameters in kept for p in parameters}
-    shared |= {id(b): b for b in model.buffers()}
-    student = copy.deepcopy(model, shared)
-    for name, path in names.items():
-        parent, _, child = path.rpartition(".")
-        setattr(student.get_submodule(parent), child, DbfLinear(factors[name], linears[path].bias))
-    return student
+class DbfLinear(nn.Module):
+    """A linear layer of a student, whose weight is multiplied out anew for every pass."""
+
+    weight: Tensor | None
+
+    def __init__(self, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
 
 
-def student_factors(student: nn.Module, names: dict[str, str]) -> dict[str, Factors]:
-    """The factors of every linear layer as they are now."""
-    return {name: student.get_submodule(path).factors() for name, path in names.items()}
+class Student(nn.Module):
+    """A model whose linear layers are factorized and trainable.
+
+    Norms, embedding and head are copies if `copy_dense`, in order to be trained; else shared with `model`, as
+    all the rest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: dict[str, str],
+        factors: dict[str, Factors],
+        copy_dense: bool = False,
+    ) -> None:
+        super().__init__()
+        linears = {path: DbfLinear(model.get_submodule(path).bias) for path in names.values()}
+        self.model = with_linears(model, linears, copy_dense)
+        sizes: dict[tuple[torch.Size, ...], list[str]] = {}
+        for name in names:
+            sizes.setdefault((factors[name].a.shape, factors[name].b.shape), []).append(name)
+        self.stacks = nn.ModuleList(
+            FactorStack(some, [factors[name] for name in some]) for some in sizes.values()
+        )
+        self._linears = {name: linears[path] for name, path in names.items()}
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """What the head reads, (batch, tokens, d_model), for tokens (batch, tokens) int64."""
+        for stack in self.stacks:
+            for name, weight in stack.weights().items():
+                self._linears[name].weight = weight
+        try:
+            return hidden_states(self.model, input_ids=tokens)
+        finally:
+            for linear in self._linears.values():
+                linear.weight = None
+
+    def factors(self) -> dict[str, Factors]:
+        """GGUF name -> the factors as they are now, batch 1."""
+        found: dict[str, Factors] = {}
+        for stack in self.stacks:
+            found |= stack.factors()
+        return {name: found[name] for name in self._linears}
+
+
+def with_linears(model: nn.Module, linears: Mapping[str, nn.Module], copy_dense: bool = False) -> nn.Module:
+    """A copy of the model with other linear layers, module name -> module. It shares all other modules'
+    buffers with `model`, and their parameters, unless `copy_dense`."""
+    memo: dict[int, Any] = {id(model.get_submodule(path)): linear for path, linear in linears.items()}
+    memo |= {id(b): b for b in model.buffers()}
+    if not copy_dense:
+        memo |= {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def distill(
-    teacher: nn.Module, student: nn.Module, rows: Tensor, recipe: Recipe, seed: int, stage: Stage
+    teacher: nn.Module, student: Student, rows: Tensor, recipe: Recipe, seed: int, stage: Stage
 ) -> list[float]:
     """Train the student in place.
 
@@ -125,23 +173,21 @@ def distill(
     if steps == 0:
         return []
     device = next(teacher.parameters()).device
-    modules = [m for m in student.modules() if isinstance(m, DbfLinear)]
+    stacks = student.stacks
     groups = [
-        {"params": [p for m in modules for p in (m.s_out, m.s_mid, m.s_in)], "peak": recipe.scale_rate},
-        {"params": [p for m in modules for p in (m.a, m.b)], "peak": recipe.sign_rate},
+        {"params": [p for s in stacks for p in (s.s_out, s.s_mid, s.s_in)], "peak": recipe.scale_rate},
+        {"params": [p for s in stacks for p in (s.a, s.b)], "peak": recipe.sign_rate},
     ]
     if recipe.dense_rate > 0:
-        factored = {id(p) for m in modules for p in m.parameters()}
-        for p in student.parameters():
-            if id(p) not in factored:
-                rms = float(p.detach().square().mean().sqrt())
-                groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
+        for p in student.model.parameters():
+            rms = float(p.detach().square().mean().sqrt())
+            groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
     optimizer = torch.optim.Adam(groups, lr=1.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     batches = _batches(rows, recipe.distill_batch, seed)
     history = []
     compiled = device.type == "cuda" and steps >= COMPILED_STEPS
     kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
-    with _compiled(teacher, student) if compiled else nullcontext():
+    with _compiled(teacher, student.model) if compiled else nullcontext():
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
@@ -168,16 +214,16 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _train_step(teacher: nn.Module, student: nn.Module, tokens: Tensor, kl_gradient: Any) -> Tensor:
+def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
     """Gradients of the mean KL on tokens (batch, tokens); returns it."""
     bf16 = torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)
     with bf16:
         with torch.no_grad():
             wanted = hidden_states(teacher, input_ids=tokens).flatten(0, 1)
-        hidden = hidden_states(student, input_ids=tokens)
+        hidden = student.hidden_states(tokens)
         flat = hidden.detach().flatten(0, 1)
         wanted_head = teacher.get_output_embeddings().weight
-        head = student.get_output_embeddings().weight
+        head = student.model.get_output_embeddings().weight
         head_gradient = torch.zeros_like(head) if head.requires_grad else None
         size = HEAD_TOKENS * 8 if tokens.is_cuda else HEAD_TOKENS
         total, gradient = torch.zeros((), device=tokens.device), torch.empty_like(flat)

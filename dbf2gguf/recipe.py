@@ -56,22 +56,10 @@ PRESETS = {
     ),
 }
 DEFAULT_PRESET = "balanced"
-PRESET_BPW = 2.0
 
 
-def find_recipe(preset: str, bpw: float, **overrides: Any) -> Recipe:
-    """The preset's recipe for `bpw`, with every override that is not None in place. Raises OptionError.
-
-    Presets are made for PRESET_BPW. A model of fewer bits starts further from the original and is quicker to
-    factorize: what that saves goes into more text and more steps of distillation, by the root of the ratio.
-    """
+def find_recipe(preset: str, **overrides: Any) -> Recipe:
+    """The preset's recipe, with every override that is not None in place. Raises OptionError."""
     if preset not in PRESETS:
         raise OptionError(f"--preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-    recipe = PRESETS[preset]
-    share = (PRESET_BPW / min(3.0, max(1.0, bpw))) ** 0.5
-    recipe = replace(
-        recipe,
-        text_rows=round(recipe.text_rows * share),
-        distill_steps=round(recipe.distill_steps * share),
-    )
-    return replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
+    return replace(PRESETS[preset], **{k: v for k, v in overrides.items() if v is not None})

@@ -20,10 +20,11 @@ import torch
 from gguf import GGUFReader
 
 import runtime
-from dbf2gguf.convert import Report, convert
+from dbf2gguf.convert import Report, _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.from_gguf import gguf_to_hf
 from dbf2gguf.progress import Stage
+from dbf2gguf.recipe import find_recipe
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
 from dbf2gguf.write import verify
@@ -238,10 +239,27 @@ def test_text_is_used(make: Callable[[str], Case], tmp_path: Path) -> None:
     case, text = make("gqa-tied"), tiny_hf.write_text(tmp_path / "a.txt")
     convert(case.folder, tmp_path / "out.gguf", calib=[text], **tiny_hf.QUICK)
     with GgufFile(tmp_path / "out.gguf") as file, GgufFile(case.out) as other:
-        assert file.metadata["dbf.recipe.text"] == "a.txt"
+        assert file.metadata["dbf.recipe.text"] == "a.txt"  # which holds more rows than are wanted
         assert other.metadata["dbf.recipe.text"] == "self-written"
         key = "dbf.recipe.text_sha256"
         assert file.metadata[key] != other.metadata[key]
+
+
+def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_path: Path) -> None:
+    case, text = make("gqa-tied"), tmp_path / "short.txt"
+    text.write_text(tiny_hf.write_text(tmp_path / "a.txt").read_text()[:200])
+    stage = Stage("text", 1, quiet=True)
+    recipe = find_recipe("fast", row_tokens=24, text_rows=30, eval_rows=3)
+    tokenizer, model = tiny_hf.tokenizer(), tiny_hf.model()
+    rows, held_out, written = _text(model, tokenizer, [text], None, recipe, 0, stage)
+    from_file = rows_from_files([text], tokenizer, 33, 24, 0)
+    assert (len(rows), len(held_out), written) == (30, 3, 33 - len(from_file))
+    assert 0 < written < 33
+    every = {tuple(row.tolist()) for row in torch.cat([rows, held_out])}
+    assert {tuple(row.tolist()) for row in from_file} < every
+    convert(case.folder, tmp_path / "out.gguf", calib=[text], **tiny_hf.QUICK | {"text_rows": 40})
+    with GgufFile(tmp_path / "out.gguf") as file:
+        assert file.metadata["dbf.recipe.text"] == "short.txt, self-written"
 
 
 @pytest.mark.parametrize("name", ["gqa-tied", "mha-separate-head", "biases", "wide-heads"])

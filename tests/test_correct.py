@@ -14,7 +14,7 @@ from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.convert import make_plan
 from dbf2gguf.correct import factorize_model
-from dbf2gguf.distill import make_student
+from dbf2gguf.distill import Student
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
@@ -55,9 +55,9 @@ class Setup:
     @torch.no_grad()
     def error(self, factors: dict[str, Factors]) -> float:
         """Relative error of what the head reads, on text that was not seen."""
-        student = make_student(self.model, self.names, factors)
+        student = Student(self.model, self.names, factors)
         wanted = hidden_states(self.model, input_ids=self.held_out)
-        got = hidden_states(student, input_ids=self.held_out)
+        got = student.hidden_states(self.held_out)
         return float((got - wanted).square().sum() / wanted.square().sum())
 
 

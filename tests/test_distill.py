@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dbf2gguf.archs import ARCHS
-from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.distill import (
-    DbfLinear,
+    FactorStack,
+    Student,
     _batches,
     _kl_gradient,
     _schedule,
     _train_step,
     distill,
-    make_student,
-    student_factors,
+    with_linears,
 )
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
@@ -43,19 +42,23 @@ class Setup:
             ones_in, ones_out = torch.ones(1, weight.shape[2]), torch.ones(1, weight.shape[1])
             self.factors[name] = factorize(weight, 24, ones_in, ones_out, iterations=8, seed=0)
 
-    def student(self, copy_dense: bool = False) -> nn.Module:
-        return make_student(self.model, self.names, self.factors, copy_dense)
+    def student(self, copy_dense: bool = False) -> Student:
+        return Student(self.model, self.names, self.factors, copy_dense)
 
-    def train(self, student: nn.Module, recipe: Recipe = RECIPE, seed: int = 0) -> list[float]:
+    def train(self, student: Student, recipe: Recipe = RECIPE, seed: int = 0) -> list[float]:
         stage = Stage("distil", recipe.distill_steps, quiet=True)
         return distill(self.model, student, self.rows, recipe, seed, stage)
 
     @torch.no_grad()
-    def kl(self, student: nn.Module) -> float:
+    def kl(self, student: Student) -> float:
         """KL(original || student), nats a token, by torch's own function."""
         log_p = torch.log_softmax(self.model(self.rows).logits, -1).flatten(0, 1)
-        log_q = torch.log_softmax(student(self.rows).logits, -1).flatten(0, 1)
+        log_q = torch.log_softmax(logits_of(student, self.rows), -1).flatten(0, 1)
         return float(functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+
+
+def logits_of(student: Student, rows: Tensor) -> Tensor:
+    return student.model.get_output_embeddings()(student.hidden_states(rows))
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +87,13 @@ def test_the_teacher_is_left_as_it_was(setup: Setup) -> None:
 def test_the_rest_is_shared(setup: Setup) -> None:
     """Only factors are new: a student costs no second embedding."""
     student = setup.student()
-    assert student.get_input_embeddings().weight is setup.model.get_input_embeddings().weight
-    assert student.get_output_embeddings().weight is setup.model.get_output_embeddings().weight
+    assert student.model.get_input_embeddings().weight is setup.model.get_input_embeddings().weight
+    assert student.model.get_output_embeddings().weight is setup.model.get_output_embeddings().weight
     trained = {n for n, p in student.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[2] for n in trained} == {"a", "b", "s_out", "s_mid", "s_in"}
-    assert len(trained) == 5 * len(setup.names)
+    assert all(n.startswith("stacks.") for n in trained)
+    shapes = {setup.model.get_submodule(path).weight.shape for path in setup.names.values()}
+    assert len(student.stacks) == len(shapes)  # one for each size
 
 
 def test_dense_rate_trains_norms_and_embedding(setup: Setup) -> None:
@@ -99,15 +104,17 @@ def test_dense_rate_trains_norms_and_embedding(setup: Setup) -> None:
     setup.train(students[1], replace(RECIPE, dense_rate=1e-2))
     assert setup.kl(students[1]) < setup.kl(students[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
-    assert not torch.equal(students[1].get_input_embeddings().weight, before["model.embed_tokens.weight"])
-    assert not torch.equal(students[1].model.norm.weight, before["model.norm.weight"])
-    assert not any(p.requires_grad for p in students[1].parameters())
+    assert not torch.equal(
+        students[1].model.get_input_embeddings().weight, before["model.embed_tokens.weight"]
+    )
+    assert not torch.equal(students[1].model.model.norm.weight, before["model.norm.weight"])
+    assert not any(p.requires_grad for p in students[1].model.parameters())
 
 
 def test_no_steps(setup: Setup) -> None:
     student = setup.student()
     assert setup.train(student, Recipe(distill_steps=0)) == []
-    for name, factors in student_factors(student, setup.names).items():
+    for name, factors in student.factors().items():
         assert torch.allclose(factors.dense(), setup.factors[name].dense(), rtol=1e-5, atol=1e-6)
 
 
@@ -117,7 +124,7 @@ def test_seeds(setup: Setup) -> None:
     histories = [setup.train(s, recipe, seed) for s, seed in zip(students, (5, 5, 6), strict=True)]
     assert histories[0] == histories[1]
     assert histories[0] != histories[2]
-    one, again, _ = (student_factors(s, setup.names)["blk.0.attn_q"] for s in students)
+    one, again, _ = (s.factors()["blk.0.attn_q"] for s in students)
     assert torch.equal(one.dense(), again.dense())
 
 
@@ -125,45 +132,48 @@ def test_factors_come_back_as_trained(setup: Setup) -> None:
     """The student's logits are those of a model with the factors multiplied out."""
     student = setup.student()
     setup.train(student, Recipe(distill_steps=2, distill_batch=2))
-    for name, factors in student_factors(student, setup.names).items():
-        module = student.get_submodule(setup.names[name])
-        assert isinstance(module, DbfLinear)
-        assert torch.allclose(module.weight(), factors.dense()[0], rtol=1e-4, atol=1e-6)
+    linears = {}
+    for name, factors in student.factors().items():
+        path = setup.names[name]
+        linears[path] = nn.Linear(*factors.dense().shape[:0:-1])
+        linears[path].weight = nn.Parameter(factors.dense()[0])
+        linears[path].bias = setup.model.get_submodule(path).bias
+    dense = with_linears(setup.model, linears)
+    assert torch.allclose(dense(setup.rows).logits, logits_of(student, setup.rows), rtol=1e-3, atol=1e-4)
 
 
-def random_factors(rows: int, rank: int, cols: int) -> Factors:
-    generator = torch.Generator().manual_seed(3)
-    shapes = ((1, rows, rank), (1, rank, cols), (1, rows), (1, rank), (1, cols))
+def random_factors(seed: int) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, 6, 16), (1, 16, 10), (1, 6), (1, 16), (1, 10))
     return Factors(*(torch.randn(*shape, generator=generator) for shape in shapes))
 
 
-def test_weight_is_the_formula() -> None:
-    factors = random_factors(6, 16, 10)
-    bias = torch.arange(6.0)
-    linear = DbfLinear(factors, bias)
-    assert torch.allclose(linear.weight(), factors.dense()[0], rtol=1e-5, atol=1e-5)
-    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(linear(x), x @ factors.dense()[0].mT + bias, rtol=1e-4, atol=1e-4)
-    back = linear.factors()
-    for f in fields(Factors):
-        assert torch.allclose(getattr(back, f.name), getattr(factors, f.name), rtol=1e-5)
+def test_weights_are_the_formula() -> None:
+    given = {"one": random_factors(3), "two": random_factors(4)}
+    stack = FactorStack(list(given), list(given.values()))
+    weights, back = stack.weights(), stack.factors()
+    for name, factors in given.items():
+        assert torch.allclose(weights[name], factors.dense()[0], rtol=1e-5, atol=1e-5)
+        for f in fields(Factors):
+            assert torch.allclose(getattr(back[name], f.name), getattr(factors, f.name), rtol=1e-5)
 
 
 def test_gradients_pass_through_the_signs() -> None:
     """A sign's latent gets the gradient that the sign would get; scales get theirs times their rms."""
-    factors = random_factors(6, 16, 10)
-    linear = DbfLinear(factors, None)
-    upstream = torch.randn(6, 10, generator=torch.Generator().manual_seed(5))
-    linear.weight().backward(upstream)
-    a, b = (torch.where(x[0] < 0, -1.0, 1.0).requires_grad_() for x in (factors.a, factors.b))
-    scales = [s[0].clone().requires_grad_() for s in (factors.s_out, factors.s_mid, factors.s_in)]
-    s_out, s_mid, s_in = scales
-    (s_out[:, None] * ((a * s_mid) @ b) * s_in).backward(upstream)
-    assert torch.allclose(linear.a.grad, a.grad, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(linear.b.grad, b.grad, rtol=1e-4, atol=1e-4)
-    for name, scale in zip(("s_out", "s_mid", "s_in"), scales, strict=True):
-        rms = scale.detach().square().mean().sqrt()
-        assert torch.allclose(getattr(linear, name).grad, scale.grad * rms, rtol=1e-4, atol=1e-4)
+    given = [random_factors(3), random_factors(4)]
+    stack = FactorStack(["one", "two"], given)
+    upstream = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(5))
+    torch.stack(list(stack.weights().values())).backward(upstream)
+    for i, factors in enumerate(given):
+        a, b = (torch.where(x[0] < 0, -1.0, 1.0).requires_grad_() for x in (factors.a, factors.b))
+        scales = [s[0].clone().requires_grad_() for s in (factors.s_out, factors.s_mid, factors.s_in)]
+        s_out, s_mid, s_in = scales
+        (s_out[:, None] * ((a * s_mid) @ b) * s_in).backward(upstream[i])
+        assert torch.allclose(stack.a.grad[i], a.grad, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(stack.b.grad[i], b.grad, rtol=1e-4, atol=1e-4)
+        for name, scale in zip(("s_out", "s_mid", "s_in"), scales, strict=True):
+            rms = scale.detach().square().mean().sqrt()
+            assert torch.allclose(getattr(stack, name).grad[i], scale.grad * rms, rtol=1e-4, atol=1e-4)
 
 
 def test_kl_gradient_is_autograds() -> None:
@@ -192,8 +202,7 @@ def test_gradient_of_a_step_is_autograds(setup: Setup, dense: bool) -> None:
     value = float(_train_step(setup.model, by_hand, tokens, _kl_gradient))
     with torch.no_grad():
         log_p = torch.log_softmax(setup.model(tokens).logits, -1).flatten(0, 1)
-    hidden = hidden_states(by_torch, input_ids=tokens)
-    log_q = torch.log_softmax(by_torch.get_output_embeddings()(hidden), -1).flatten(0, 1)
+    log_q = torch.log_softmax(logits_of(by_torch, tokens), -1).flatten(0, 1)
     loss = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     loss.backward()
     assert value == pytest.approx(float(loss.detach()), rel=1e-4)
