@@ -10,8 +10,12 @@ MODEL := demo/SmolLM2-135M-Instruct
 GGUF := demo/smollm2-135m.gguf
 QUICK := build/quick.gguf
 QUESTION := What is the capital of France?
+# Of Debian: a compiler for 64-bit ARM, its libc, and an emulator that runs the result.
+ARM_CC := aarch64-linux-gnu-gcc
+ARM_RUN := qemu-aarch64
+ARM_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 
-.PHONY: demo test lint ctest clean
+.PHONY: demo test lint ctest ctest-arm arm-tools arm-packages clean
 
 demo: $(GGUF)
 	$(PY) -m dbf2gguf inspect $(GGUF)
@@ -38,6 +42,23 @@ ctest:
 	cmake -S cext -B build/ctest -DDBF_WERROR=ON -DDBF_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/ctest
 	ctest --test-dir build/ctest --output-on-failure
+
+# The same on 64-bit ARM (NEON), cross-compiled, static and emulated; without the sanitizers.
+ctest-arm: arm-tools
+	cmake -S cext -B build/ctest-arm -DDBF_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=$(ARM_CC) \
+		-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM_RUN)
+	cmake --build build/ctest-arm
+	ctest --test-dir build/ctest-arm --output-on-failure
+
+arm-tools:
+	@command -v $(ARM_CC) >/dev/null && command -v $(ARM_RUN) >/dev/null \
+		&& echo '#include <math.h>' | $(ARM_CC) -static -x c -fsyntax-only - \
+		|| { echo "error: no $(ARM_CC) with its libc, or no $(ARM_RUN);" \
+			"on Debian: apt-get install $(ARM_PACKAGES)" >&2; exit 1; }
+
+arm-packages:
+	@echo $(ARM_PACKAGES)
 
 $(GGUF): $(MODEL)/config.json
 	$(PY) -m dbf2gguf $(MODEL) $(GGUF) --bpw 2.0 --preset fast

@@ -7,6 +7,7 @@
  *   - a float sum has DBF_LANES partial sums, element i in lane i % DBF_LANES, which are then added in halves:
  *     lane l += lane l + 8, then + 4, + 2, + 1;
  *   - there is no fused multiply-add and no libm function but rint and sqrt, which are exact.
+ * "Error" is the largest difference from the formula in exact arithmetic, u = 2^-24; tests/kernels.c checks it.
  */
 #ifndef DBF_KERNELS_H
 #define DBF_KERNELS_H
@@ -27,13 +28,13 @@ typedef struct kernels {
     /* ---- sign products -------------------------------------------------------------------------------- */
 
     /* scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)));  returns scale
-     * all q = 0 where absmax(x) < 2^-100 or is no finite number */
+     * all q = 0 where absmax(x) < 2^-100 or is no finite number;  error: 0.501 of q, u of scale */
     float (*quantize)(int16_t *q, const float *x, int n);
 
-    /* y[i] = x[i] * s[i],  s float16 */
+    /* y[i] = x[i] * s[i],  s float16;  error: u |y| */
     void (*scale)(float *y, const float *x, const uint16_t *s, int n);
 
-    /* y[i] = (isum[i] * scale) * s[i] + bias[i],  s float16, bias may be NULL */
+    /* y[i] = (isum[i] * scale) * s[i] + bias[i],  s float16, bias may be NULL;  error: u (4 |y - bias| + |y|) */
     void (*descale)(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n);
 
     /* bytes of sign_table's output; bytes of sign_pack's output, 0 if sign_gemv reads DBF1 as it is */
@@ -47,37 +48,39 @@ typedef struct kernels {
     void (*sign_pack)(uint8_t *w, const uint8_t *bits, int rows, int cols);
 
     /* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
-     * one panel: rows <= DBF_PANEL; isum has room for DBF_PANEL */
+     * one panel: rows <= DBF_PANEL; isum has room for DBF_PANEL;  error: none */
     void (*sign_gemv)(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols);
 
     /* ---- unfactorized matrices ------------------------------------------------------------------------ */
 
-    /* y[r] = sum_k w[r,k] * x[k] */
+    /* y[r] = sum_k w[r,k] * x[k];  error: (cols/16 + 6) u sum_k |w x| */
     void (*gemv_f32)(float *y, const float *w, const float *x, int rows, int cols);
     void (*gemv_f16)(float *y, const uint16_t *w, const float *x, int rows, int cols);
 
     /* y[r] = scale * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of w[r,k] * q[k] over the columns
-     * 2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0 */
+     * 2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0
+     * error: (cols/32 + 6) u scale sum_k |d w q| */
     void (*gemv_q8_0)(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols);
 
     /* ---- everything else ------------------------------------------------------------------------------ */
 
-    /* y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i] */
+    /* y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i];  error: (n/32 + 8) u |y| */
     void (*rmsnorm)(float *y, const float *x, const float *w, float eps, int n);
 
     /* rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)
-     * cos_sin[dims/2][2]; pairing DBF_ADJACENT or DBF_HALVES */
+     * cos_sin[dims/2][2]; pairing DBF_ADJACENT or DBF_HALVES;  error: 2 u (|a| + |b|) */
     void (*rope)(float *x, const float *cos_sin, int dims, int pairing);
 
     /* y = sum_j softmax_j(factor * (x . k[j])) v[j]
-     * one head: y[dim], x[dim], k[held][dim] and v[held][dim] float16, score[held] is work space */
+     * one head: y[dim], x[dim], k[held][dim] and v[held][dim] float16, score[held] is work space
+     * error: (4 (dim/16 + 9) e + 1.1 held + 20) u sum_j softmax_j |v[j]|,  e = max_j factor sum_i |x k[j]| */
     void (*attend)(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
                    int held, int dim);
 
-    /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i] */
+    /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i];  error: 9 u |y| for |gate| <= 80 */
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
 
-    /* y[i] = y[i] + x[i] */
+    /* y[i] = y[i] + x[i];  error: u |y| */
     void (*add)(float *y, const float *x, int n);
 
     /* float32 to float16, round to nearest even */

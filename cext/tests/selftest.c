@@ -3,19 +3,10 @@
  * Every instruction set against the scalar code: sign products and dense products of odd sizes, then a small model,
  * as a batch and token by token, with 1-8 threads. Exit status 0 and "ok" if all results are bit-identical. */
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../dbf.h"
-
-static uint32_t state = 1;
-
-static uint32_t next(void)
-{
-    state = state * 1664525u + 1013904223u;
-    return state >> 8;
-}
+#include "check.h"
 
 static void *random_bytes(size_t n)
 {
@@ -37,15 +28,6 @@ static uint16_t *random_halves(size_t n) /* magnitudes between 1/16 and 1/8 */
     for (size_t i = 0; i < n; i++) p[i] = (uint16_t)((next() & 0x83ffu) | 0x2c00u);
     return p;
 }
-
-#define CHECK(condition, ...)                                     \
-    do {                                                          \
-        if (!(condition)) {                                       \
-            fprintf(stderr, "selftest: " __VA_ARGS__);            \
-            fprintf(stderr, " (line %d)\n", __LINE__);            \
-            exit(1);                                              \
-        }                                                         \
-    } while (0)
 
 /* Q8_0, with every number of rows that may be left over, at any alignment */
 static void test_q8_0(const char *isa)

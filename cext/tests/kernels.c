@@ -1,0 +1,445 @@
+/* kernels.c - every kernel of every instruction set by itself, at odd sizes.
+ *
+ * Each is held to its formula in double, within the bound that kernels.h gives, and to the scalar kernel, bit for bit.
+ * Every buffer serves twice: ending where an unreadable page begins, and beginning off its vector alignment. What lies
+ * around it must stay as it was. Exit status 0 and "ok" if all is well. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../dbf.h"
+#include "../src/kernels.h"
+#include "check.h"
+
+#define U 5.9604644775390625e-8 /* 2^-24: the largest relative error of one rounding */
+
+static const int sizes[] = { 1,  2,  3,  4,  5,  6,  7,  8,   9,   15,   16,   17,   31,
+                             32, 33, 63, 64, 65, 97, 576, 1023, 1025, 1536, 2055 };
+enum { N_SIZES = sizeof sizes / sizeof *sizes, MAX = 2055 };
+
+/* ---- buffers ---------------------------------------------------------------------------------------------- */
+
+enum { BUFFERS = 8, ROOM = 1 << 20, GUARD = 0x5a, MARGIN = 256, PACKED = 64 };
+
+static struct buffer {
+    uint8_t *room, *begin, *end;
+} buffers[BUFFERS];
+static int taken;
+static int at_end; /* where the buffers lie now */
+
+static void make_buffers(void)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < BUFFERS; i++) {
+        uint8_t *p = mmap(NULL, ROOM + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(p != MAP_FAILED && mprotect(p + page, ROOM, PROT_READ | PROT_WRITE) == 0, "no memory");
+        buffers[i].room = p + page;
+    }
+}
+
+/* memory for n elements, aligned as C wants them and no better; PACKED: what forward.c gives in its own layout */
+static void *take(size_t n, size_t element)
+{
+    CHECK(taken < BUFFERS && n * element + 8 * PACKED + MARGIN <= ROOM, "no room for %zu bytes", n * element);
+    struct buffer *b = &buffers[taken++];
+    uint8_t *end = b->room + ROOM;
+    b->begin = at_end ? end - n * element : b->room + (1 + n % 7) * element;
+    b->end = b->begin + n * element;
+    memset(b->begin - b->room < MARGIN ? b->room : b->begin - MARGIN, GUARD,
+           b->begin - b->room < MARGIN ? (size_t)(b->begin - b->room) : MARGIN);
+    memset(b->begin, GUARD ^ 0xff, n * element);
+    memset(b->end, GUARD, end - b->end < MARGIN ? (size_t)(end - b->end) : MARGIN);
+    return b->begin;
+}
+
+static void give_back(const char *isa, const char *kernel, int n)
+{
+    for (; taken > 0; taken--) {
+        const struct buffer *b = &buffers[taken - 1];
+        const uint8_t *end = b->room + ROOM;
+        for (const uint8_t *p = b->begin; p > b->room && b->begin - p < MARGIN;)
+            CHECK(*--p == GUARD, "%s %s %d wrote before buffer %d", isa, kernel, n, taken);
+        for (const uint8_t *p = b->end; p < end && p - b->end < MARGIN; p++)
+            CHECK(*p == GUARD, "%s %s %d wrote behind buffer %d", isa, kernel, n, taken);
+    }
+}
+
+/* ---- numbers ---------------------------------------------------------------------------------------------- */
+
+static float uniform(void) /* -1 .. 1 */
+{
+    return ((float)next() - 8388608.0f) / 8388608.0f;
+}
+
+static float *floats(size_t n, float largest)
+{
+    float *p = take(n, sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = largest * uniform();
+    return p;
+}
+
+static uint16_t *halves(size_t n) /* magnitudes between 1/16 and 1/2 */
+{
+    uint16_t *p = take(n, sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = (uint16_t)((next() & 0x8bffu) + 0x2c00u);
+    return p;
+}
+
+static uint8_t *bytes(size_t n)
+{
+    uint8_t *p = take(n, 1);
+    for (size_t i = 0; i < n; i++) p[i] = (uint8_t)next();
+    return p;
+}
+
+/* as fmax, whose loops gcc 12 cannot compile for ARM (an internal error) */
+static double larger(double a, double b)
+{
+    return a > b ? a : b;
+}
+
+static double of_half(uint16_t h)
+{
+    int exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    double v = exponent == 0 ? ldexp(mantissa, -24) : ldexp(mantissa + 1024, exponent - 25);
+    return h & 0x8000 ? -v : v;
+}
+
+#define SAME(got, want, n, kernel) \
+    CHECK(memcmp(got, want, (size_t)(n) * sizeof *(got)) == 0, "%s %s %d is not the scalar result", k->name, kernel, n)
+#define NEAR(got, want, bound, kernel, n)                                                                       \
+    CHECK(fabs((double)(got) - (want)) <= (bound), "%s %s %d: %.9g, but %.9g within %.3g", k->name, kernel, n,  \
+          (double)(got), (double)(want), (double)(bound))
+
+static const kernels_t *const ref = &kernels_ref;
+static float want_f[MAX];
+
+/* ---- around the sign products ----------------------------------------------------------------------------- */
+
+static void test_quantize(const kernels_t *k, int n)
+{
+    static const float odd[] = { 0.0f, -0.0f, 1e-40f, 1e30f, -3e38f, INFINITY, -INFINITY, NAN };
+    static int16_t want[MAX];
+    for (size_t o = 0; o <= sizeof odd / sizeof *odd; o++) {
+        int16_t *q = take((size_t)n, sizeof *q);
+        float *x = floats((size_t)n, 3.0f);
+        if (o) x[next() % (uint32_t)n] = odd[o - 1];
+        float scale = k->quantize(q, x, n), scale_want = ref->quantize(want, x, n);
+        SAME(q, want, n, "quantize");
+        CHECK(memcmp(&scale, &scale_want, sizeof scale) == 0 || (scale != scale && scale_want != scale_want),
+              "%s quantize %d: the scale is %g, not %g", k->name, n, scale, scale_want);
+        double top = 0.0;
+        for (int i = 0; i < n; i++) top = larger(top, fabs((double)x[i]));
+        if (o == 0) NEAR(scale, top / DBF_QMAX, U * top / DBF_QMAX, "scale of quantize", n);
+        for (int i = 0; i < n && o == 0; i++) NEAR(q[i], x[i] * DBF_QMAX / top, 0.501, "quantize", n);
+        give_back(k->name, "quantize", n);
+    }
+}
+
+static void test_scale(const kernels_t *k, int n)
+{
+    float *y = take((size_t)n, sizeof *y), *x = floats((size_t)n, 100.0f);
+    uint16_t *s = halves((size_t)n);
+    k->scale(y, x, s, n);
+    ref->scale(want_f, x, s, n);
+    SAME(y, want_f, n, "scale");
+    for (int i = 0; i < n; i++) NEAR(y[i], x[i] * of_half(s[i]), U * fabs(x[i] * of_half(s[i])), "scale", n);
+    give_back(k->name, "scale", n);
+}
+
+static void test_descale(const kernels_t *k, int n)
+{
+    for (int with_bias = 0; with_bias < 2; with_bias++) {
+        float *y = take((size_t)n, sizeof *y), *bias = with_bias ? floats((size_t)n, 1.0f) : NULL;
+        uint16_t *s = halves((size_t)n);
+        int32_t *isum = take((size_t)n, sizeof *isum);
+        for (int i = 0; i < n; i++) isum[i] = (int32_t)(next() << 8 ^ next()) / 4;
+        k->descale(y, isum, 1.7e-8f, s, bias, n);
+        ref->descale(want_f, isum, 1.7e-8f, s, bias, n);
+        SAME(y, want_f, n, "descale");
+        for (int i = 0; i < n; i++) {
+            double product = isum[i] * (double)1.7e-8f * of_half(s[i]), b = bias ? bias[i] : 0.0;
+            NEAR(y[i], product + b, U * (4.0 * fabs(product) + fabs(product + b)), "descale", n);
+        }
+        give_back(k->name, "descale", n);
+    }
+}
+
+/* ---- sign products ---------------------------------------------------------------------------------------- */
+
+/* alike: all signs and all activations are the same, which fills the sums to the brim */
+static void sign_product(const kernels_t *k, int rows, int cols, int alike)
+{
+    size_t stride = (size_t)((cols + 7) / 8), packed = k->sign_pack_bytes(rows, cols);
+    CHECK(packed == 0 || packed % PACKED == 0, "%s sign_pack_bytes", k->name);
+    uint8_t *bits = bytes((size_t)rows * stride); /* filler bits too are random */
+    int16_t *q = take((size_t)cols, sizeof *q);
+    for (int i = 0; i < cols; i++) q[i] = (int16_t)((int)(next() % (2 * DBF_QMAX + 1)) - DBF_QMAX);
+    if (alike) {
+        memset(bits, next() % 2 ? 255 : 0, (size_t)rows * stride);
+        int sign = next() % 2 ? 1 : -1;
+        for (int i = 0; i < cols; i++) q[i] = (int16_t)(sign * DBF_QMAX);
+    }
+    size_t table_bytes = k->sign_table_bytes(cols);
+    uint8_t *table = table_bytes % PACKED ? take(table_bytes / 2, 2) : take(table_bytes / PACKED, PACKED);
+    uint8_t *w = packed ? take(packed / PACKED, PACKED) : bits;
+    k->sign_table(table, q, cols);
+    if (packed) k->sign_pack(w, bits, rows, cols);
+    for (int r0 = 0; r0 < rows; r0 += DBF_PANEL) {
+        int some = rows - r0 < DBF_PANEL ? rows - r0 : DBF_PANEL;
+        int32_t *isum = take(DBF_PANEL, sizeof *isum);
+        k->sign_gemv(isum, w + (size_t)r0 * stride, table, some, cols);
+        for (int r = 0; r < some; r++) {
+            int32_t sum = 0;
+            for (int i = 0; i < cols; i++) {
+                int bit = bits[(size_t)(r0 + r) * stride + (size_t)(i >> 3)] >> (i & 7) & 1;
+                sum += bit ? q[i] : -q[i];
+            }
+            CHECK(isum[r] == sum, "%s sign_gemv %d x %d: row %d is %d, not %d", k->name, rows, cols, r0 + r, isum[r],
+                  sum);
+        }
+    }
+    give_back(k->name, "sign_gemv", cols);
+}
+
+static void test_sign_gemv(const kernels_t *k, int cols)
+{
+    static const int rows[] = { 1, 7, 8, 15, 17, 33, 63, 64, 65, 131 };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (cols < 500 || i % 3 == 0) sign_product(k, rows[i], cols, 0);
+    for (int i = 0; i < 4; i++) sign_product(k, 65, cols, 1);
+}
+
+/* ---- unfactorized matrices -------------------------------------------------------------------------------- */
+
+static void test_gemv(const kernels_t *k, int cols)
+{
+    for (int rows = 1; rows <= 67; rows += cols < 100 ? 11 : 4) {
+        if (cols >= 100 && rows > 5) break;
+        size_t n = (size_t)rows * (size_t)cols;
+        float *y = take((size_t)rows, sizeof *y), *x = floats((size_t)cols, 2.0f), *w = floats(n, 1.0f);
+        float *y16 = take((size_t)rows, sizeof *y);
+        uint16_t *h = halves(n);
+        k->gemv_f32(y, w, x, rows, cols);
+        ref->gemv_f32(want_f, w, x, rows, cols);
+        SAME(y, want_f, rows, "gemv_f32");
+        k->gemv_f16(y16, h, x, rows, cols);
+        ref->gemv_f16(want_f, h, x, rows, cols);
+        SAME(y16, want_f, rows, "gemv_f16");
+        for (int r = 0; r < rows; r++) {
+            double sum = 0.0, sum16 = 0.0, size = 0.0, size16 = 0.0;
+            for (int i = 0; i < cols; i++) {
+                double term = (double)w[r * cols + i] * x[i], term16 = of_half(h[r * cols + i]) * x[i];
+                sum += term, size += fabs(term), sum16 += term16, size16 += fabs(term16);
+            }
+            NEAR(y[r], sum, (cols / 16.0 + 6.0) * U * size, "gemv_f32", cols);
+            NEAR(y16[r], sum16, (cols / 16.0 + 6.0) * U * size16, "gemv_f16", cols);
+        }
+        give_back(k->name, "gemv", cols);
+    }
+}
+
+static void test_gemv_q8_0(const kernels_t *k, int blocks)
+{
+    int cols = blocks * DBF_Q8_0_BLOCK;
+    for (int rows = 1; rows <= 67; rows += rows < 9 ? 1 : 29) {
+        float *y = take((size_t)rows, sizeof *y), scale = 3e-4f;
+        uint8_t *w = bytes((size_t)rows * (size_t)blocks * DBF_Q8_0_BYTES);
+        for (int b = 0; b < rows * blocks; b++) w[b * DBF_Q8_0_BYTES + 1] = (uint8_t)((next() & 0x80) | 0x2c);
+        int16_t *q = take((size_t)cols, sizeof *q);
+        for (int i = 0; i < cols; i++) q[i] = (int16_t)((int)(next() % (2 * DBF_QMAX + 1)) - DBF_QMAX);
+        k->gemv_q8_0(y, w, q, scale, rows, cols);
+        ref->gemv_q8_0(want_f, w, q, scale, rows, cols);
+        SAME(y, want_f, rows, "gemv_q8_0");
+        for (int r = 0; r < rows; r++) {
+            double sum = 0.0, size = 0.0;
+            for (int i = 0; i < cols; i++) {
+                const uint8_t *block = w + (r * blocks + i / DBF_Q8_0_BLOCK) * DBF_Q8_0_BYTES;
+                double d = of_half((uint16_t)(block[0] | block[1] << 8));
+                double term = d * (int8_t)block[2 + i % DBF_Q8_0_BLOCK] * q[i] * (double)scale;
+                sum += term, size += fabs(term);
+            }
+            NEAR(y[r], sum, (cols / 32.0 + 6.0) * U * size, "gemv_q8_0", cols);
+        }
+        give_back(k->name, "gemv_q8_0", cols);
+    }
+}
+
+/* ---- everything else -------------------------------------------------------------------------------------- */
+
+static void test_rmsnorm(const kernels_t *k, int n)
+{
+    float *y = take((size_t)n, sizeof *y), *x = floats((size_t)n, 30.0f), *w = floats((size_t)n, 2.0f);
+    double squares = 0.0;
+    for (int i = 0; i < n; i++) squares += (double)x[i] * x[i];
+    k->rmsnorm(y, x, w, 1e-5f, n);
+    ref->rmsnorm(want_f, x, w, 1e-5f, n);
+    SAME(y, want_f, n, "rmsnorm");
+    for (int i = 0; i < n; i++) {
+        double want = x[i] / sqrt(squares / n + (double)1e-5f) * w[i];
+        NEAR(y[i], want, (n / 32.0 + 8.0) * U * fabs(want), "rmsnorm", n);
+    }
+    give_back(k->name, "rmsnorm", n);
+}
+
+static void test_rope(const kernels_t *k, int half)
+{
+    for (int pairing = DBF_ADJACENT; pairing <= DBF_HALVES; pairing++) {
+        static float before[2 * MAX], want[2 * MAX];
+        float *x = floats(2 * (size_t)half, 5.0f), *cos_sin = take(2 * (size_t)half, sizeof *cos_sin);
+        for (int i = 0; i < half; i++) {
+            double angle = 3.2 * uniform();
+            cos_sin[2 * i] = (float)cos(angle), cos_sin[2 * i + 1] = (float)sin(angle);
+        }
+        memcpy(before, x, 2 * (size_t)half * sizeof *x);
+        memcpy(want, x, 2 * (size_t)half * sizeof *x);
+        k->rope(x, cos_sin, 2 * half, pairing);
+        ref->rope(want, cos_sin, 2 * half, pairing);
+        SAME(x, want, 2 * half, "rope");
+        for (int i = 0; i < half; i++) {
+            int ia = pairing == DBF_ADJACENT ? 2 * i : i, ib = pairing == DBF_ADJACENT ? 2 * i + 1 : i + half;
+            double a = before[ia], b = before[ib], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+            NEAR(x[ia], a * c - b * s, 2.0 * U * (fabs(a) + fabs(b)), "rope", half);
+            NEAR(x[ib], a * s + b * c, 2.0 * U * (fabs(a) + fabs(b)), "rope", half);
+        }
+        give_back(k->name, "rope", half);
+    }
+}
+
+static void test_attend(const kernels_t *k, int held, int dim)
+{
+    static float scores[MAX];
+    static double p[MAX];
+    float *y = take((size_t)dim, sizeof *y), *x = floats((size_t)dim, 4.0f);
+    uint16_t *keys = halves((size_t)held * (size_t)dim), *values = halves((size_t)held * (size_t)dim);
+    float *score = take((size_t)held, sizeof *score), factor = 0.7f;
+    k->attend(y, x, keys, values, score, factor, held, dim);
+    ref->attend(want_f, x, keys, values, scores, factor, held, dim);
+    SAME(y, want_f, dim, "attend");
+
+    double top = -INFINITY, all = 0.0, e = 0.0;
+    for (int j = 0; j < held; j++) {
+        double sum = 0.0, size = 0.0;
+        for (int i = 0; i < dim; i++) {
+            double term = of_half(keys[j * dim + i]) * x[i] * (double)factor;
+            sum += term, size += fabs(term);
+        }
+        p[j] = sum;
+        top = larger(top, sum);
+        e = larger(e, size);
+    }
+    for (int j = 0; j < held; j++) all += p[j] = exp(p[j] - top);
+    for (int i = 0; i < dim; i++) {
+        double sum = 0.0, size = 0.0;
+        for (int j = 0; j < held; j++) {
+            double term = p[j] / all * of_half(values[j * dim + i]);
+            sum += term, size += fabs(term);
+        }
+        NEAR(y[i], sum, (4.0 * (dim / 16.0 + 9.0) * e + 1.1 * held + 20.0) * U * size, "attend", dim);
+    }
+    give_back(k->name, "attend", dim);
+}
+
+static void test_attend_sizes(const kernels_t *k, int n)
+{
+    static const int held[] = { 1, 2, 15, 16, 17, 33 };
+    for (size_t i = 0; i < sizeof held / sizeof *held; i++) {
+        if (n < 500) test_attend(k, held[i], n); /* dim */
+        test_attend(k, n, held[i]);
+    }
+}
+
+static void test_silu_mul(const kernels_t *k, int n)
+{
+    static const float odd[] = { 200.0f, -200.0f, INFINITY, -INFINITY, 0.0f, -0.0f };
+    for (int in_place = 0; in_place < 2; in_place++) {
+        float *gate = floats((size_t)n, 80.0f), *up = floats((size_t)n, 2.0f);
+        float *y = in_place ? gate : take((size_t)n, sizeof *y);
+        uint32_t at = next() % (uint32_t)n;
+        gate[at] = odd[next() % (sizeof odd / sizeof *odd)];
+        static double want[MAX];
+        for (int i = 0; i < n; i++) want[i] = gate[i] / (1.0 + exp(-(double)gate[i])) * up[i];
+        ref->silu_mul(want_f, gate, up, n);
+        k->silu_mul(y, gate, up, n);
+        SAME(y, want_f, n, "silu_mul");
+        for (int i = 0; i < n; i++)
+            if (i != (int)at) NEAR(y[i], want[i], 9.0 * U * fabs(want[i]), "silu_mul", n);
+        give_back(k->name, "silu_mul", n);
+    }
+}
+
+static void test_add(const kernels_t *k, int n)
+{
+    static float before[MAX];
+    float *y = floats((size_t)n, 9.0f), *x = floats((size_t)n, 9.0f);
+    memcpy(before, y, (size_t)n * sizeof *y);
+    memcpy(want_f, y, (size_t)n * sizeof *y);
+    k->add(y, x, n);
+    ref->add(want_f, x, n);
+    SAME(y, want_f, n, "add");
+    for (int i = 0; i < n; i++)
+        NEAR(y[i], (double)before[i] + x[i], U * fabs((double)before[i] + x[i]), "add", n);
+    give_back(k->name, "add", n);
+}
+
+static void test_f16(const kernels_t *k, int n)
+{
+    static uint16_t want[MAX];
+    uint16_t *h = take((size_t)n, sizeof *h), *narrow = take((size_t)n, sizeof *narrow);
+    float *wide = take((size_t)n, sizeof *wide), *x = take((size_t)n, sizeof *x);
+    for (int i = 0; i < n; i++) {
+        h[i] = (uint16_t)next();
+        if ((h[i] >> 10 & 31) == 31) h[i] &= 0xfc00; /* infinity, but no NaN */
+        x[i] = uniform() * ldexpf(1.0f, (int)(next() % 44) - 26);
+    }
+    if (n > 8) { /* ties, the largest that is finite, and what rounds beyond it */
+        static const float odd[] = { 1.00048828125f, 1.00146484375f, 65519.99f, -65520.0f, INFINITY, 2.98e-8f, 1e-40f };
+        for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) x[i + 1] = odd[i];
+    }
+    k->from_f16(wide, h, n);
+    ref->from_f16(want_f, h, n);
+    SAME(wide, want_f, n, "from_f16");
+    k->to_f16(narrow, x, n);
+    ref->to_f16(want, x, n);
+    SAME(narrow, want, n, "to_f16");
+    for (int i = 0; i < n; i++) {
+        if ((h[i] & 0x7fff) < 0x7c00) NEAR(wide[i], of_half(h[i]), 0.0, "from_f16", n);
+        if (fabsf(x[i]) < 65520.0f)
+            NEAR(of_half(narrow[i]), x[i], larger(ldexp(fabs((double)x[i]), -11), ldexp(1.0, -25)), "to_f16", n);
+        else
+            CHECK((narrow[i] & 0x7fff) == 0x7c00, "%s to_f16: %g is no infinity", k->name, x[i]);
+    }
+    give_back(k->name, "f16", n);
+}
+
+int main(void)
+{
+    CHECK(!dbf_isa_demoted(), "the self-test of %s failed", dbf_isa_demoted());
+    make_buffers();
+    for (int isa = 0; isa < dbf_isa_count(); isa++) {
+        CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
+        const kernels_t *k = dbf_kernels_active();
+        for (at_end = 0; at_end < 2; at_end++)
+            for (int i = 0; i < N_SIZES; i++) {
+                int n = sizes[i];
+                test_quantize(k, n);
+                test_scale(k, n);
+                test_descale(k, n);
+                test_sign_gemv(k, n);
+                test_gemv(k, n);
+                if (n < 100) test_gemv_q8_0(k, n);
+                test_rmsnorm(k, n);
+                test_rope(k, n);
+                test_attend_sizes(k, n);
+                test_silu_mul(k, n);
+                test_add(k, n);
+                test_f16(k, n);
+            }
+    }
+    printf("ok:");
+    for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));
+    printf("\n");
+    return 0;
+}
