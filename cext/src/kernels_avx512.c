@@ -63,11 +63,9 @@ static size_t sign_table_bytes_avx512(int cols)
 
 static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols)
 {
-    size_t groups = (size_t)((cols + 7) / 8);
-    for (int r0 = 0; r0 < rows; r0 += DBF_PANEL)
-        for (size_t g = 0; g < groups; g++, w += DBF_PANEL)
-            for (int r = 0; r < DBF_PANEL; r++)
-                w[4 * (r % 16) + r / 16] = r0 + r < rows ? bits[(size_t)(r0 + r) * groups + g] : 0;
+    uint8_t order[DBF_PANEL];
+    for (int r = 0; r < DBF_PANEL; r++) order[4 * (r % 16) + r / 16] = (uint8_t)r;
+    lut16_pack_as(order, w, bits, rows, cols);
 }
 
 /* ---- tables ----------------------------------------------------------------------------------------------- */

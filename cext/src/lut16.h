@@ -32,13 +32,64 @@ static inline size_t lut16_pack_bytes(int rows, int cols)
     return (size_t)((rows + DBF_PANEL - 1) / DBF_PANEL) * DBF_PANEL * (size_t)((cols + 7) / 8);
 }
 
-static inline void lut16_pack(uint8_t *w, const uint8_t *bits, int rows, int cols)
+/* ---- packing ---------------------------------------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+typedef __m128i bytes16_t;
+#define bytes16_load(p) _mm_loadu_si128((const __m128i *)(p))
+#define bytes16_store(p, v) _mm_storeu_si128((__m128i *)(p), v)
+#define zip_low _mm_unpacklo_epi8
+#define zip_high _mm_unpackhi_epi8
+#elif defined(__aarch64__)
+typedef uint8x16_t bytes16_t;
+#define bytes16_load vld1q_u8
+#define bytes16_store vst1q_u8
+#define zip_low vzip1q_u8
+#define zip_high vzip2q_u8
+#endif
+
+/* x as a matrix of bytes, transposed: interleaving its first half with the second turns the eight bits of an index,
+ * row and column, by one place */
+static inline void transpose16(bytes16_t x[16])
+{
+    for (int turn = 0; turn < 4; turn++) {
+        bytes16_t y[16];
+        for (int i = 0; i < 8; i++) {
+            y[2 * i] = zip_low(x[i], x[i + 8]);
+            y[2 * i + 1] = zip_high(x[i], x[i + 8]);
+        }
+        memcpy(x, y, sizeof y);
+    }
+}
+
+/* order[i]: which row of a panel comes at place i of each group; absent rows are 0 */
+static inline void lut16_pack_as(const uint8_t *order, uint8_t *w, const uint8_t *bits, int rows, int cols)
 {
     size_t groups = (size_t)((cols + 7) / 8);
-    for (int r0 = 0; r0 < rows; r0 += DBF_PANEL, w += groups * DBF_PANEL)
-        for (size_t g = 0; g < groups; g++)
-            for (int r = 0; r < DBF_PANEL; r++)
-                w[g * DBF_PANEL + (size_t)r] = r0 + r < rows ? bits[(size_t)(r0 + r) * groups + g] : 0;
+    for (int r0 = 0; r0 < rows; r0 += DBF_PANEL, w += groups * DBF_PANEL) {
+        const uint8_t *from[DBF_PANEL];
+        for (int i = 0; i < DBF_PANEL; i++)
+            from[i] = r0 + order[i] < rows ? bits + (size_t)(r0 + order[i]) * groups : NULL;
+        for (size_t at = 0; at < groups && groups >= 16; at += 16) {
+            size_t g = at + 16 <= groups ? at : groups - 16; /* the last 16 may have been among those before */
+            for (int i = 0; i < DBF_PANEL; i += 16) {
+                bytes16_t x[16];
+                for (int j = 0; j < 16; j++) x[j] = from[i + j] ? bytes16_load(from[i + j] + g) : (bytes16_t){ 0 };
+                transpose16(x);
+                for (size_t j = 0; j < 16; j++) bytes16_store(w + (g + j) * DBF_PANEL + (size_t)i, x[j]);
+            }
+        }
+        for (size_t g = 0; g < groups && groups < 16; g++)
+            for (size_t i = 0; i < DBF_PANEL; i++) w[g * DBF_PANEL + i] = from[i] ? from[i][g] : 0;
+    }
+}
+
+/* rows in their order */
+static inline void lut16_pack(uint8_t *w, const uint8_t *bits, int rows, int cols)
+{
+    uint8_t order[DBF_PANEL];
+    for (int i = 0; i < DBF_PANEL; i++) order[i] = (uint8_t)i;
+    lut16_pack_as(order, w, bits, rows, cols);
 }
 
 #endif
