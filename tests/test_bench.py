@@ -110,6 +110,7 @@ def test_file_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["pp5", "pp5 @ d4", "tg3", "tg3 @ d4"]
     assert [(r["n_threads"], r["test"]) for r in rows] == [(t, n) for t in (1, 2) for n in names]
     file = load_model_file(model)
+    kv = file.config.n_layers * file.config.n_kv_heads * file.config.head_dim
     for row in rows:
         tokens = row["n_prompt"] or row["n_gen"]
         assert row["model_size"] == sum(t.nbytes for t in file.file.tensors.values())
@@ -119,8 +120,12 @@ def test_file_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         mean, sd = mean_and_sd(row["samples_ts"])
         assert (row["avg_ts"], row["stddev_ts"]) == (pytest.approx(mean), pytest.approx(sd, abs=1e-3))
         assert row["backend"] == "c"
+        assert row["file_size"] == model.stat().st_size
+        assert row["kv_cache_size"] == 2 * 2 * kv * (4 + 5)  # float16 keys and values; d4 and pp5
         assert row["peak_rss"] > 1 << 20
-        assert row["load_seconds"] > 0
+        peak = row["peak_rss_less_kv_per_file"] * row["file_size"] + row["kv_cache_size"]
+        assert peak == pytest.approx(row["peak_rss"], rel=1e-3)
+        assert row["load_bytes_per_s"] == pytest.approx(row["file_size"] / row["load_seconds"], rel=0.05)
         assert (row["weight_bytes_per_token"] is None) == (row["n_gen"] == 0)
         if row["n_gen"]:
             wanted = row["weight_bytes_per_token"] * tokens * 2 / sum(row["samples_ns"]) * 1e9

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import runtime
 from runtime.bench import machine
 from runtime.bench.report import Row, count_text, mean_and_sd, size_text
-from runtime.config import Layer, Weights
+from runtime.config import Config, Layer, Weights
 from runtime.engine import BATCH
 from runtime.errors import OptionError
 from runtime.format import linear_bits
@@ -105,6 +105,11 @@ def bytes_per_token(w: Weights) -> int:
     return total
 
 
+def kv_cache_bytes(config: Config, n_ctx: int) -> int:
+    """Bytes of the keys and values of n_ctx positions, float16."""
+    return 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * n_ctx
+
+
 def _linears(layer: Layer) -> Iterator[Any]:
     yield from (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
 
@@ -174,16 +179,22 @@ class Run:
     about: Facts
     backend: str
     n_threads: int
+    file_size: int
     load_seconds: float
+    kv_cache: int
     seconds: tuple[list[float], ...]  # of each repetition of each case
     peak_rss: int
 
 
 def run(path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, backend: str) -> Run:
-    """Load a model and time all cases; n_threads None: the number of physical cores."""
+    """Load a model and time all cases; n_threads None: the number of physical cores.
+
+    The file is read through before: loading is timed from the system's page cache.
+    """
     progress("loading the model")
-    start = time.perf_counter()
+    file_size = machine.read_through(path)
     n_ctx = max(case.n_depth + case.tokens for case in cases)
+    start = time.perf_counter()
     with runtime.load(path, backend=backend, n_threads=n_threads, n_ctx=n_ctx) as model:
         load_seconds = time.perf_counter() - start
         runner = Runner(model.backend, model.file.config.n_vocab)
@@ -193,8 +204,16 @@ def run(path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, b
             progress(f"{threads} thread{'s' if threads > 1 else ''}, {text}")
 
         seconds = tuple(measure(runner, case, repeats, note) for case in cases)
-        peak = machine.peak_rss()
-        return Run(facts(model.file), model.backend.name, threads, load_seconds, seconds, peak)
+        return Run(
+            about=facts(model.file),
+            backend=model.backend.name,
+            n_threads=threads,
+            file_size=file_size,
+            load_seconds=load_seconds,
+            kv_cache=kv_cache_bytes(model.file.config, n_ctx),
+            seconds=seconds,
+            peak_rss=machine.peak_rss(),
+        )
 
 
 def bench(
@@ -220,8 +239,7 @@ def bench(
                 "test_time": when,
                 **_about_time(case, seconds),
                 **_about_memory(case, seconds, done.about, bandwidth),
-                "peak_rss": done.peak_rss if clean else None,
-                "load_seconds": round(done.load_seconds, 4),
+                **_about_loading(done, clean),
             }
         clean = False
 
@@ -269,6 +287,19 @@ def _about_memory(case: Case, seconds: Sequence[float], about: Facts, bandwidth:
     }
 
 
+def _about_loading(done: Run, clean: bool) -> dict[str, Any]:
+    """clean: the peak is this run's own."""
+    share = (done.peak_rss - done.kv_cache) / done.file_size
+    return {
+        "file_size": done.file_size,
+        "kv_cache_size": done.kv_cache,
+        "peak_rss": done.peak_rss if clean else None,
+        "peak_rss_less_kv_per_file": round(share, 4) if clean else None,
+        "load_seconds": round(done.load_seconds, 4),
+        "load_bytes_per_s": round(done.file_size / done.load_seconds),
+    }
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: r["model_type"],
     "size:": lambda r: size_text(r["model_size"]),
@@ -279,11 +310,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "t/s:": lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
     "read/token:": lambda r: size_text(r["weight_bytes_per_token"]) if r["n_gen"] else "",
     "of bandwidth:": lambda r: _share(r) if r["n_gen"] else "",
-    "peak RSS:": lambda r: size_text(r["peak_rss"]) if r["peak_rss"] else "",
-    "load:": lambda r: f"{r['load_seconds']:.2f} s",
+    "peak RSS:": lambda r: _peak(r) if r["peak_rss"] else "",
+    "load:": lambda r: f"{r['load_seconds']:.2f} s, {r['load_bytes_per_s'] / 1e9:.2f} GB/s",
 }
 """The Markdown table: llama-bench's columns, then what a token reads and its share of the bandwidth, etc."""
 
 
 def _share(row: Row) -> str:
     return f"{row['share_of_read_bandwidth']:.0%} of {row['read_bandwidth'] / 1e9:.1f} GB/s"
+
+
+def _peak(row: Row) -> str:
+    return f"{size_text(row['peak_rss'])} = {row['peak_rss_less_kv_per_file']:.2f} x file + KV"

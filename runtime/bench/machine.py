@@ -192,6 +192,18 @@ def read_bandwidth(n_threads: int, seconds: float = 0.5, nbytes: int | None = No
     return best
 
 
+def read_through(path: str) -> int:
+    """Read a file, which leaves it in the system's page cache where that has room; returns its size.
+
+    Raises OSError.
+    """
+    size, block = 0, memoryview(bytearray(MIB))
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(block):
+            size += n
+    return size
+
+
 def reset_peak_rss() -> bool:
     """Make `peak_rss` begin anew; False where the system cannot."""
     try:
