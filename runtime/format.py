@@ -144,17 +144,29 @@ def _step_bits(shape: Shape) -> int:
     return linear_bits(*shape, RANK_STEP) - linear_bits(*shape, 0)
 
 
-def _register() -> int:
-    """Make DBF1 known to `gguf`; returns the enum member. Safe to call more than once."""
+def add_type(name: str, type_id: int, block: int, nbytes: int) -> Any:
+    """Make a tensor type known to `gguf`, unless it is; returns its enum member.
+
+    block, nbytes  weights in a block, and the bytes that hold it
+    """
     qtypes = _constants.GGMLQuantizationType
-    if DBF1 in qtypes._value2member_map_:
-        return qtypes(DBF1)
-    member = int.__new__(qtypes, DBF1)
-    member._name_, member._value_ = "DBF1", DBF1
-    qtypes._member_map_["DBF1"] = member
-    qtypes._value2member_map_[DBF1] = member
-    qtypes._member_names_.append("DBF1")
-    _constants.GGML_QUANT_SIZES[member] = (BLOCK_SIGNS, BLOCK_BYTES)
+    if type_id in qtypes._value2member_map_:
+        return qtypes(type_id)
+    member = int.__new__(qtypes, type_id)
+    member._name_, member._value_ = name, type_id
+    qtypes._member_map_[name] = member
+    qtypes._value2member_map_[type_id] = member
+    qtypes._member_names_.append(name)
+    _constants.GGML_QUANT_SIZES[member] = (block, nbytes)
+    return member
+
+
+def _register() -> Any:
+    """Make DBF1 known to `gguf`; returns the enum member. Safe to call more than once."""
+    known = DBF1 in _constants.GGMLQuantizationType._value2member_map_
+    member = add_type("DBF1", DBF1, BLOCK_SIGNS, BLOCK_BYTES)
+    if known:
+        return member
 
     class DBF1Quant(_quants.__Quant, qtype=member):
         """gguf's view of DBF1: float32 signs in, bytes out, and back."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -238,13 +240,23 @@ def test_random_model_runs_and_talks(tmp_path: Path) -> None:
         assert len(list(model.generate(ids, max_tokens=3))) <= 3
 
 
-@pytest.mark.parametrize("kind", [Type.Q8_0, *peer.TYPES])
+def dequantize(tensor: gguf.ReaderTensor) -> Any:
+    if tensor.tensor_type != synthetic.Q1_0:  # not all versions of gguf know it
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    blocks = tensor.data.reshape(-1, 18)
+    scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    return scales * (2.0 * np.unpackbits(blocks[:, 2:], axis=1, bitorder="little") - 1.0)
+
+
+@pytest.mark.parametrize("kind", [*peer.TYPES, Type.IQ4_NL])
 def test_random_blocks_are_finite(tmp_path: Path, kind: Type) -> None:
     path = tmp_path / f"{kind.name}.gguf"
-    synthetic.write_ggml(path, TINY, kind, seed=1)
+    bits = synthetic.write_ggml(path, TINY, kind, seed=1)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    assert bits == 8 * nbytes / block
     reader = gguf.GGUFReader(path)
     for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values = dequantize(tensor)
         assert np.isfinite(values).all(), tensor.name
         if tensor.name.endswith("ffn_down.weight"):
             assert tensor.tensor_type == kind
@@ -252,8 +264,19 @@ def test_random_blocks_are_finite(tmp_path: Path, kind: Type) -> None:
 
 
 def test_rows_that_fit_no_block(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="TQ1_0: rows of 576 weights are no multiple of 256"):
-        synthetic.write_ggml(tmp_path / "x.gguf", synthetic.SHAPES["smollm2-135m"], Type.TQ1_0, seed=1)
+    """They take what llama-quantize falls back to; where that is nothing, no file is left."""
+    narrow = synthetic.Shape("narrow", replace(TINY.config, d_model=96), tied=True)
+    for kind, other in ((Type.TQ1_0, Type.Q4_0), (Type.IQ1_S, Type.IQ4_NL)):
+        path = tmp_path / f"{kind.name}.gguf"
+        bits = synthetic.write_ggml(path, narrow, kind, seed=1)
+        tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+        assert tensors["blk.0.ffn_down.weight"].tensor_type == kind  # 512 columns
+        assert tensors["blk.0.ffn_up.weight"].tensor_type == other  # 96
+        linears = [t for name, t in tensors.items() if name.startswith("blk.") and t.shape.size == 2]
+        assert bits == 8 * sum(t.n_bytes for t in linears) / sum(t.n_elements for t in linears)
+        path.unlink()
+    with pytest.raises(OptionError, match="Q1_0: rows of 96 weights are no multiple of 128"):
+        synthetic.write_ggml(tmp_path / "x.gguf", narrow, synthetic.Q1_0, seed=1)
     assert os.listdir(tmp_path) == []
 
 
@@ -356,47 +379,160 @@ def test_peer_that_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert err.count("\n") == 1
 
 
+class StandIn(ModuleType):
+    """llama_cpp, as far as it is called; refuses a type, or does what `spoilt` says."""
+
+    llama_log_callback = staticmethod(lambda log: log)
+
+    def __init__(self, refused: str = "", spoilt: str = "") -> None:
+        super().__init__("llama_cpp")
+        self.refused, self.spoilt = refused, spoilt
+        self.calls: list[tuple[Any, ...]] = []
+        self.pos = 0
+
+    def llama_log_set(self, log: Any, data: Any) -> None:
+        self.log = log
+
+    def llama_backend_init(self) -> None:
+        pass
+
+    def llama_model_default_params(self) -> SimpleNamespace:
+        return SimpleNamespace(n_gpu_layers=-1)
+
+    def llama_context_default_params(self) -> SimpleNamespace:
+        return SimpleNamespace(n_batch=2048)
+
+    def llama_model_load_from_file(self, path: bytes, params: SimpleNamespace) -> str | None:
+        assert params.n_gpu_layers == 0
+        name = Path(path.decode()).stem
+        if name == self.refused:
+            self.log(4, b"loading\nerror loading model: what", None)
+            self.log(4, b" a type\nmore\n", None)
+            return None
+        self.log(2, b"load_tensors:   CPU_REPACK model buffer size =   61.88 MiB\n", None)
+        return name
+
+    def llama_init_from_model(self, model: str, params: SimpleNamespace) -> str | None:
+        assert params.n_ctx == 6
+        self.threads = params.n_threads, params.n_threads_batch
+        return None if self.spoilt == "context" else model
+
+    def llama_n_threads(self, context: str) -> int:
+        return 7 if self.spoilt == "threads" else self.threads[0]
+
+    def llama_n_threads_batch(self, context: str) -> int:
+        return int(self.threads[1])
+
+    def llama_get_memory(self, context: str) -> str:
+        return context
+
+    def llama_model_get_vocab(self, model: str) -> str:
+        return model
+
+    def llama_vocab_n_tokens(self, vocab: str) -> int:
+        return 300
+
+    def llama_get_logits_ith(self, context: str, i: int) -> Any:
+        assert i == -1
+        values = [float(k % 7) for k in range(300)]
+        if self.spoilt == "logits":
+            values[5] = math.nan
+        return ctypes.cast((ctypes.c_float * 300)(*values), ctypes.POINTER(ctypes.c_float))
+
+    def llama_memory_seq_rm(self, memory: str, sequence: int, begin: int, end: int) -> None:
+        assert (sequence, end) == (0, -1)
+        self.pos = begin
+
+    def llama_batch_get_one(self, tokens: Any, n: int) -> list[int]:
+        return list(tokens[:n])
+
+    def llama_decode(self, context: str, batch: list[int]) -> int:
+        assert all(0 <= token < 300 for token in batch)
+        self.calls.append((context, len(batch), self.pos))
+        self.pos += len(batch)
+        return 1 if self.spoilt == "decode" else 0
+
+    def llama_synchronize(self, context: str) -> None:
+        pass
+
+    def llama_free(self, context: str) -> None:
+        self.calls.append((context, 0, 0))
+
+    def llama_model_free(self, model: str) -> None:
+        self.calls.append((model, 0, 1))
+
+    def llama_print_system_info(self) -> bytes:
+        return b"CPU : AVX2 = 1 | REPACK = 1 | "
+
+
+PEER_OPTIONS = ("--synthetic", "1.1b", "--peer", "-p", "4", "-n", "2", "-d", "2", "-t", "1", "-r", "3")
+
+
 @needs_c
-def test_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With a stand-in that takes all types but one: alternation, bookkeeping, notes."""
-    calls: list[tuple[str, int, int]] = []
-
-    class Llama:
-        def __init__(self, model_path: str, n_ctx: int, n_threads: int, **rest: Any) -> None:
-            self.name = Path(model_path).stem
-            assert n_ctx == 6
-            assert rest["n_threads_batch"] == n_threads == 1
-            if self.name == "IQ1_S":
-                raise ValueError("Failed to load model")
-            self.n_tokens = 0
-
-        def eval(self, tokens: list[int]) -> None:
-            calls.append((self.name, len(tokens), self.n_tokens))
-            self.n_tokens += len(tokens)
-
-        def close(self) -> None:
-            calls.append((self.name, 0, 0))
-
-    module = ModuleType("llama_cpp")
-    module.Llama = Llama  # type: ignore[attr-defined]
+    module = StandIn(refused="IQ1_S")
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     monkeypatch.setitem(synthetic.SHAPES, "1.1b", TINY)
-    options = ("--synthetic", "1.1b", "--peer", "-p", "4", "-n", "2", "-d", "2", "-t", "1", "-r", "3")
-    assert run(*options, "-o", "json") == 0
+    assert run(*PEER_OPTIONS, "-o", "json") == 0
     out, err = capsys.readouterr()
     rows = json.loads(out)
     kinds = [t.name for t in peer.TYPES if t.name != "IQ1_S"]
     assert [(r["type"], r["test"]) for r in rows] == [(k, t) for k in kinds for t in ("pp4 @ d2", "tg2 @ d2")]
     for row in rows:
-        assert len(row["samples_ts"]) == len(row["dbf_samples_ts"]) == 3
-        assert row["dbf_ratio"] == pytest.approx(ratio_of_medians(row["dbf_samples_ts"], row["samples_ts"]))
-    assert "refuses IQ1_S: Failed to load model" in err
-    assert calls[: calls.index(("Q4_0", 0, 0))] == (
-        [("Q4_0", 2, 0), ("Q4_0", 4, 2)] + [("Q4_0", 4, 2)] * 3
-        + [("Q4_0", 2, 0), ("Q4_0", 1, 2)] + [("Q4_0", 1, 2), ("Q4_0", 1, 3)] * 3
+        assert len(row["samples_ts"]) == len(row["dbf_samples_ts"]) == row["repetitions"] == 3
+        assert row["dbf_ratio"] == pytest.approx(
+            ratio_of_medians(row["dbf_samples_ts"], row["samples_ts"]), abs=1e-4
+        )
+        assert row["peer_buffers"] == "CPU_REPACK 62"
+        assert row["peer_features"] == "CPU : AVX2 = 1 | REPACK = 1"
+    bits = {row["type"]: row["bits_per_weight"] for row in rows}
+    assert bits == pytest.approx(
+        {"Q1_0": 1.125, "TQ1_0": 1.6875, "TQ2_0": 2.0625, "IQ2_XXS": 2.0625, "Q2_K": 2.625, "Q4_0": 4.5,
+         "Q8_0": 8.5}, abs=1e-4,
     )  # fmt: skip
-    assert run(*options) == 0
+    assert "refuses IQ1_S: error loading model: what a type\n" in err
+    calls = [call for call in module.calls if call[0] == "Q4_0"]
+    assert calls == (
+        [("Q4_0", 2, 0)]
+        + [("Q4_0", 2, 0), ("Q4_0", 4, 2)] + [("Q4_0", 4, 2)] * 3
+        + [("Q4_0", 2, 0), ("Q4_0", 1, 2)] + [("Q4_0", 1, 2), ("Q4_0", 1, 3)] * 3
+        + [("Q4_0", 0, 0), ("Q4_0", 0, 1)]
+    )  # fmt: skip
+    assert run(*PEER_OPTIONS) == 0
     assert "DBF / type" in capsys.readouterr().out
+
+
+@needs_c
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("context", "it does not say why"),
+        ("threads", "it uses 7 and 1 threads instead of 1"),
+        ("logits", "logits of a random model are no sane numbers"),
+        ("decode", "llama_decode returns 1"),
+    ],
+)
+def test_peer_that_fails(
+    spoilt: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", StandIn(spoilt=spoilt))
+    monkeypatch.setitem(synthetic.SHAPES, "1.1b", TINY)
+    assert run(*PEER_OPTIONS, "-o", "json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == []
+    assert err.count(message) == len(peer.TYPES)
+
+
+@needs_c
+def test_the_real_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp itself, where it is installed, takes every type and makes numbers of random blocks."""
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setitem(synthetic.SHAPES, "1.1b", TINY)
+    assert run(*PEER_OPTIONS, "-o", "json") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [r["type"] for r in json.loads(out)[::2]] == [t.name for t in peer.TYPES]
 
 
 # ---- the machine, errors -----------------------------------------------------------------------------------

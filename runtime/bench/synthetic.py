@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.config import ADJACENT, Config
 from runtime.errors import OptionError
-from runtime.format import DBF1, FORMAT_VERSION, LINEARS, linear_bits, pad8, uniform_ranks
+from runtime.format import DBF1, FORMAT_VERSION, LINEARS, add_type, linear_bits, pad8, uniform_ranks
 
 ARCHITECTURE = "llama"
 
@@ -70,16 +70,30 @@ def linear_shapes(c: Config) -> dict[str, tuple[int, int]]:
 
 # ---- random tensors ----------------------------------------------------------------------------------------
 
+Q1_0 = add_type("Q1_0", 41, 128, 18)
+"""llama.cpp's type of 128 signs and a scale, which older versions of `gguf` lack."""
+
 SCALES: dict[Type, tuple[tuple[int, ...], float]] = {
+    Q1_0: ((0,), 1.0),
     Type.Q8_0: ((0,), 74.0),
     Type.Q4_0: ((0,), 4.6),
     Type.TQ1_0: ((52,), 0.8),
     Type.TQ2_0: ((64,), 1.1),
+    Type.IQ4_NL: ((0,), 70.0),
     Type.IQ1_S: ((0,), 8.0),
     Type.IQ2_XXS: ((0,), 60.0),
     Type.Q2_K: ((80, 82), 15.0),
 }
 """Where a block of each type holds float16 scales, and how far random values of it spread without them."""
+
+FALLBACK = {
+    Type.TQ1_0: Type.Q4_0,
+    Type.TQ2_0: Type.Q4_0,
+    Type.Q2_K: Type.Q4_0,
+    Type.IQ1_S: Type.IQ4_NL,
+    Type.IQ2_XXS: Type.IQ4_NL,
+}
+"""What llama-quantize gives to tensors whose rows do not fit a type's blocks."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +142,15 @@ def _dbf_tensors(c: Config, bpw: float) -> Iterator[Tensor]:
 
 
 def _ggml_tensors(c: Config, kind: Type) -> Iterator[Tensor]:
+    """Raises OptionError if rows fit neither the type nor what takes its place."""
     for name, (rows, cols) in linear_shapes(c).items():
-        yield Tensor(f"{name}.weight", kind, (rows, cols), cols**-0.5)
+        fits = kind
+        if cols % gguf.GGML_QUANT_SIZES[kind][0]:
+            fits = FALLBACK.get(kind, kind)
+        block = gguf.GGML_QUANT_SIZES[fits][0]
+        if cols % block:
+            raise OptionError(f"{fits.name}: rows of {cols} weights are no multiple of {block}")
+        yield Tensor(f"{name}.weight", fits, (rows, cols), cols**-0.5)
 
 
 def _other_tensors(shape: Shape) -> Iterator[Tensor]:
@@ -248,20 +269,21 @@ def write_dbf(path: Path, shape: Shape, bpw: float, seed: int, note: Note = lamb
     return actual
 
 
-def write_ggml(path: Path, shape: Shape, kind: Type, seed: int, note: Note = lambda text: None) -> None:
+def write_ggml(path: Path, shape: Shape, kind: Type, seed: int, note: Note = lambda text: None) -> float:
     """Write a random model of `shape` whose linear layers are of one of llama.cpp's types.
 
-    Raises OptionError if the shape's rows do not fit the type, OSError.
+    Where rows do not fit the type, its `FALLBACK` takes its place. Returns the layers' bits per weight.
+
+    Raises OptionError if rows fit neither, OSError.
     """
-    block = gguf.GGML_QUANT_SIZES[kind][0]
-    for _, cols in linear_shapes(shape.config).values():
-        if cols % block:
-            raise OptionError(f"{kind.name}: rows of {cols} weights are no multiple of {block}")
+    linears = list(_ggml_tensors(shape.config, kind))
+    weights = sum(rows * cols for rows, cols in linear_shapes(shape.config).values())
 
     def add(writer: gguf.GGUFWriter) -> None:
         _add_metadata(writer, shape, f"{shape.name} {kind.name}")
 
-    _write(path, [*_other_tensors(shape), *_ggml_tensors(shape.config, kind)], seed, add, note)
+    _write(path, [*_other_tensors(shape), *linears], seed, add, note)
+    return 8 * sum(t.nbytes for t in linears) / weights
 
 
 def _write(
