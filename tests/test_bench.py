@@ -484,6 +484,7 @@ def test_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         assert row["dbf_ratio"] == pytest.approx(
             ratio_of_medians(row["dbf_samples_ts"], row["samples_ts"]), abs=1e-4
         )
+        assert row["model"] == "tiny"
         assert row["peer_buffers"] == "CPU_REPACK 62"
         assert row["peer_features"] == "CPU : AVX2 = 1 | REPACK = 1"
     bits = {row["type"]: row["bits_per_weight"] for row in rows}

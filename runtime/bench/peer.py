@@ -135,6 +135,7 @@ class Peer:
     """One of llama.cpp's files, and what is the same in all of its rows."""
 
     llama_cpp: Any
+    model: str
     path: Path
     kind: Type
     bits_per_weight: float  # of the linear layers
@@ -161,7 +162,8 @@ def bench(
         for kind in types:
             path = Path(folder) / f"{kind.name}.gguf"
             try:
-                peer = Peer(llama_cpp, path, kind, write_ggml(path, shape, kind, seed, progress))
+                bits = write_ggml(path, shape, kind, seed, progress)
+                peer = Peer(llama_cpp, shape.name, path, kind, bits)
                 for n in threads:
                     yield from _both(peer, dbf, cases, n, repeats)
             except OptionError as e:
@@ -188,6 +190,7 @@ def _both(peer: Peer, dbf: Path, cases: Sequence[Case], n_threads: int | None, r
                 yield {
                     "cpu_info": machine.cpu_name(),
                     "isa": getattr(machine.find_core(), "active", None),
+                    "model": peer.model,
                     "type": peer.kind.name,
                     "bits_per_weight": round(peer.bits_per_weight, 4),
                     "dbf_bits_per_weight": round(about.bits_per_weight, 4),
@@ -238,6 +241,7 @@ def _version() -> str:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda r: r["model"],
     "llama.cpp type": lambda r: r["type"],
     "bpw:": lambda r: f"{r['bits_per_weight']:.2f}",
     "file:": lambda r: f"{r['size'] / 2**20:.0f} MiB",
