@@ -8,8 +8,8 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,20 @@ from runtime.errors import FormatError, OptionError
 GRADIENT_BATCH = 4
 MAX_SEED = 1 << 32
 COLLAPSED_KL = 3.0  # nats a token: beyond it a model says nothing sensible
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion was asked to do: `convert`'s arguments, checked, the preset looked up."""
+
+    preset: str
+    recipe: Recipe
+    calib: tuple[Path, ...]
+    eval_text: Path | None
+    embed_type: str
+    seed: int
+    device: str
+    quiet: bool
 
 
 @dataclass(frozen=True)
@@ -99,59 +113,52 @@ def convert(
 
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
     """
-    recipe = find_recipe(preset, **overrides)
-    _check_numbers(recipe, seed, threads)
+    options = Options(
+        preset=preset,
+        recipe=find_recipe(preset, **overrides),
+        calib=tuple(map(Path, calib)),
+        eval_text=Path(eval_text) if eval_text else None,
+        embed_type=embed_type,
+        seed=seed,
+        device=device,
+        quiet=quiet,
+    )
+    _check_options(options, threads)
     out = Path(out)
-    if embed_type not in EMBED_TYPES:
-        raise OptionError(f"--embed-type {embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}")
     if not dry_run:
         _check_output(out)
-    _check_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    for file in [*calib, *([eval_text] if eval_text else [])]:
-        if not Path(file).is_file():
-            raise OptionError(f"{file}: no such text file")
     with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
         source = open_source(model, Path(scratch))
         skeleton = _skeleton(source)
-        embed_type = _fit_embed_type(skeleton, embed_type)
+        options = replace(options, embed_type=_fit_embed_type(skeleton, embed_type))
         plan = make_plan(source, skeleton, bpw)
-        size = _file_size(plan, skeleton, embed_type)
+        size = _file_size(plan, skeleton, options.embed_type)
         if not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
         if dry_run:
             return Report(plan, None, size, _count_weights(skeleton), None, {}, _peak_rss())
         _check_space(out, size)
-        return _run(source, out, plan, recipe, preset, calib, eval_text, embed_type, seed, device, quiet)
+        return _run(source, out, plan, options)
 
 
-def _run(
-    source: Source,
-    out: Path,
-    plan: Plan,
-    recipe: Recipe,
-    preset: str,
-    calib: Sequence[str | Path],
-    eval_text: str | Path | None,
-    embed_type: str,
-    seed: int,
-    device: str,
-    quiet: bool,
-) -> Report:
+def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
+    recipe, seed, embed_type = options.recipe, options.seed, options.embed_type
     stages: list[Stage] = []
 
     def stage(name: str, total: int) -> Stage:
-        stages.append(Stage(name, total, quiet))
+        stages.append(Stage(name, total, options.quiet))
         return stages[-1]
 
     torch.manual_seed(seed)
     with stage("load", 1):
-        model = load_model(source, device)
+        model = load_model(source, options.device)
         tokenizer = load_tokenizer(source)
     names = linear_names(model, source.arch)
-    with stage("text", recipe.text_rows + recipe.eval_rows) as progress:
-        rows, held_out, written = _text(model, tokenizer, calib, eval_text, recipe, seed, progress)
+    wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
+    with stage("text", wanted * _row_tokens(model, recipe)) as progress:
+        rows, held_out, written = _text(model, tokenizer, options, wanted, progress)
     with stage("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
         importance = output_importance(model, names, some, GRADIENT_BATCH, progress)
@@ -165,43 +172,45 @@ def _run(
     with stage("measure", len(held_out)) as progress:
         final = as_read(student.model, names, factors, embed_type)
         quality = measure(model, final, held_out, progress)
-    notes = _notes(preset, recipe, seed, calib, written, rows, held_out, quality, plan, history)
+    notes = _notes(options, plan, written, rows, held_out, quality, history)
     with stage("write", 1), replacing(out) as temporary:
         write_gguf(temporary, source, model, student.model, tokenizer, factors, embed_type, plan.bpw, notes)
         verify(temporary, source, factors)
     seconds = {s.name: s.seconds for s in stages}
     report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, _peak_rss())
-    if not quiet:
+    if not options.quiet:
         print(describe_report(report), file=sys.stderr)
     return report
 
 
 def _text(
-    model: nn.Module,
-    tokenizer: Any,
-    calib: Sequence[str | Path],
-    eval_text: str | Path | None,
-    recipe: Recipe,
-    seed: int,
-    stage: Stage,
+    model: nn.Module, tokenizer: Any, options: Options, wanted: int, stage: Stage
 ) -> tuple[Tensor, Tensor, int]:
-    """Rows to calibrate and distil on, rows for the receipt, and how many of both the model wrote."""
-    length = min(recipe.row_tokens, model.config.max_position_embeddings)
-    wanted = recipe.text_rows + (0 if eval_text else recipe.eval_rows)
+    """Rows to calibrate and distil on, rows for the receipt, and how many of them the model wrote.
+
+    wanted  how many of both, without those of --eval-text
+    """
+    recipe, seed = options.recipe, options.seed
+    length = _row_tokens(model, recipe)
     rows = torch.empty(0, length, dtype=torch.int64)
-    if calib:
-        rows = rows_from_files([Path(c) for c in calib], tokenizer, wanted, length, seed)
-        stage.step(n=len(rows))
+    if options.calib:
+        rows = rows_from_files(options.calib, tokenizer, wanted, length, seed)
+        stage.step(n=rows.numel())
     written = wanted - len(rows)
     if written:
         own = self_written_rows(model, tokenizer, written, length, seed, stage)
         order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
         rows = torch.cat([rows, own])[order]
-    if eval_text:
-        held_out = rows_from_files([Path(eval_text)], tokenizer, recipe.eval_rows, length, seed)
+    if options.eval_text:
+        held_out = rows_from_files([options.eval_text], tokenizer, recipe.eval_rows, length, seed)
+        if not len(held_out):
+            raise OptionError(f"--eval-text: {options.eval_text} holds less than {length} tokens, one row")
         return rows, held_out, written
-    count = max(1, min(recipe.eval_rows, len(rows) // 5))
-    return rows[:-count], rows[-count:], written
+    return rows[: recipe.text_rows], rows[recipe.text_rows :], written
+
+
+def _row_tokens(model: nn.Module, recipe: Recipe) -> int:
+    return min(recipe.row_tokens, int(model.config.max_position_embeddings))
 
 
 def make_plan(source: Source, model: nn.Module, bpw: float) -> Plan:
@@ -248,8 +257,17 @@ def as_read(
 # Checks before the work
 
 
-def _check_numbers(recipe: Recipe, seed: int, threads: int | None) -> None:
-    """Counts are large enough to work with. Raises OptionError."""
+def _check_options(options: Options, threads: int | None) -> None:
+    """Everything that can be told without the model. Raises OptionError."""
+    recipe, seed = options.recipe, options.seed
+    if options.embed_type not in EMBED_TYPES:
+        raise OptionError(
+            f"--embed-type {options.embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}"
+        )
+    _check_device(options.device)
+    for file in [*options.calib, *([options.eval_text] if options.eval_text else [])]:
+        if not file.is_file():
+            raise OptionError(f"{file}: no such text file")
     least = {
         "row_tokens": 4,
         "text_rows": 1,
@@ -351,15 +369,12 @@ def _peak_rss() -> int:
 
 
 def _notes(
-    preset: str,
-    recipe: Recipe,
-    seed: int,
-    calib: Iterable[str | Path],
+    options: Options,
+    plan: Plan,
     written: int,
     rows: Tensor,
     held_out: Tensor,
     quality: Quality,
-    plan: Plan,
     history: list[float],
 ) -> dict[str, Any]:
     """The recipe and the receipt as metadata. No times: the same input gives the same bytes."""
@@ -367,19 +382,19 @@ def _notes(
     def digest(tokens: Tensor) -> str:
         return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
-    texts = [Path(c).name for c in calib] + ["self-written"] * (written > 0)
+    texts = [file.name for file in options.calib] + ["self-written"] * (written > 0)
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
-        "dbf.recipe.preset": preset,
+        "dbf.recipe.preset": options.preset,
         "dbf.recipe.bpw": plan.target,
-        "dbf.recipe.seed": seed,
+        "dbf.recipe.seed": options.seed,
         "dbf.recipe.text": ", ".join(texts),
         "dbf.recipe.text_sha256": digest(rows),
         "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in history]),
         "dbf.quality.text_sha256": digest(held_out),
         "dbf.quality.context": held_out.shape[1],
     }
-    notes |= {f"dbf.recipe.{key}": value for key, value in recipe.describe().items()}
+    notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
     notes |= {f"dbf.quality.{key}": value for key, value in quality.describe().items()}
     notes |= {
         f"dbf.recipe.version.{name}": version(name) for name in ("torch", "transformers", "gguf", "numpy")

@@ -258,10 +258,12 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def _batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of rows in random order, epoch after epoch."""
+    """Batches of rows in random order, epoch after epoch; one may hold the end of an epoch and the start of
+    the next."""
     generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(rows))
+    size, order = min(size, len(rows)), torch.empty(0, dtype=torch.int64)
     while True:
-        order = torch.randperm(len(rows), generator=generator)
-        for start in range(0, len(rows) - size + 1, size):
-            yield rows[order[start : start + size]]
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
+        yield rows[order[:size]]
+        order = order[size:]

@@ -6,6 +6,7 @@ of one after the other on both. And what one thread computes does not depend on 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -26,7 +27,10 @@ def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> I
             yield from map(function, items)
         return
 
+    stop = threading.Event()
+
     def run(item: Item) -> Result:
+        _task.stop = stop
         torch.set_num_threads(1)
         with torch.no_grad():
             return function(item)
@@ -35,5 +39,23 @@ def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> I
     try:
         yield from pool.map(run, items)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def stop_if_unwanted() -> None:
+    """Long tasks call this now and then: it ends them after Ctrl-C or another's error.
+
+    Raises UnwantedError.
+    """
+    stop = getattr(_task, "stop", None)
+    if stop is not None and stop.is_set():
+        raise UnwantedError
+
+
+class UnwantedError(Exception):
+    """Nobody waits for the result of this task any more."""
+
+
+_task = threading.local()

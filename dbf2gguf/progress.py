@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -23,6 +24,7 @@ class Stage:
         self.name, self.total, self.quiet = name, total, quiet
         self.seconds = 0.0
         self._done, self._note = 0, ""
+        self._lock = threading.Lock()
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Stage:
@@ -36,7 +38,11 @@ class Stage:
         return self
 
     def step(self, note: str = "", n: int = 1) -> None:
-        """Report `n` finished steps and, in `note`, the state of the work."""
+        """Report `n` finished steps and, in `note`, the state of the work. Threads may call it."""
+        with self._lock:
+            self._step(note, n)
+
+    def _step(self, note: str, n: int) -> None:
         self._done += n
         self._note = note or self._note
         if self._bar is not None:

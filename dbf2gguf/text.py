@@ -14,10 +14,11 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from dbf2gguf.kvcache import GrowingCache
-from dbf2gguf.parallel import map_on_cores
+from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
-from runtime.errors import FormatError, OptionError
+from runtime.errors import FormatError
+from runtime.tokenizer import END_TOKENS
 
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
@@ -33,7 +34,7 @@ def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens
     files   .jsonl (one object a line: "text", "messages", or a question and its answer) or plain text
     ->      (<= rows, row_tokens) int64 in random order; fewer if the files hold less
 
-    Raises FormatError for a file that cannot be read, OptionError if all hold less than 2 rows.
+    Raises FormatError for a file that cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     pools = []
@@ -48,17 +49,13 @@ def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens
         take = min(len(pool), left // (len(pools) - place))
         drawn.append(pool[:take])
         left -= take
-    result = torch.cat(drawn) if drawn else torch.empty(0, row_tokens, dtype=torch.int64)
-    if len(result) < 2:
-        raise OptionError(
-            f"--calib: the files hold {len(result)} rows of {row_tokens} tokens; wanted 2 at least"
-        )
+    result = torch.cat([*drawn, torch.empty(0, row_tokens, dtype=torch.int64)])
     return result[torch.randperm(len(result), generator=generator)]
 
 
 def _file_tokens(file: Path, tokenizer: Any) -> Iterator[int]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -119,45 +116,44 @@ def self_written_rows(
 
     ->  (rows, row_tokens) int64
 
-    `stage` gets one step for each row. When the model ends a text, the next prompt follows in its place.
+    `stage` gets one step for each token. When the model ends a text, the next prompt follows in its place.
     """
     pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
     on_gpu = next(model.parameters()).is_cuda
     batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // row_tokens)
     blocks = torch.arange(rows).tensor_split(-(-rows // batch))
+    prompts, ends = _prompts(tokenizer), _end_ids(tokenizer)
 
     def write(block: Tensor) -> Tensor:
         """Rows whose numbers `block` holds; the first of them is the seed."""
         generator = torch.Generator().manual_seed(seed * rows + int(block[0]))
-        prompts = _prompt_stream(tokenizer, generator)
-        drawn = _sample_block(model, tokenizer, prompts, len(block) * pieces, row_tokens // pieces, generator)
-        return drawn.view(len(block), row_tokens)
+        shape = (len(block) * pieces, row_tokens // pieces)
+        turns = _by_turns(prompts, generator)
+        return _sample_block(model, ends, turns, shape, generator, stage).view(-1, row_tokens)
 
-    drawn = []
-    for block in map(write, blocks) if on_gpu else map_on_cores(write, blocks):
-        drawn.append(block)
-        stage.step(n=len(block))
-    return torch.cat(drawn)
+    return torch.cat(list(map(write, blocks) if on_gpu else map_on_cores(write, blocks)))
 
 
 def _sample_block(
     model: nn.Module,
-    tokenizer: Any,
+    ends: set[int],
     prompts: Iterator[list[int]],
-    count: int,
-    length: int,
+    shape: tuple[int, int],
     generator: torch.Generator,
+    stage: Stage,
 ) -> Tensor:
-    """`count` rows of `length` tokens, written side by side."""
+    """`shape` = (rows, tokens) of text, its rows written side by side."""
+    count, length = shape
     device = next(model.parameters()).device
     forced = [deque(next(prompts)) for _ in range(count)]
     out = torch.empty(count, length, dtype=torch.int64)
-    ends = set(_end_ids(tokenizer))
     cache = GrowingCache(length)
     ids = [queue.popleft() for queue in forced]
     for position in range(length):
+        stop_if_unwanted()
         tokens = torch.tensor(ids)
         out[:, position] = tokens
+        stage.step(n=count)
         if position + 1 == length:
             break
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -178,9 +174,8 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(reached, wanted).clamp_(max=logits.shape[1] - 1)[:, 0].cpu()
 
 
-def _prompt_stream(tokenizer: Any, generator: torch.Generator) -> Iterator[list[int]]:
-    """Prompts as tokens, without end, by turns as TURNS says, each kind in random order. A kind that the
-    tokenizer has no form for is left out."""
+def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Kind of prompt -> prompts as tokens. A kind that the tokenizer has no form for is left out."""
     kinds = {"opening": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]}
     start = _document_start(tokenizer)
     if start is not None:
@@ -192,7 +187,12 @@ def _prompt_stream(tokenizer: Any, generator: torch.Generator) -> Iterator[list[
             )["input_ids"]
             for text in chat_questions()
         ]
-    streams = {name: _shuffled(prompts, generator) for name, prompts in kinds.items()}
+    return kinds
+
+
+def _by_turns(prompts: dict[str, list[list[int]]], generator: torch.Generator) -> Iterator[list[int]]:
+    """Prompts without end, their kinds by turns as TURNS says, each kind in random order."""
+    streams = {kind: _shuffled(some, generator) for kind, some in prompts.items()}
     for kind in itertools.cycle(TURNS):
         if kind in streams:
             yield next(streams[kind])
@@ -213,9 +213,8 @@ def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[li
             yield items[index]
 
 
-def _end_ids(tokenizer: Any) -> list[int]:
-    ends = [tokenizer.eos_token_id]
-    ends += [
-        tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
-    ]
-    return [e for e in ends if e is not None and e != tokenizer.unk_token_id]
+def _end_ids(tokenizer: Any) -> set[int]:
+    """The tokens that end a text: EOS, and those of END_TOKENS that the vocabulary has."""
+    vocabulary = tokenizer.get_vocab()
+    ends = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}

@@ -231,4 +231,7 @@ def test_batches() -> None:
     assert [next(other).flatten().tolist() for _ in range(6)] != first
     for epoch in (first[:3], first[3:]):
         assert sorted(i for batch in epoch for i in batch) == list(range(12))
+    uneven = _batches(rows[:10], 4, 1)  # two epochs are five batches
+    drawn = [i for _ in range(5) for i in next(uneven).flatten().tolist()]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert len(next(_batches(rows[:3], 8, 0))) == 3  # fewer rows than a batch

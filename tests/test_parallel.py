@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
-from dbf2gguf.parallel import map_on_cores
+from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 
 
 @pytest.fixture
@@ -39,6 +40,27 @@ def test_one_item_gets_all_threads() -> None:
 def test_errors_reach_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
         list(map_on_cores(lambda i: 1 // i, [1, 0, 1]))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_ends_the_other_tasks() -> None:
+    waiting = threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            assert waiting.wait(30)
+            raise RuntimeError
+        for _ in range(3000):  # half a minute, unless it is stopped
+            waiting.set()
+            stop_if_unwanted()
+            time.sleep(0.01)
+        finished.append(item)
+
+    finished: list[int] = []
+    with pytest.raises(RuntimeError):
+        list(map_on_cores(work, [0, 1]))
+    assert not finished
+    stop_if_unwanted()  # outside of a task: nothing
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -12,8 +12,16 @@ import tiny_hf
 import torch
 
 from dbf2gguf.progress import Stage
-from dbf2gguf.text import rows_from_files, self_written_rows
-from runtime.errors import DbfError, FormatError, OptionError
+from dbf2gguf.text import (
+    TURNS,
+    _by_turns,
+    _document_start,
+    _end_ids,
+    _prompts,
+    rows_from_files,
+    self_written_rows,
+)
+from runtime.errors import DbfError, FormatError
 
 TOKENIZER = tiny_hf.tokenizer()
 END = TOKENIZER.eos_token_id
@@ -144,12 +152,17 @@ def test_bad_messages(tmp_path: Path, messages: Any, template: bool) -> None:
 
 
 def test_too_short(tmp_path: Path) -> None:
+    """What there is, if it is nothing: the caller knows what it needs."""
     (tmp_path / "a.txt").write_text("cat")
-    with pytest.raises(OptionError, match="hold 0 rows of 64 tokens"):
-        read(tmp_path / "a.txt", row_tokens=64)
+    assert read(tmp_path / "a.txt", row_tokens=64).shape == (0, 64)
     (tmp_path / "b.txt").write_text("")
-    with pytest.raises(OptionError, match="wanted 2 at least"):
-        read(tmp_path / "b.txt")
+    assert len(read(tmp_path / "b.txt")) == 0
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "cat and dog " * 50 + '"}', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "' + "cat and dog " * 50 + '"}', encoding="utf-8-sig")
+    assert torch.equal(read(tmp_path / "a.jsonl"), read(tmp_path / "b.jsonl"))
 
 
 def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> torch.Tensor:
@@ -193,18 +206,24 @@ def test_self_written_is_the_models_text() -> None:
 
 
 def test_prompts_are_text_of_the_tokenizer() -> None:
-    from dbf2gguf.text import _prompt_stream
-
-    generator = torch.Generator().manual_seed(0)
-    for prompt in itertools.islice(_prompt_stream(TOKENIZER, generator), 20):
+    prompts = _prompts(TOKENIZER)
+    assert set(prompts) == set(TURNS)
+    for prompt in itertools.islice(_by_turns(prompts, torch.Generator().manual_seed(0)), 20):
         assert prompt
         assert all(isinstance(i, int) and 0 <= i < tiny_hf.N_VOCAB for i in prompt)
 
 
+def test_what_ends_a_text() -> None:
+    """Also a token that doubles as the unknown one."""
+    tokenizer = tiny_hf.tokenizer()
+    end = tokenizer.get_vocab()["<|endoftext|>"]
+    assert end in _end_ids(tokenizer)
+    tokenizer.unk_token = "<|endoftext|>"
+    assert {end, tokenizer.eos_token_id} <= _end_ids(tokenizer)
+
+
 def test_document_start() -> None:
     """BOS where it means that; in ChatML it opens turns, and <|endoftext|> is what parts documents."""
-    from dbf2gguf.text import _document_start
-
     tokenizer = tiny_hf.tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     assert "<|im_start|>" in tokenizer.chat_template
