@@ -73,6 +73,10 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
         raise UnsupportedModelError(
             f"{where}: model_type {model_type!r} is not supported; supported: {known}"
         )
+    if config.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"{where}: has a quantization_config: the weights are quantized already; take the original"
+        )
     spec = ARCHS[model_type]
     wanted: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from dbf2gguf.progress import Stage
 
+TINY = 1e-30  # a layer whose outputs change nothing has no gradients
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
 
 
@@ -49,7 +50,7 @@ def output_importance(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (total / total.mean() + 1e-6).sqrt() for name, total in sums.items()}
+    return {name: (total / total.mean().clamp(min=TINY) + 1e-6).sqrt() for name, total in sums.items()}
 
 
 def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import traceback
 from pathlib import Path
 
 from dbf2gguf.recipe import DEFAULT_PRESET, PRESETS
-from runtime.errors import DbfError
+from runtime.cli import INTERRUPTED, run
+from runtime.cli import parser as make_parser
+from runtime.errors import BackendError
 
 EPILOG = "Other commands: dbf2gguf inspect FILE.gguf (see dbf2gguf inspect --help)."
 COMMANDS = ("convert", "inspect")
@@ -17,12 +17,11 @@ COMMANDS = ("convert", "inspect")
 
 def convert_parser() -> argparse.ArgumentParser:
     """Options of `dbf2gguf MODEL OUT`."""
-    parser = argparse.ArgumentParser(
-        prog="dbf2gguf",
-        description="Factorize every linear layer of a causal language model into sign matrices; write GGUF.",
-        epilog=EPILOG,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = make_parser(
+        "dbf2gguf",
+        "Factorize every linear layer of a causal language model into sign matrices; write GGUF.",
     )
+    parser.epilog = EPILOG
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
     add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
@@ -54,21 +53,17 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--admm-iterations", type=int, help="ADMM rounds of each factorization (default: the preset's)")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("-q", "--quiet", action="store_true", help="no progress and no summary")
-    add("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
 def inspect_parser() -> argparse.ArgumentParser:
     """Options of `dbf2gguf inspect FILE`."""
-    parser = argparse.ArgumentParser(
-        prog="dbf2gguf inspect",
-        description="Show the metadata, the quality receipt and the tensors of a GGUF file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = make_parser(
+        "dbf2gguf inspect", "Show the metadata, the quality receipt and the tensors of a GGUF file."
     )
     parser.add_argument("file", metavar="FILE", help="GGUF file, factorized or not")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
@@ -78,37 +73,30 @@ def main(argv: list[str] | None = None) -> int:
     command = argv[0] if argv and argv[0] in COMMANDS else None
     rest = argv[1:] if command else argv
     parser = inspect_parser() if command == "inspect" else convert_parser()
-    options = vars(parser.parse_args(rest))
-    debug = options.pop("debug")
-    try:
-        if command == "inspect":
-            from dbf2gguf.inspect import inspect
+    return run(_inspect if command == "inspect" else _convert, parser.parse_args(rest))
 
-            inspect(Path(options["file"]), tensors=options["tensors"], as_json=options["json"])
-            sys.stdout.flush()
-        else:
-            from dbf2gguf.convert import convert
 
-            convert(**options)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of stdout left: no error, but nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (DbfError, OSError, MemoryError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 1
+def _inspect(args: argparse.Namespace) -> int:
+    from dbf2gguf.inspect import inspect
+
+    inspect(Path(args.file), tensors=args.tensors, as_json=args.json)
     return 0
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+def _convert(args: argparse.Namespace) -> int:
+    try:
+        from dbf2gguf.convert import convert
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"conversion needs the package {error.name}; run: pip install 'dbf2gguf[convert]'"
+        ) from error
+    options = {key: value for key, value in vars(args).items() if key != "debug"}
+    try:
+        convert(**options)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 if __name__ == "__main__":

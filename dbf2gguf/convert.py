@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 import shutil
 import sys
@@ -126,7 +127,7 @@ def convert(
     _check_options(options, threads)
     out = Path(out)
     if not dry_run:
-        _check_output(out)
+        out = _check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
     if threads is not None:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
@@ -288,10 +289,17 @@ def _check_options(options: Options, threads: int | None) -> None:
         raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
 
 
-def _check_output(out: Path) -> None:
-    """The place of the output can be written. Raises OptionError."""
+def _check_output(out: Path, inputs: Sequence[Path]) -> Path:
+    """The file to write, symbolic links followed; it can be written and is none of the inputs. Raises
+    OptionError."""
+    out = out.resolve()
     if out.is_dir():
         raise OptionError(f"{out}: is a folder; wanted the name of the GGUF file to write")
+    if out.exists() and not out.is_file():
+        raise OptionError(f"{out}: is a device or the like; wanted the name of the GGUF file to write")
+    for path in inputs:
+        if out.exists() and path.exists() and path.samefile(out):
+            raise OptionError(f"{out}: is an input, too, and would be overwritten; wanted another name")
     folder = out.parent
     if not folder.is_dir():
         raise OptionError(f"{out}: its folder {folder} does not exist")
@@ -300,6 +308,7 @@ def _check_output(out: Path) -> None:
             pass
     except OSError as error:
         raise OptionError(f"{out}: cannot write in {folder}: {error.strerror}") from None
+    return out
 
 
 def _check_space(out: Path, size: int) -> None:
@@ -311,13 +320,16 @@ def _check_space(out: Path, size: int) -> None:
 
 
 def _check_device(device: str) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise OptionError(f"--device {device!r} is unknown; there are cpu, cuda, cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise OptionError(
             "--device cuda: this machine has no CUDA device that torch can use; take --device cpu"
         )
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
 
 
 def _skeleton(source: Source) -> nn.Module:

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from gguf import dequantize
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from dbf2gguf.archs import ARCHS, ArchSpec, unpermute_rope
 from dbf2gguf.pretokenizers import PRE_TOKENIZERS, normalizer_of
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.gguf import GgufFile
+from runtime.gguf import GgufFile, type_name
+from runtime.model import check_features
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type
 
@@ -42,9 +44,11 @@ def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) 
         }
         _write_json(target / "generation_config.json", ids)
         _write_tokenizer(file, source, target)
-        save_file(
-            _tensors(file, arch, config, dtype), target / "model.safetensors", metadata={"format": "pt"}
-        )
+        tensors = _tensors(file, arch, config, dtype)
+        try:
+            save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, most of all
+            raise FormatError(f"{target / 'model.safetensors'}: cannot be written: {error}") from error
     (target / "model.safetensors").chmod(0o644)
 
 
@@ -61,14 +65,21 @@ def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
 
 def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
     meta = file.metadata
+    check_features(file.path, meta, arch.gguf)
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"{arch.gguf}.{key}", default)
         if value is None:
             raise FormatError(f"{file.path}: metadata key {arch.gguf}.{key} is missing")
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise UnsupportedModelError(
+                f"{file.path}: metadata key {arch.gguf}.{key} is {value!r:.60}; wanted one number above 0"
+            )
         return value
 
     heads, width = get("attention.head_count"), get("embedding_length")
+    if "token_embd.weight" not in file.tensors:
+        raise FormatError(f"{file.path}: no tensor token_embd.weight: a vocabulary only, not a model")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": arch.model_type,
@@ -107,7 +118,12 @@ def _tensors(
     for name, info in file.tensors.items():
         if name == "rope_freqs.weight":
             raise UnsupportedModelError(f"{file.path}: scaled RoPE frequencies cannot be turned back yet")
-        array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)
+        try:
+            array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"{file.path}: {name} is of type {type_name(info.type)}, which gguf cannot dequantize"
+            ) from error
         array = array.reshape(info.shape)
         if name in outer:
             target = outer[name]

@@ -123,6 +123,9 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             f"{source.path}: {len(unknown)} tensors have no place in the model that config.json describes, "
             f"first {unknown[0]!r}"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
     return model.to(device).eval().requires_grad_(False)
 
 

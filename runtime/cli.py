@@ -25,7 +25,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return (
             action.help
-            if action.default is None or action.default is False
+            if action.default is None or action.default is False or action.default == []
             else super()._get_help_string(action)
         )
 
@@ -64,16 +64,32 @@ def run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except (DbfError, OSError, MemoryError) as e:
+    except Exception as e:
+        if not _expected(e):
+            raise
         if args.debug:
             traceback.print_exc()
         print(f"error: {_line(e)}", file=sys.stderr)
         return 1
 
 
+def _expected(e: Exception) -> bool:
+    """Whether one line says all that the user needs: what is no bug here."""
+    return isinstance(e, (DbfError, OSError, MemoryError)) or _no_memory(e)
+
+
+def _no_memory(e: BaseException) -> bool:
+    """Also torch's ways to say it."""
+    return (
+        isinstance(e, MemoryError)
+        or type(e).__name__ == "OutOfMemoryError"
+        or (isinstance(e, RuntimeError) and "can't allocate memory" in str(e))
+    )
+
+
 def _line(e: BaseException) -> str:
     if isinstance(e, OSError) and e.filename is not None:
         return f"{os.fsdecode(e.filename)}: {e.strerror}"
-    if isinstance(e, MemoryError):
+    if _no_memory(e):
         return "out of memory"
     return " ".join(str(e).split())

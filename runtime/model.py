@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,16 @@ FORBIDDEN = (
 )
 """Keys (after the architecture) whose other values stand for features that are not implemented.
 Llama 3's RoPE scaling is: its factors are the tensor rope_freqs.weight."""
+
+
+def check_features(path: str | Path, metadata: Mapping[str, Any], arch: str) -> None:
+    """Raise UnsupportedModelError if a GGUF's metadata speak of a feature that is not implemented."""
+    for name, harmless, feature in FORBIDDEN:
+        value = metadata.get(f"{arch}.{name}")
+        if value is not None and value not in harmless:
+            raise UnsupportedModelError(
+                f"{path}: {arch}.{name} is {value!r:.60}: {feature} is not implemented"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,10 +177,7 @@ class _Reader:
         return value
 
     def config(self) -> Config:
-        for name, harmless, feature in FORBIDDEN:
-            value = self.meta.get(f"{self.arch}.{name}")
-            if value is not None and value not in harmless:
-                raise self._unsupported(f"{self.arch}.{name} is {value!r:.60}: {feature} is not implemented")
+        check_features(self.file.path, self.meta, self.arch)
         self._choice("dbf.activation", "silu", ("silu",))
         self._choice("dbf.norm", "rms", ("rms",))
         pairing = self._choice("dbf.rope.pairing", "", tuple(ROPE_PAIRINGS))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +255,20 @@ def test_gguf_of_another_architecture(place: Place) -> None:
     assert "'mamba' is not supported; supported: llama" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.scaling.type", "linear"), ("attention.sliding_window", 4096), ("expert_count", 8)],
+)
+def test_gguf_of_a_feature_that_is_not_there(place: Place, key: str, value: Any) -> None:
+    """Never dropped in silence: the converted model would be another one."""
+    writer = gguf.GGUFWriter(place.base / "x.gguf", "llama")
+    (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert f"llama.{key} is {value!r}" in place.fails(model=place.base / "x.gguf")
+
+
 def test_gguf_without_keys(place: Place) -> None:
     writer = gguf.GGUFWriter(place.base / "x.gguf", "llama")
     writer.write_header_to_file()
@@ -309,16 +325,44 @@ def test_unknown_preset_in_python(place: Place) -> None:
     ids=" ".join,
 )  # fmt: skip
 def test_senseless_numbers(place: Place, options: tuple[str, ...]) -> None:
-    """An error, or a sound conversion; never a traceback."""
-    code, err = place.run(*options)
-    if code == 1:
-        place.one_line(err)
-    elif code != 2:
-        assert code == 0
-        assert place.out.read_bytes()[:4] == b"GGUF"
+    assert f"{options[0]} is {int(options[1])}; wanted" in place.fails(*options)
 
 
-@pytest.mark.parametrize("device", ["tpu", "", "cuda:99", "cuda"])
+def test_output_is_an_input(place: Place) -> None:
+    """A GGUF source, a calibration text, or what a symbolic link leads to."""
+    assert "is an input, too" in place.fails("--calib", str(place.out))
+    assert "is an input, too" in place.fails(model=place.out)
+    link = place.base / "link.gguf"
+    link.symlink_to(place.out)
+    assert "is an input, too" in place.fails(model=place.out, out=link)
+
+
+def test_output_is_a_device(place: Place) -> None:
+    pipe = place.base / "pipe"
+    os.mkfifo(pipe)
+    assert "is a device or the like" in place.fails(out=pipe)
+    assert pipe.is_fifo()
+
+
+def test_quantized_already(place: Place) -> None:
+    place.edit_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "the weights are quantized already" in place.fails()
+
+
+def test_not_finite(place: Place) -> None:
+    file = place.model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "'model.norm.weight' holds NaN" in place.fails()
+
+
+def test_converter_is_not_installed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dbf2gguf.convert", None)
+    assert "pip install 'dbf2gguf[convert]'" in place.fails()
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "cuda:99", "cuda", "cpu:foo", "cuda:x"])
 def test_device(place: Place, device: str) -> None:
     import torch
 
