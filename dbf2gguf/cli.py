@@ -1,4 +1,4 @@
-"""The command `dbf2gguf`: convert a model, or inspect a file. argparse only; the work is elsewhere."""
+"""The command `dbf2gguf`: convert a model, inspect or export a file. argparse only; the work is elsewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
 from runtime.errors import BackendError
 
-EPILOG = "Other commands: dbf2gguf inspect FILE.gguf (see dbf2gguf inspect --help)."
-COMMANDS = ("convert", "inspect")
+EPILOG = "Other commands: dbf2gguf inspect FILE, dbf2gguf export FILE OUT; each has its own --help."
+COMMANDS = ("convert", "inspect", "export")
 
 
 def convert_parser() -> argparse.ArgumentParser:
@@ -67,19 +67,45 @@ def inspect_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def export_parser() -> argparse.ArgumentParser:
+    """Options of `dbf2gguf export FILE OUT`."""
+    parser = make_parser(
+        "dbf2gguf export",
+        "Multiply the factors of a model back into an ordinary GGUF file, which llama.cpp runs.",
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="GGUF file made by dbf2gguf")
+    add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
+    add("--outtype", choices=["f16", "bf16", "q8_0"], default="f16", help="type of all matrices")
+    add("-q", "--quiet", action="store_true", help="no progress and no summary")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else None
     rest = argv[1:] if command else argv
-    parser = inspect_parser() if command == "inspect" else convert_parser()
-    return run(_inspect if command == "inspect" else _convert, parser.parse_args(rest))
+    commands = {"inspect": (inspect_parser, _inspect), "export": (export_parser, _export)}
+    parser, work = commands.get(command or "", (convert_parser, _convert))
+    return run(work, parser().parse_args(rest))
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from dbf2gguf.inspect import inspect
 
     inspect(Path(args.file), tensors=args.tensors, as_json=args.json)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from dbf2gguf.export import export
+
+    try:
+        export(args.file, args.out, outtype=args.outtype, quiet=args.quiet)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import resource
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.factorize import Factors, balance
+from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
@@ -33,7 +33,6 @@ from dbf2gguf.write import (
     Q8_0_BLOCK,
     dequantized,
     head_is_tied,
-    replacing,
     verify,
     write_gguf,
 )
@@ -127,7 +126,7 @@ def convert(
     _check_options(options, threads)
     out = Path(out)
     if not dry_run:
-        out = _check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
+        out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
     if threads is not None:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
@@ -140,7 +139,7 @@ def convert(
             print(describe_plan(plan, size), file=sys.stderr)
         if dry_run:
             return Report(plan, None, size, _count_weights(skeleton), None, {}, _peak_rss())
-        _check_space(out, size)
+        check_space(out, size)
         return _run(source, out, plan, options)
 
 
@@ -287,36 +286,6 @@ def _check_options(options: Options, threads: int | None) -> None:
         raise OptionError(f"--threads is {threads}; wanted 1 or more")
     if not 0 <= seed < MAX_SEED:
         raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
-
-
-def _check_output(out: Path, inputs: Sequence[Path]) -> Path:
-    """The file to write, symbolic links followed; it can be written and is none of the inputs. Raises
-    OptionError."""
-    out = out.resolve()
-    if out.is_dir():
-        raise OptionError(f"{out}: is a folder; wanted the name of the GGUF file to write")
-    if out.exists() and not out.is_file():
-        raise OptionError(f"{out}: is a device or the like; wanted the name of the GGUF file to write")
-    for path in inputs:
-        if out.exists() and path.exists() and path.samefile(out):
-            raise OptionError(f"{out}: is an input, too, and would be overwritten; wanted another name")
-    folder = out.parent
-    if not folder.is_dir():
-        raise OptionError(f"{out}: its folder {folder} does not exist")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OptionError(f"{out}: cannot write in {folder}: {error.strerror}") from None
-    return out
-
-
-def _check_space(out: Path, size: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise OptionError(
-            f"{out}: the disk has {free / 2**20:.1f} MiB free; the file needs {size / 2**20:.1f} MiB"
-        )
 
 
 def _check_device(device: str) -> None:

@@ -99,15 +99,22 @@ class _LazyArray:
 class Metadata(Mapping[str, Any]):
     """The metadata, a read-only dict; arrays are lists, parsed on first access."""
 
-    def __init__(self, file: GgufFile, values: dict[str, Any]) -> None:
+    def __init__(
+        self, file: GgufFile, values: dict[str, Any], kinds: dict[str, tuple[int, int | None]]
+    ) -> None:
         self._file = file
         self._values = values
+        self._kinds = kinds
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
         if isinstance(value, _LazyArray):
             value = self._values[key] = self._file._parse_array(key, value)
         return value
+
+    def kind(self, key: str) -> tuple[int, int | None]:
+        """GGUF's number of a value's type; for an array also that of its elements, else None."""
+        return self._kinds[key]
 
     def array_length(self, key: str) -> int | None:
         """The number of values of an array, which is not parsed for that; None if `key` is no array."""
@@ -251,15 +258,17 @@ class GgufFile:
 
     def _parse_metadata(self, count: int) -> None:
         values: dict[str, Any] = {}
+        kinds: dict[str, tuple[int, int | None]] = {}
         for i in range(count):
             key = self._string(f"metadata key {i}", MAX_KEY_BYTES)
             if key in values:
                 raise self._fail(f"metadata key {key!r} occurs twice")
             kind = self._u32(f"type of {key!r}")
-            values[key] = self._value(key, kind)
+            values[key] = value = self._value(key, kind)
+            kinds[key] = (kind, value.kind if isinstance(value, _LazyArray) else None)
             if key == "general.alignment":
                 self._set_alignment(kind, values[key])
-        self.metadata = Metadata(self, values)
+        self.metadata = Metadata(self, values, kinds)
 
     def _set_alignment(self, kind: int, value: Any) -> None:
         """Data sections begin at multiples of the alignment; 8 at least, so that typed views are aligned."""

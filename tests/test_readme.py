@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def help_texts() -> str:
-    parsers = [cli.convert_parser(), cli.inspect_parser()]
+    parsers = [cli.convert_parser(), cli.inspect_parser(), cli.export_parser()]
     parsers += [
         importlib.import_module(f"runtime.{name}").build_parser()
         for name in ("chat", "perplexity", "bench.__main__")

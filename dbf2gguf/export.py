@@ -1,0 +1,202 @@
+"""The dense twin: factors multiplied back into an ordinary GGUF file, which any llama.cpp runs.
+
+One tensor is in memory at a time. What the file says about the model, its tokenizer and its chat template is
+copied key by key; the keys `dbf.*` are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType
+from numpy.typing import NDArray
+
+from dbf2gguf.archs import ARCHS
+from dbf2gguf.files import check_output, check_space, replacing
+from runtime.config import ADJACENT, Dense, Linear
+from runtime.errors import FormatError, OptionError, UnsupportedModelError
+from runtime.format import FACTORS, LINEARS, unpack
+from runtime.gguf import GgufFile
+from runtime.model import ModelFile, load_model_file
+
+OUT_TYPES = {
+    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+LARGEST = {Type.F16: 65504.0, Type.BF16: 3.38e38, Type.Q8_0: 65504.0 * 127}
+"""Largest absolute weight that a type holds."""
+
+BLOCK_ROWS = 512  # rows of A that are multiplied at a time
+
+DESCRIPTION = "general.description"
+OURS = ("dbf.", "general.alignment", "general.architecture", "general.file_type", DESCRIPTION)
+"""Keys that are not copied: of the factorized file, or written anew."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the twin: what it is, and what it is made of."""
+
+    name: str
+    type: Type
+    shape: tuple[int, ...]
+    source: Linear | Dense | NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return int(np.prod(self.shape, dtype=np.int64)) // block * size
+
+
+def export(file: str | Path, out: str | Path, *, outtype: str = "f16", quiet: bool = False) -> None:
+    """Write the model in the DBF file `file` to `out` as a GGUF file that llama.cpp runs.
+
+    outtype  type of all matrices: f16, bf16 or q8_0; those whose rows are no whole blocks of q8_0 become f16
+
+    An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user,
+    OSError if a file cannot be read or written.
+    """
+    out = Path(out)
+    if outtype not in OUT_TYPES:
+        raise OptionError(f"--outtype {outtype!r} is unknown; there are {', '.join(OUT_TYPES)}")
+    out = check_output(out, [Path(file)])
+    model = load_model_file(file)
+    try:
+        _check_pairing(model)
+        kind, file_type = OUT_TYPES[outtype]
+        tensors = list(_tensors(model, kind))
+        check_space(out, sum(t.nbytes for t in tensors))
+        with replacing(out) as temporary:
+            _write(temporary, model, tensors, file_type, quiet)
+    finally:
+        model.close()
+    if not quiet:
+        odd = sum(t.type != kind for t in tensors if len(t.shape) == 2)
+        note = f"; rows of {odd} matrices fit no {kind.name} and are F16" if odd else ""
+        print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {kind.name}{note}", file=sys.stderr)
+
+
+def dense(linear: Linear) -> NDArray[np.float32]:
+    """W = diag(s_out) A diag(s_mid) B diag(s_in), multiplied out in float32: (rows, cols)."""
+    s_out, s_mid, s_in = (s.astype(np.float32) for s in (linear.s_out, linear.s_mid, linear.s_in))
+    b = unpack(linear.b, linear.cols).astype(np.float32)
+    w = np.empty((linear.rows, linear.cols), np.float32)
+    for start in range(0, linear.rows, BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        np.matmul(unpack(linear.a[rows]) * s_mid, b, out=w[rows])
+        w[rows] *= s_out[rows, None]
+    w *= s_in
+    return w
+
+
+def _check_pairing(model: ModelFile) -> None:
+    """llama.cpp rotates as the architecture does; the file's q and k must be in that order."""
+    pairings = {spec.gguf: spec.rope_pairing for spec in ARCHS.values()}
+    if model.architecture not in pairings:
+        known = ", ".join(sorted(pairings))
+        raise UnsupportedModelError(
+            f"{model.path}: architecture {model.architecture!r} cannot be exported; supported: {known}"
+        )
+    has = "adjacent" if model.config.rope_pairing == ADJACENT else "halves"
+    wanted = pairings[model.architecture]
+    if has != wanted:
+        raise UnsupportedModelError(
+            f"{model.path}: dbf.rope.pairing is {has!r}; llama.cpp wants {wanted!r} of {model.architecture!r}"
+        )
+
+
+def _tensors(model: ModelFile, kind: Type) -> Iterator[_Tensor]:
+    """The twin's tensors in the file's order, each linear in the place of its first factor."""
+    weights = model.weights
+    linears = {}
+    for index, layer in enumerate(weights.layers):
+        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        linears |= {f"blk.{index}.{name}": part for name, part in zip(LINEARS, parts, strict=True)}
+    matrices = {"token_embd.weight": weights.embed, "output.weight": weights.head}
+    for name, info in model.file.tensors.items():
+        prefix, _, suffix = name.rpartition(".")
+        if suffix == FACTORS[0]:
+            linear = linears[prefix]
+            shape = (linear.rows, linear.cols)
+            yield _Tensor(f"{prefix}.weight", _fitting(kind, linear.cols), shape, linear)
+        elif name in matrices:
+            yield _Tensor(name, _fitting(kind, info.shape[1]), info.shape, matrices[name])
+        elif suffix not in FACTORS:
+            yield _Tensor(name, Type(info.type), info.shape, model.file.data(name))
+
+
+def _fitting(kind: Type, cols: int) -> Type:
+    return Type.F16 if cols % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _data(tensor: _Tensor, where: str) -> NDArray[Any]:
+    """A tensor's data as the twin stores it. Raises FormatError for weights that its type cannot hold."""
+    source = tensor.source
+    if isinstance(source, Linear):
+        values = dense(source)
+    elif isinstance(source, Dense):
+        if source.type == tensor.type:
+            return source.data.reshape(-1)
+        values = gguf.quants.dequantize(source.data, Type(source.type)).reshape(tensor.shape)
+    else:
+        return source
+    largest = max(float(values.max()), -float(values.min()))
+    if not largest <= LARGEST[tensor.type]:
+        raise FormatError(
+            f"{where}: a weight of {tensor.name} is {largest:g}, {tensor.type.name} holds "
+            f"{LARGEST[tensor.type]:g} at most; take --outtype bf16"
+        )
+    return np.asarray(gguf.quants.quantize(values, tensor.type))
+
+
+def _write(
+    path: Path, model: ModelFile, tensors: list[_Tensor], file_type: gguf.LlamaFileType, quiet: bool
+) -> None:
+    writer = gguf.GGUFWriter(path, model.architecture)
+    try:
+        _copy_metadata(writer, model.file)
+        writer.add_file_type(file_type)
+        writer.add_string(DESCRIPTION, _description(model))
+        for t in tensors:
+            writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        show = not quiet and sys.stderr.isatty()
+        for done, tensor in enumerate(tensors, start=1):
+            writer.write_tensor_data(_data(tensor, model.path))
+            model.file.release()
+            if show:
+                print(f"\r{done}/{len(tensors)} tensors", end="", file=sys.stderr, flush=True)
+        if show:
+            print(file=sys.stderr)
+    finally:
+        writer.close()
+
+
+def _copy_metadata(writer: gguf.GGUFWriter, file: GgufFile) -> None:
+    for key, value in file.metadata.items():
+        kind, element = file.metadata.kind(key)
+        if key.startswith(OURS) or value == []:  # an empty array says what no array says
+            continue
+        writer.add_key_value(
+            key, value, GGUFValueType(kind), None if element is None else GGUFValueType(element)
+        )
+
+
+def _description(model: ModelFile) -> str:
+    """The model's own description, if it has one, and where its weights come from."""
+    bpw = model.metadata.get("dbf.bits_per_weight")
+    bits = f" of {bpw:.3f} bits per weight" if isinstance(bpw, float) else ""
+    note = f"Double Binary Factorization{bits}, multiplied back into dense matrices by dbf2gguf"
+    own = model.metadata.get(DESCRIPTION)
+    return f"{own} ({note})" if isinstance(own, str) and own else note

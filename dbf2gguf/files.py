@@ -1,0 +1,57 @@
+"""The file that a command writes: its place is checked before the work, its name given when complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.errors import OptionError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the body ends well, and is removed when it
+    does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(out: Path, inputs: Sequence[Path]) -> Path:
+    """The file to write, symbolic links followed; it can be written and is none of the inputs. Raises
+    OptionError."""
+    out = out.resolve()
+    if out.is_dir():
+        raise OptionError(f"{out}: is a folder; wanted the name of the GGUF file to write")
+    if out.exists() and not out.is_file():
+        raise OptionError(f"{out}: is a device or the like; wanted the name of the GGUF file to write")
+    for path in inputs:
+        if out.exists() and path.exists() and path.samefile(out):
+            raise OptionError(f"{out}: is an input, too, and would be overwritten; wanted another name")
+    folder = out.parent
+    if not folder.is_dir():
+        raise OptionError(f"{out}: its folder {folder} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(f"{out}: cannot write in {folder}: {error.strerror}") from None
+    return out
+
+
+def check_space(out: Path, size: int) -> None:
+    """The disk has `size` bytes free where `out` will lie. Raises OptionError."""
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise OptionError(
+            f"{out}: the disk has {free / 2**20:.1f} MiB free; the file needs {size / 2**20:.1f} MiB"
+        )
