@@ -16,15 +16,13 @@ from gguf import dequantize
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers import processors
 
 from dbf2gguf.archs import ARCHS, ArchSpec, unpermute_rope
-from dbf2gguf.pretokenizers import PRE_TOKENIZERS, normalizer_of
+from runtime import ggml_tokenizer
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
 from runtime.model import check_features
-
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type
 
 
 def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -140,32 +138,13 @@ def _tensors(
 
 def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
     meta = file.metadata
-    try:
-        kind, tokens = meta["tokenizer.ggml.model"], list(meta["tokenizer.ggml.tokens"])
-        types = [int(t) for t in meta["tokenizer.ggml.token_type"]]
-        merges = list(meta["tokenizer.ggml.merges"]) if kind == "gpt2" else []
-    except KeyError as error:
-        raise FormatError(f"{source}: metadata key {error} is missing") from None
-    pre = meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UnsupportedModelError(
-            f"{source}: tokenizer {kind!r} with pre-tokenizer {pre!r} cannot be rebuilt; "
-            f"known are gpt2 with {known}"
-        )
-    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ", 1)) for m in merges]))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    normalizer = normalizer_of(pre)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {
-        i: t in (UNKNOWN, CONTROL) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)
-    }
-    for i, is_special in special.items():
-        added = AddedToken(tokens[i], special=is_special, normalized=False)
-        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([added])
+    kind = meta.get("tokenizer.ggml.model")
+    if kind is None:
+        raise FormatError(f"{source}: metadata key tokenizer.ggml.model is missing")
+    if kind != "gpt2":
+        raise UnsupportedModelError(f"{source}: tokenizer {kind!r} cannot be turned back; supported: gpt2")
+    tokenizer = ggml_tokenizer.build(meta, str(source))
+    tokens = list(meta["tokenizer.ggml.tokens"])
     bos = meta.get("tokenizer.ggml.bos_token_id")
     add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", False)) and bos is not None
     if add_bos:
@@ -173,6 +152,7 @@ def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     tokenizer.save(str(target / "tokenizer.json"))
+    added = {i: token.special for i, token in tokenizer.get_added_tokens_decoder().items()}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
@@ -187,7 +167,7 @@ def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
                 "single_word": False,
                 "special": is_special,
             }
-            for i, is_special in special.items()
+            for i, is_special in added.items()
         },
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import ArchSpec, permute_rope
 from dbf2gguf.factorize import Factors, signs
-from dbf2gguf.pretokenizers import find_pre
 from dbf2gguf.source import Source, decoder_layers
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
 from runtime.model import load_model_file
+from runtime.pretokenizers import find_pre
 
 EMBED_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 Q8_0_BLOCK = 32

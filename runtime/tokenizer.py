@@ -1,8 +1,8 @@
 """Text to ids and back, exactly as the original model's tokenizer does it.
 
-The file carries the Hugging Face tokenizer as it was (metadata key `tokenizer.huggingface.json`); the
-`tokenizers` package runs it. What is special about a model (begin and end tokens, chat template)
-comes from the standard `tokenizer.*` keys.
+The file carries the Hugging Face tokenizer as it was (metadata key `tokenizer.huggingface.json`); where it
+does not, one is made from llama.cpp's keys (`runtime.ggml_tokenizer`). The `tokenizers` package runs either.
+What is special about a model (begin and end tokens, chat template) comes from the standard keys.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from runtime import ggml_tokenizer
 from runtime.errors import FormatError, OptionError, TemplateError
 from runtime.template import ChatTemplate, Message
 
@@ -39,7 +40,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        json_text: str,
+        source: str | tokenizers.Tokenizer,  # JSON text, or the tokenizer itself, which is taken over
         *,
         bos_id: int | None = None,
         eos_id: int | None = None,
@@ -50,7 +51,7 @@ class Tokenizer:
         where: str = "tokenizer",
     ) -> None:
         try:
-            self._hf = tokenizers.Tokenizer.from_str(json_text)
+            self._hf = tokenizers.Tokenizer.from_str(source) if isinstance(source, str) else source
             self._hf.no_truncation()
             self._hf.no_padding()
         except BaseException as e:  # the Rust library's panics are no Exceptions
@@ -69,7 +70,8 @@ class Tokenizer:
     def from_metadata(cls, metadata: Mapping[str, Any], where: str = "tokenizer") -> Tokenizer:
         """The tokenizer of a GGUF file.
 
-        Raises FormatError if the metadata hold none, or values of wrong types.
+        Raises FormatError if the metadata hold none, or values of wrong types; UnsupportedModelError if it is
+        there only in llama.cpp's keys, and of a kind that is not implemented.
         """
 
         def get(key: str, kind: type) -> Any:
@@ -82,14 +84,20 @@ class Tokenizer:
             value: int | None = get(f"tokenizer.ggml.{name}_token_id", int)
             return value
 
-        json_text = get(JSON_KEY, str)
-        if json_text is None:
-            raise FormatError(f"{where}: no {JSON_KEY}; convert the model with dbf2gguf, which stores it")
+        source, add_bos = get(JSON_KEY, str), get("tokenizer.ggml.add_bos_token", bool)
+        if source is None:
+            if get("tokenizer.ggml.model", str) is None:
+                raise FormatError(
+                    f"{where}: no {JSON_KEY} and no tokenizer.ggml.model; convert the model with dbf2gguf, "
+                    "which stores both"
+                )
+            source = ggml_tokenizer.build(metadata, where)
+            add_bos = ggml_tokenizer.adds_bos(metadata) if add_bos is None else add_bos
         return cls(
-            json_text,
+            source,
             bos_id=token("bos"),
             eos_id=token("eos"),
-            add_bos=bool(get("tokenizer.ggml.add_bos_token", bool)),
+            add_bos=bool(add_bos),
             add_eos=bool(get("tokenizer.ggml.add_eos_token", bool)),
             end_ids=[i for i in (token("eot"), token("eom")) if i is not None],
             chat_template=get(TEMPLATE_KEY, str),

@@ -22,6 +22,7 @@ import runtime
 from dbf2gguf.source import load_tokenizer, open_source
 from runtime import Sampler
 from runtime.gguf import GgufFile
+from runtime.tokenizer import JSON_KEY, Tokenizer
 
 DEMO = Path(__file__).parents[1] / "demo"
 FOLDER = DEMO / "SmolLM2-135M-Instruct"
@@ -115,6 +116,18 @@ def test_tokenizer(model: runtime.Model, theirs: Any) -> None:
         assert model.tokenizer.encode(text, parse_special=True) == theirs(text).input_ids
     tokens = model.file.metadata["tokenizer.ggml.tokens"]
     assert tokens == theirs.convert_ids_to_tokens(range(len(tokens)))
+
+
+def test_tokenizer_of_ggml_keys(model: runtime.Model, theirs: Any) -> None:
+    """Without its JSON, the tokenizer is made from llama.cpp's keys, and is the same."""
+    metadata = {k: v for k, v in model.file.metadata.items() if k != JSON_KEY}
+    assert len(metadata) == len(model.file.metadata) - 1
+    ours = Tokenizer.from_metadata(metadata)
+    for text in [*TEXTS.values(), "", " ", "12345 1,000", "naïve\u00a0日本語\r\n\tx"]:
+        ids = theirs(text).input_ids
+        assert ours.encode(text, parse_special=True) == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.stop_ids == model.tokenizer.stop_ids
 
 
 def test_chat_template(model: runtime.Model, theirs: Any) -> None:

@@ -41,6 +41,13 @@ def normalizer_of(pre: str) -> normalizers.Normalizer | None:
     return normalizers.NFC() if pre == "qwen2" else None
 
 
+IGNORE_MERGES = ("llama-bpe",)
+"""Those with which a piece that is a token is that token, whatever the merges would make of it."""
+
+ADD_BOS = ("llama-bpe",)
+"""Those with which llama.cpp begins a text with the begin token where a file does not say."""
+
+
 def find_pre(tokenizer: Tokenizer) -> str | None:
     """The name of a tokenizer's pre-tokenizer, found by what it does to PROBE; None if unknown."""
     if tokenizer.pre_tokenizer is None:
