@@ -40,6 +40,12 @@ def convert_parser() -> argparse.ArgumentParser:
         help="text for the quality receipt; without it, rows held out of the calibration text",
     )
     add("--embed-type", choices=["f16", "q8_0"], default="q8_0", help="type of the embedding and the head")
+    add(
+        "--carrier",
+        choices=["dbf1", "i8"],
+        default="dbf1",
+        help="tensor type of the sign matrices; i8: the same bytes, which every GGUF reader can list",
+    )
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")

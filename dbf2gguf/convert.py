@@ -29,6 +29,7 @@ from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.write import (
+    CARRIERS,
     EMBED_TYPES,
     Q8_0_BLOCK,
     dequantized,
@@ -52,6 +53,7 @@ class Options:
     calib: tuple[Path, ...]
     eval_text: Path | None
     embed_type: str
+    carrier: str
     seed: int
     device: str
     quiet: bool
@@ -96,6 +98,7 @@ def convert(
     calib: Sequence[str | Path] = (),
     eval_text: str | Path | None = None,
     embed_type: str = "q8_0",
+    carrier: str = "dbf1",
     seed: int = 0,
     device: str = "cpu",
     threads: int | None = None,
@@ -109,6 +112,7 @@ def convert(
     bpw        bits per weight over the linear layers: signs, filler and scales
     preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
     calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
+    carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
 
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
@@ -119,6 +123,7 @@ def convert(
         calib=tuple(map(Path, calib)),
         eval_text=Path(eval_text) if eval_text else None,
         embed_type=embed_type,
+        carrier=carrier,
         seed=seed,
         device=device,
         quiet=quiet,
@@ -174,7 +179,18 @@ def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
         quality = measure(model, final, held_out, progress)
     notes = _notes(options, plan, written, rows, held_out, quality, history)
     with stage("write", 1), replacing(out) as temporary:
-        write_gguf(temporary, source, model, student.model, tokenizer, factors, embed_type, plan.bpw, notes)
+        write_gguf(
+            temporary,
+            source,
+            model,
+            student.model,
+            tokenizer,
+            factors,
+            embed_type,
+            plan.bpw,
+            notes,
+            options.carrier,
+        )
         verify(temporary, source, factors)
     seconds = {s.name: s.seconds for s in stages}
     report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, _peak_rss())
@@ -260,6 +276,8 @@ def as_read(
 def _check_options(options: Options, threads: int | None) -> None:
     """Everything that can be told without the model. Raises OptionError."""
     recipe, seed = options.recipe, options.seed
+    if options.carrier not in CARRIERS:
+        raise OptionError(f"--carrier {options.carrier!r} is unknown; there are {', '.join(CARRIERS)}")
     if options.embed_type not in EMBED_TYPES:
         raise OptionError(
             f"--embed-type {options.embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}"

@@ -21,6 +21,9 @@ from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
 from runtime.model import load_model_file
 from runtime.pretokenizers import find_pre
 
+CARRIERS = ("dbf1", "i8")
+"""Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
+
 EMBED_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 Q8_0_BLOCK = 32
 
@@ -35,12 +38,14 @@ def write_gguf(
     embed_type: str,
     bpw: float,
     notes: dict[str, Any],
+    carrier: str = "dbf1",
 ) -> None:
     """Write the model to `path` at once; the caller gives a temporary name.
 
     model    the original
     student  norms, biases, embedding and head are taken from it
     factors  GGUF name ("blk.0.attn_q") -> factors, scales already float16 values
+    carrier  one of CARRIERS
     notes    further metadata: full key -> str, int, float, bool
     """
     arch = source.arch
@@ -50,12 +55,14 @@ def write_gguf(
         _add_tokenizer(writer, source, tokenizer, model.get_input_embeddings().weight.shape[0])
         writer.add_uint32("dbf.version", FORMAT_VERSION)
         writer.add_float32("dbf.bits_per_weight", bpw)
+        if carrier == "i8":
+            writer.add_string("dbf.carrier", carrier)
         writer.add_string("dbf.rope.pairing", arch.rope_pairing)
         writer.add_string("dbf.activation", arch.activation)
         writer.add_string("dbf.norm", arch.norm)
         for key, value in notes.items():
             _add_value(writer, key, value)
-        _add_tensors(writer, arch, student, factors, embed_type)
+        _add_tensors(writer, arch, student, factors, embed_type, carrier)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -254,7 +261,12 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _add_tensors(
-    writer: gguf.GGUFWriter, arch: ArchSpec, model: nn.Module, factors: dict[str, Factors], embed_type: str
+    writer: gguf.GGUFWriter,
+    arch: ArchSpec,
+    model: nn.Module,
+    factors: dict[str, Factors],
+    embed_type: str,
+    carrier: str,
 ) -> None:
     def add_matrix(name: str, weight: Tensor) -> None:
         data, kind = quantized(weight, embed_type)
@@ -262,6 +274,13 @@ def _add_tensors(
 
     def add_vector(name: str, vector: Tensor, dtype: type = np.float32) -> None:
         writer.add_tensor(name, vector.detach().float().cpu().numpy().astype(dtype))
+
+    def add_signs(name: str, matrix: Tensor) -> None:
+        data = pack(matrix.cpu().numpy())
+        if carrier == "i8":
+            writer.add_tensor(name, data.view(np.int8))
+        else:
+            writer.add_tensor(name, data, raw_dtype=DBF1_TYPE)
 
     add_matrix("token_embd.weight", model.get_input_embeddings().weight)
     if not head_is_tied(model):
@@ -281,8 +300,8 @@ def _add_tensors(
             if name in heads and arch.rope_pairing == "adjacent":
                 a, s_out = permute_rope(a, heads[name]), permute_rope(s_out, heads[name])
                 bias = None if bias is None else permute_rope(bias, heads[name])
-            writer.add_tensor(f"{prefix}.dbf_a", pack(a.cpu().numpy()), raw_dtype=DBF1_TYPE)
-            writer.add_tensor(f"{prefix}.dbf_b", pack(linear.b[0].cpu().numpy()), raw_dtype=DBF1_TYPE)
+            add_signs(f"{prefix}.dbf_a", a)
+            add_signs(f"{prefix}.dbf_b", linear.b[0])
             add_vector(f"{prefix}.dbf_out", s_out, np.float16)
             add_vector(f"{prefix}.dbf_mid", linear.s_mid[0], np.float16)
             add_vector(f"{prefix}.dbf_in", linear.s_in[0], np.float16)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from gguf import GGUFReader
 import runtime
 from dbf2gguf.convert import Options, Report, _text, convert
 from dbf2gguf.evaluate import measure
+from dbf2gguf.export import export
 from dbf2gguf.from_gguf import gguf_to_hf
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import find_recipe
@@ -29,7 +32,7 @@ from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
 from dbf2gguf.write import verify
 from runtime import Sampler
-from runtime.errors import FormatError
+from runtime.errors import FormatError, OptionError
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
 
@@ -170,6 +173,49 @@ def test_gguf_reads_it(make: Callable[[str], Case]) -> None:
     (tensor,) = (t for t in reader.tensors if t.name == "blk.1.ffn_up.dbf_b")
     signs = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     assert np.array_equal(signs, factors["blk.1.ffn_up"].b[0].numpy())
+
+
+@pytest.mark.parametrize("name", ["gqa-tied", "odd-sizes"])
+def test_carrier_i8(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
+    """The same bytes as I8 tensors: the same logits bit for bit, and a reader without DBF1 lists them all."""
+    case, out = make(name), tmp_path / "i8.gguf"
+    convert(case.folder, out, embed_type="f16", carrier="i8", **tiny_hf.QUICK)
+    with GgufFile(case.out) as file, GgufFile(out) as other:
+        assert set(other.metadata) == {*file.metadata, "dbf.carrier"}
+        assert "dbf.carrier" not in file.metadata
+        assert list(file.tensors) == list(other.tensors)
+        for tensor in file.tensors.values():
+            twin = other.tensors[tensor.name]
+            assert twin.type_name == ("I8" if tensor.type_name == "DBF1" else tensor.type_name)
+            assert file.data(tensor.name).tobytes() == other.data(tensor.name).tobytes()
+    for backend in ["c", *(["numba"] if find_spec("numba") else [])]:
+        with (
+            runtime.load(case.out, backend=backend, n_threads=1) as one,
+            runtime.load(out, backend=backend, n_threads=1) as two,
+        ):
+            assert np.array_equal(one.logits(IDS), two.logits(IDS))
+    code = (
+        "import sys, gguf\n"
+        "for t in gguf.GGUFReader(sys.argv[1]).tensors: print(t.name, t.tensor_type.name, *t.data.shape)\n"
+        "assert 'runtime' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run([*command, out], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with GgufFile(out) as file:
+        listed = [f"{t.name} {t.type_name} {' '.join(map(str, t.shape))}" for t in file.tensors.values()]
+    assert run.stdout.splitlines() == listed
+    run = subprocess.run([*command, case.out], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "826688068" in run.stderr
+    for source in (case.out, out):
+        export(source, tmp_path / f"{source.stem}-twin.gguf", quiet=True)
+    assert (tmp_path / "i8-twin.gguf").read_bytes() == (tmp_path / "out-twin.gguf").read_bytes()
+
+
+def test_unknown_carrier(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--carrier 'i16' is unknown; there are dbf1, i8"):
+        convert(tmp_path, tmp_path / "out.gguf", carrier="i16")
 
 
 def test_keys(make: Callable[[str], Case]) -> None:
