@@ -297,7 +297,7 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
     stage = Stage("text", 1, quiet=True)
     recipe = find_recipe("fast", row_tokens=24, text_rows=30, eval_rows=3)
     tokenizer, model = tiny_hf.tokenizer(), tiny_hf.model()
-    options = Options("fast", recipe, (text,), None, "q8_0", seed=0, device="cpu", quiet=True)
+    options = Options("fast", recipe, (text,), None, "q8_0", "dbf1", seed=0, device="cpu", quiet=True)
     rows, held_out, written = _text(model, tokenizer, options, 33, stage)
     from_file = rows_from_files([text], tokenizer, 33, 24, 0)
     assert (len(rows), len(held_out), written) == (30, 3, 33 - len(from_file))
