@@ -1,7 +1,8 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first if it is missing.
 
 PYTHON ?= python3
-# The torch that the demo and the tests were run with. The project itself takes any torch >= 2.4.
+# The torch that the demo and the tests were run with. The project itself takes any torch >= 2.4; without CUDA's
+# gigabytes: make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -68,7 +69,7 @@ $(MODEL)/config.json: | $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(wildcard cext/*.h cext/*.py cext/CMakeLists.txt cext/src/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet $(TORCH)
 	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $@
 

@@ -25,7 +25,7 @@ CONTEXT = 256  # tokens that the model writes before it starts over: bounds the 
 TEMPERATURE = 1.0
 BATCH_TOKENS = 32768  # tokens of KV cache that one core fills at a time
 GPU_BATCH_TOKENS = 16 * BATCH_TOKENS
-TURNS = ("opening", "document", "opening", "chat", "opening", "document")  # docs/ABLATIONS.md says why
+TURNS = ("opening", "chat")  # docs/ABLATIONS.md has other mixes
 
 
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
@@ -111,8 +111,8 @@ def _is_turn(message: Any) -> bool:
 def self_written_rows(
     model: nn.Module, tokenizer: Any, rows: int, row_tokens: int, seed: int, stage: Stage
 ) -> Tensor:
-    """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
-    the mere start of a document, and chat questions.
+    """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds, and
+    chat questions, where the tokenizer has a chat template.
 
     ->  (rows, row_tokens) int64
 
@@ -177,9 +177,6 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
     """Kind of prompt -> prompts as tokens. A kind that the tokenizer has no form for is left out."""
     kinds = {"opening": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]}
-    start = _document_start(tokenizer)
-    if start is not None:
-        kinds["document"] = [[start]]
     if tokenizer.chat_template:
         kinds["chat"] = [
             tokenizer.apply_chat_template(
@@ -196,15 +193,6 @@ def _by_turns(prompts: dict[str, list[list[int]]], generator: torch.Generator) -
     for kind in itertools.cycle(TURNS):
         if kind in streams:
             yield next(streams[kind])
-
-
-def _document_start(tokenizer: Any) -> int | None:
-    """The token that stood before every document in training: BOS, if the chat template does not use it
-    between turns, or <|endoftext|>."""
-    bos = tokenizer.bos_token
-    if bos is not None and bos not in (tokenizer.chat_template or ""):
-        return int(tokenizer.bos_token_id)
-    return tokenizer.get_vocab().get("<|endoftext|>")
 
 
 def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:

@@ -15,7 +15,6 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.text import (
     TURNS,
     _by_turns,
-    _document_start,
     _end_ids,
     _prompts,
     rows_from_files,
@@ -168,7 +167,7 @@ def test_byte_order_mark(tmp_path: Path) -> None:
 def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> torch.Tensor:
     tokenizer = tiny_hf.tokenizer()
     if not template:
-        tokenizer.chat_template = tokenizer.bos_token = None
+        tokenizer.chat_template = None
     stage = Stage("text", rows, quiet=True)
     return self_written_rows(tiny_hf.model(), tokenizer, rows, length, seed, stage)
 
@@ -220,13 +219,3 @@ def test_what_ends_a_text() -> None:
     assert end in _end_ids(tokenizer)
     tokenizer.unk_token = "<|endoftext|>"
     assert {end, tokenizer.eos_token_id} <= _end_ids(tokenizer)
-
-
-def test_document_start() -> None:
-    """BOS where it means that; in ChatML it opens turns, and <|endoftext|> is what parts documents."""
-    tokenizer = tiny_hf.tokenizer()
-    tokenizer.bos_token = "<|im_start|>"
-    assert "<|im_start|>" in tokenizer.chat_template
-    assert _document_start(tokenizer) == tokenizer.get_vocab().get("<|endoftext|>")
-    tokenizer.chat_template = None
-    assert _document_start(tokenizer) == tokenizer.bos_token_id
