@@ -111,8 +111,8 @@ def _is_turn(message: Any) -> bool:
 def self_written_rows(
     model: nn.Module, tokenizer: Any, rows: int, row_tokens: int, seed: int, stage: Stage
 ) -> Tensor:
-    """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds, and
-    chat questions, where the tokenizer has a chat template.
+    """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
+    and chat questions, where the tokenizer has a chat template.
 
     ->  (rows, row_tokens) int64
 
