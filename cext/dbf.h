@@ -76,6 +76,13 @@ void dbf_session_free(dbf_session *session);
  * write the logits of the last n_logits of them: logits f32 [n_logits][n_vocab]. */
 int dbf_eval(dbf_session *session, const int32_t *tokens, int n, int pos, float *logits, int n_logits);
 
+/* Where the time of dbf_eval goes, on thread 0: each of DBF_STAGES stages has a name. Between start and stop, their
+ * seconds are summed, and sum up to all the time within dbf_eval; otherwise nothing is measured. */
+enum { DBF_STAGES = 7 };
+const char *dbf_stage_name(int i); /* NULL if i is out of range */
+int dbf_stages_start(dbf_session *session);
+int dbf_stages_stop(dbf_session *session, double *seconds); /* seconds[DBF_STAGES] */
+
 const char *dbf_strerror(int code);
 int dbf_default_threads(void); /* physical cores */
 

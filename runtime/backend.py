@@ -56,6 +56,20 @@ class Backend(ABC):
     def close(self) -> None:
         """Free the memory and the threads; safe to call twice."""
 
+    def start_stages(self) -> None:
+        """Begin to measure where the time of `eval` goes.
+
+        Raises BackendError if this backend cannot.
+        """
+        raise BackendError(f"the {self.name} backend does not measure its stages; take --backend c")
+
+    def stop_stages(self) -> dict[str, float]:
+        """Stop measuring. -> stage -> seconds since `start_stages`, on the first thread
+
+        Raises BackendError if nothing was started.
+        """
+        raise BackendError(f"the {self.name} backend does not measure its stages; take --backend c")
+
 
 def load(
     config: Config, weights: Weights, *, backend: str = "auto", n_threads: int | None = None, n_ctx: int
@@ -308,6 +322,15 @@ class CBackend(Backend):
         self._ensure(code, "dbf_eval")
         self._held = pos + ids.size
         return logits
+
+    def start_stages(self) -> None:
+        self._ensure(self._lib.dbf_stages_start(self._session), "start_stages")
+
+    def stop_stages(self) -> dict[str, float]:
+        n = self._lib.DBF_STAGES
+        seconds = self._ffi.new("double[]", n)
+        self._ensure(self._lib.dbf_stages_stop(self._session, seconds), "stop_stages")
+        return {self._string(self._lib.dbf_stage_name(i)): seconds[i] for i in range(n)}
 
     def close(self) -> None:
         session, model = self._session, self._model

@@ -228,6 +228,24 @@ def test_c_itself_checks():
     assert lib.dbf_session_new(session, b._model, 5, ffi.NULL) == lib.DBF_EINVAL
 
 
+def test_stages_change_nothing():
+    config = tiny.config()
+    weights, ids = tiny.weights(config), ids_of(config, 9)
+    b = backend.load(config, weights, backend="c", n_threads=2, n_ctx=N_CTX)
+    want = b.eval(ids, 0, 9)
+    with pytest.raises(BackendError, match="stop_stages"):
+        b.stop_stages()
+    b.start_stages()
+    assert_same(b.eval(ids, 0, 9), want)
+    seconds = b.stop_stages()
+    assert len(seconds) == lib.DBF_STAGES
+    assert min(seconds.values()) >= 0 < sum(seconds.values())
+    b.start_stages()  # from zero again
+    assert set(b.stop_stages().values()) == {0.0}
+    assert lib.dbf_stage_name(-1) == lib.dbf_stage_name(lib.DBF_STAGES) == ffi.NULL
+    assert lib.dbf_stages_start(ffi.NULL) == lib.dbf_stages_stop(ffi.NULL, ffi.NULL) == lib.DBF_EINVAL
+
+
 def test_two_models_in_two_threads():
     config = tiny.config()
     weights, ids = tiny.weights(config), ids_of(config, 40)

@@ -23,7 +23,7 @@ from make_gguf import write_model
 
 import runtime
 from runtime.bench import __main__ as program
-from runtime.bench import decode, kernels, machine, peer, synthetic
+from runtime.bench import decode, kernels, machine, peer, stages, synthetic
 from runtime.bench.report import Table, count_text, mean_and_sd, ratio_of_medians, size_text
 from runtime.config import ADJACENT, Config
 from runtime.errors import BackendError, OptionError
@@ -185,6 +185,58 @@ def test_runner_evaluates_what_a_case_says() -> None:
     runner.prepare(decode.Case(0, 3, 2))
     runner.run(decode.Case(0, 3, 2))
     assert calls == [(2, 0, 0), (1, 2, 1), (1, 2, 1), (1, 3, 1), (1, 4, 1)]
+
+
+# ---- stages ------------------------------------------------------------------------------------------------
+
+
+@needs_c
+def test_stages(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, *OPTIONS, "--stages", "-o", "json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    tests = [(t, name) for t in (1, 2) for name in ("pp5", "pp5 @ d4", "tg3", "tg3 @ d4")]
+    names = [r["stage"] for r in rows[: len(rows) // len(tests)]]
+    assert names[-1] == "outside the C core"
+    assert len(set(names)) == len(names) == 8
+    assert [(r["n_threads"], r["test"], r["stage"]) for r in rows] == [(*t, n) for t in tests for n in names]
+    for i in range(0, len(rows), len(names)):
+        some = rows[i : i + len(names)]
+        total = sum(r["us_per_token"] for r in some)
+        assert sum(r["share"] for r in some) == pytest.approx(1, abs=1e-3)
+        for r in some:
+            assert r["us_per_token"] >= 0, r
+            assert r["share"] == pytest.approx(r["us_per_token"] / total, abs=1e-3)
+    assert run(model, *OPTIONS, "--stages") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_stages_need_c(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("numba")
+    assert run(model, *OPTIONS, "--stages", "--backend", "numba") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: the numba backend does not measure its stages")
+
+
+def test_median_run() -> None:
+    """Of the repetitions, the one in the middle, with its own stages."""
+
+    class Backend:
+        n_ctx = 10
+
+        def start_stages(self) -> None:
+            pass
+
+        def stop_stages(self) -> dict[str, float]:
+            return {"all": times[0]}
+
+    class Runner(decode.Runner):
+        def run(self, case: decode.Case) -> float:
+            return times.pop(0) and times[0]
+
+    times = [9.0, 5.0, 1.0, 3.0, 4.0]
+    runner = Runner(Backend(), 7)
+    assert stages.median_run(runner.backend, runner, decode.Case(0, 1), 4) == (3.0, {"all": 3.0})
 
 
 # ---- random models -----------------------------------------------------------------------------------------
@@ -583,6 +635,8 @@ def test_peak_rss() -> None:
         ((), "wanted one of"),
         (("a.gguf", "--info"), "wanted one of"),
         (("--kernels", "--peer"), "--peer goes with --synthetic"),
+        (("--kernels", "--stages"), "--stages goes with"),
+        (("--synthetic", "7b", "--peer", "--stages"), "--stages goes with"),
         (("a.gguf", "--keep", "b.gguf"), "--keep goes with --synthetic"),
         (("--synthetic", "7b", "--peer", "--backend", "numba"), "numba"),
         (("/nonexistent.gguf",), "/nonexistent.gguf: No such file"),

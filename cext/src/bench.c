@@ -2,9 +2,9 @@
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "../dbf.h"
+#include "clock.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -23,9 +23,7 @@ static size_t round_up(size_t n)
 
 static double now(void)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return 1e-9 * (double)clock_ns();
 }
 
 /* ---- a sign product --------------------------------------------------------------------------------------- */

@@ -11,6 +11,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "clock.h"
 #include "model.h"
 #include "scalar.h"
 
@@ -29,6 +30,23 @@ typedef struct apply {
     float *y;       /* [n][rows] */
     int add;
 } apply_t;
+
+/* what thread 0 did since the last lap belongs to `stage` */
+static inline void lap(dbf_session *s, int thread, int stage)
+{
+    if (thread != 0 || !s->timed) return;
+    int64_t now = clock_ns();
+    s->spent[stage] += now - s->lap;
+    s->lap = now;
+}
+
+/* the barrier at the end of `stage` */
+static void meet(dbf_session *s, int thread, int stage)
+{
+    lap(s, thread, stage);
+    pool_barrier(s->model->pool);
+    lap(s, thread, BARRIERS);
+}
 
 static int panels_of(int rows)
 {
@@ -85,7 +103,7 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
         total[1] += panels_of(p[i].w->rows);
     }
     for (int phase = 0; phase < 2; phase++) {
-        int begin, end, first = 0;
+        int begin, end, first = 0, stage = phase == 0 ? SIGNS_B : SIGNS_A;
         pool_split(m->pool, thread, total[phase], &begin, &end);
         for (int i = 0; i < count; i++) {
             const linear_t *w = p[i].w;
@@ -94,8 +112,10 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
             for (int panel = 0; panel < panels; panel++) {
                 if (first + panel < begin || first + panel >= end) continue;
                 if (!ready) {
+                    lap(s, thread, stage);
                     scale = phase == 0 ? prepare(k, own, own->table, p[i].x, w->s_in, w->cols)
                                        : prepare(k, own, own->table, mid, NULL, w->rank);
+                    lap(s, thread, TABLES);
                     ready = 1;
                 }
                 if (phase == 0)
@@ -105,7 +125,7 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
             }
             first += panels;
         }
-        pool_barrier(m->pool);
+        meet(s, thread, stage);
     }
 }
 
@@ -122,25 +142,25 @@ static void linear_many(dbf_session *s, int thread, const apply_t *p, int n)
     for (int i = begin; i < end; i++)
         s->in_scale[i] =
             prepare(k, own, s->tables + i * s->table_bytes, p->x + (size_t)i * w->cols, w->s_in, w->cols);
-    pool_barrier(m->pool);
+    meet(s, thread, TABLES);
 
     pool_split(m->pool, thread, panels_of(w->rank), &begin, &end);
     for (int panel = begin; panel < end; panel++)
         for (int i = 0; i < n; i++)
             panel_b(k, w, panel, s->tables + i * s->table_bytes, s->in_scale[i], s->mid + (size_t)i * m->max_rank);
-    pool_barrier(m->pool);
+    meet(s, thread, SIGNS_B);
 
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++)
         s->in_scale[i] =
             prepare(k, own, s->tables + i * s->table_bytes, s->mid + (size_t)i * m->max_rank, NULL, w->rank);
-    pool_barrier(m->pool);
+    meet(s, thread, TABLES);
 
     pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
     for (int panel = begin; panel < end; panel++)
         for (int i = 0; i < n; i++)
             panel_a(k, p, panel, s->tables + i * s->table_bytes, s->in_scale[i], p->y + (size_t)i * w->rows);
-    pool_barrier(m->pool);
+    meet(s, thread, SIGNS_A);
 }
 
 static void linears(dbf_session *s, int thread, const apply_t *p, int count, int n)
@@ -174,12 +194,13 @@ static float *norms(dbf_session *s, int thread, const float *w, int first, int n
     int d = m->config.d_model, begin, end;
     if (n - first == 1) {
         m->kernels->rmsnorm(s->scratch[thread].x, s->x + (size_t)first * d, w, m->config.norm_eps, d);
+        lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n - first, &begin, &end);
     for (int i = first + begin; i < first + end; i++)
         m->kernels->rmsnorm(s->norm + (size_t)i * d, s->x + (size_t)i * d, w, m->config.norm_eps, d);
-    pool_barrier(m->pool);
+    meet(s, thread, REST);
     return s->norm + (size_t)first * d;
 }
 
@@ -205,7 +226,7 @@ static void rotate_and_store(const job_t *job, int thread, int layer)
         k->to_f16(s->k + to, s->k_heads + from, dim);
         k->to_f16(s->v + to, s->v_heads + from, dim);
     }
-    pool_barrier(s->model->pool);
+    meet(s, thread, ATTENTION);
 }
 
 /* attention of every query head over the positions up to its own; one item is one head of one token */
@@ -223,7 +244,7 @@ static void attention(const job_t *job, int thread, int layer)
         s->model->kernels->attend(s->attended + at, s->q_heads + at, s->k + cache, s->v + cache,
                                   s->scratch[thread].score, factor, job->pos + i + 1, dim);
     }
-    pool_barrier(s->model->pool);
+    meet(s, thread, ATTENTION);
 }
 
 /* SiLU(gate) * up: divided, or a single token by every thread into its own memory */
@@ -233,6 +254,7 @@ static const float *gated(dbf_session *s, int thread, int n)
     int d_ff = m->config.d_ff, begin, end;
     if (n == 1) {
         m->kernels->silu_mul(s->scratch[thread].x, s->gate, s->up, d_ff);
+        lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n, &begin, &end);
@@ -240,7 +262,7 @@ static const float *gated(dbf_session *s, int thread, int n)
         float *gate = s->gate + (size_t)i * d_ff;
         m->kernels->silu_mul(gate, gate, s->up + (size_t)i * d_ff, d_ff);
     }
-    pool_barrier(m->pool);
+    meet(s, thread, REST);
     return s->gate;
 }
 
@@ -261,7 +283,7 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
         else
             pool_split(m->pool, thread, n, &begin, &end);
         for (int i = begin; i < end; i++) scale[i] = k->quantize(q + i * cols, x + i * cols, w->cols);
-        if (n > 1) pool_barrier(m->pool);
+        if (n > 1) meet(s, thread, HEAD);
     }
     pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
     for (int panel = begin; panel < end; panel++)
@@ -275,7 +297,7 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
                 k->gemv_q8_0(y, (const uint8_t *)w->data + row / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, q + i * cols,
                              scale[i], rows, w->cols);
         }
-    /* pool_run's own barrier ends the pass */
+    lap(s, thread, HEAD); /* pool_run's own barrier ends the pass */
 }
 
 static void forward(void *arg, int thread)
@@ -285,11 +307,13 @@ static void forward(void *arg, int thread)
     const dbf_model *m = s->model;
     int n = job->n, begin, end;
 
+    lap(s, thread, BARRIERS);
+
     /* embedding */
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++)
         dense_row(m->kernels, s->x + (size_t)i * m->config.d_model, &m->embed, job->tokens[i]);
-    pool_barrier(m->pool);
+    meet(s, thread, REST);
 
     for (int layer = 0; layer < m->config.n_layers; layer++) {
         const layer_t *l = &m->layers[layer];
@@ -324,6 +348,7 @@ static void forward(void *arg, int thread)
 int dbf_forward(dbf_session *s, const int32_t *tokens, int n, int pos, float *logits, int n_logits)
 {
     int skip = n - n_logits; /* tokens without logits */
+    if (s->timed) s->lap = clock_ns();
     for (int done = 0; done < n; done += CHUNK) {
         job_t job = { .s = s, .tokens = tokens + done, .n = n - done < CHUNK ? n - done : CHUNK, .pos = pos + done };
         job.first = skip <= done ? 0 : skip - done < job.n ? skip - done : job.n;
@@ -331,6 +356,7 @@ int dbf_forward(dbf_session *s, const int32_t *tokens, int n, int pos, float *lo
         job.logits = logits + (size_t)row * s->model->config.n_vocab;
         int code = pool_run(s->model->pool, forward, &job);
         if (code) return code;
+        lap(s, 0, BARRIERS);
         s->held = pos + done + job.n;
     }
     return DBF_OK;

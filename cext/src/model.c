@@ -307,6 +307,32 @@ int dbf_eval(dbf_session *s, const int32_t *tokens, int n, int pos, float *logit
     return dbf_forward(s, tokens, n, pos, logits, n_logits);
 }
 
+const char *dbf_stage_name(int i)
+{
+    static const char *const names[DBF_STAGES] = {
+        [REST] = "embedding, norms, SiLU", [TABLES] = "quantization, tables", [SIGNS_B] = "sign products B",
+        [SIGNS_A] = "sign products A",     [ATTENTION] = "RoPE, attention",   [HEAD] = "head",
+        [BARRIERS] = "barriers",
+    };
+    return i >= 0 && i < DBF_STAGES ? names[i] : NULL;
+}
+
+int dbf_stages_start(dbf_session *s)
+{
+    if (!s) return DBF_EINVAL;
+    memset(s->spent, 0, sizeof s->spent);
+    s->timed = 1;
+    return DBF_OK;
+}
+
+int dbf_stages_stop(dbf_session *s, double *seconds)
+{
+    if (!s || !seconds || !s->timed) return DBF_EINVAL;
+    for (int i = 0; i < DBF_STAGES; i++) seconds[i] = 1e-9 * (double)s->spent[i];
+    s->timed = 0;
+    return DBF_OK;
+}
+
 /* ---- the rest --------------------------------------------------------------------------------------------- */
 
 const char *dbf_strerror(int code)

@@ -42,6 +42,9 @@ typedef struct scratch {
     uint8_t *table;
 } scratch_t;
 
+/* the stages of dbf.h; model.c has their names */
+enum { REST, TABLES, SIGNS_B, SIGNS_A, ATTENTION, HEAD, BARRIERS };
+
 struct dbf_session {
     dbf_model *model;
     int n_ctx, held;    /* positions there is room for; positions filled */
@@ -62,6 +65,10 @@ struct dbf_session {
     size_t table_bytes;
     scratch_t *scratch;         /* [threads] */
     uint8_t *arena;             /* all of the above */
+
+    int timed;                  /* whether thread 0 counts the nanoseconds of its stages */
+    int64_t lap;                /* when the last stage ended */
+    int64_t spent[DBF_STAGES];
 };
 
 int dbf_forward(dbf_session *session, const int32_t *tokens, int n, int pos, float *logits, int n_logits);

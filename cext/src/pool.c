@@ -8,10 +8,10 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "../dbf.h"
+#include "clock.h"
 
 /* Nanoseconds to spin, by the clock: one pause takes 40 cycles on one CPU and 140 on the next. Where a wait ended in
  * sleep, the cores are probably shared, and spinning keeps the awaited thread from running: later spins are short. */
@@ -75,13 +75,6 @@ static void gate_open(gate_t *gate)
         pthread_cond_broadcast(&gate->changed);
         pthread_mutex_unlock(&gate->mutex);
     }
-}
-
-static int64_t clock_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 /* wait until the count is no longer `seen`; returns how long to spin next time, if this time it was `spin` */

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import cli
-from runtime.bench import decode, kernels, machine, peer, synthetic
+from runtime.bench import decode, kernels, machine, peer, stages, synthetic
 from runtime.bench.report import FORMATS, Row, Table
 from runtime.errors import OptionError
 
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-t", "--threads", type=numbers, metavar="N,...", help="numbers of threads (default: physical cores)"
     )
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each test")
+    p.add_argument("--stages", action="store_true", help="show where the time goes, stage by stage")
     p.add_argument("-o", "--output", choices=FORMATS, default="md", help="form of the table")
     p.add_argument("--backend", choices=("auto", "c", "numba"), default="auto", help="what computes")
 
@@ -111,6 +112,9 @@ def _bench_model(args: argparse.Namespace) -> None:
             shape = synthetic.SHAPES[args.synthetic]
             rows = peer.bench(path, shape, cases, threads, args.repetitions, args.seed, _note)
             _print(args, peer.COLUMNS, rows)
+        elif args.stages:
+            rows = stages.bench(str(path), cases, threads, args.repetitions, args.backend)
+            _print(args, stages.COLUMNS, rows)
         else:
             rows = decode.bench(str(path), cases, threads, args.repetitions, args.backend)
             _print(args, decode.COLUMNS, rows)
@@ -128,6 +132,8 @@ def _check(args: argparse.Namespace) -> None:
             raise OptionError(f"{option} goes with --synthetic SHAPE")
     if args.peer and args.backend == "numba":
         raise OptionError("--peer compares the C backend; leave out --backend numba")
+    if args.stages and (args.peer or args.kernels or args.info):
+        raise OptionError("--stages goes with OUT.gguf or --synthetic SHAPE, and without --peer")
     if not 1 <= args.repetitions <= MAX_REPEATS:
         raise OptionError(f"-r {args.repetitions}: wanted 1 to {MAX_REPEATS}")
     if args.seed < 0:
