@@ -168,11 +168,21 @@ class NumbaBackend(Backend):
 
     def _attention(self, q: Any, layer: int, pos: int) -> Floats:
         """Attention of every query head over the positions up to pos."""
-        c = self._config
-        y = np.empty((c.n_heads, c.head_dim), np.float32)
+        c, held = self._config, pos + 1
+        y = np.zeros((c.n_heads, c.head_dim), np.float32)
         factor = np.float32(1.0) / np.sqrt(np.float32(c.head_dim))
         group = c.n_heads // c.n_kv_heads
-        for h in range(c.n_heads):
-            k, v = self._k[layer, h // group], self._v[layer, h // group]
-            kernels.attend(y[h], q[h], k, v, self._score, factor, pos + 1, c.head_dim)
+        for kv_head in range(c.n_kv_heads):
+            k, v = (self._widen(cache[layer, kv_head, :held]) for cache in (self._k, self._v))
+            for h in range(kv_head * group, (kv_head + 1) * group):
+                kernels.scores(self._score, q[h], k, factor, held, c.head_dim)
+                inverse = np.float32(1.0) / np.float32(kernels.softmax(self._score, held))
+                kernels.mix(y[h], self._score, v, held, c.head_dim)
+                y[h] *= inverse
         return y.reshape(-1)
+
+    def _widen(self, rows: NDArray[np.uint16]) -> Floats:
+        """Rows of the KV cache as float32."""
+        y = np.empty(rows.shape, np.float32)
+        kernels.from_f16(y.reshape(-1), rows.reshape(-1), rows.size)
+        return y

@@ -277,37 +277,50 @@ def rope(x: Array, cos_sin: Array, dims: int, pairing: int) -> None:
 
 
 @njit(cache=True)
-def attend(y: Array, x: Array, k: Array, v: Array, score: Array, factor: Any, held: int, dim: int) -> None:
-    """y = sum_j softmax_j(factor * (x . k[j])) v[j]
+def scores(y: Array, x: Array, k: Array, factor: Any, n: int, dim: int) -> None:
+    """y[j] = (sum_i k[j,i] * x[i]) * factor
 
-    y      (dim,)       float32, overwritten
-    x      (dim,)       float32
-    k, v   (held, dim)  float16 as uint16
-    score  (held,)      float32, work space
+    y  (n,)      float32, overwritten
+    x  (dim,)    float32
+    k  (n, dim)  float32
     Mirror: cext/src/kernels_ref.c.
     """
-    # scores and their largest
-    top = f32(-np.inf)
-    for j in range(held):
+    for j in range(n):
         lane = np.zeros(LANES, np.float32)
         for i in range(dim):
-            lane[i % LANES] = lane[i % LANES] + f32_from_f16(k[j, i]) * x[i]
-        score[j] = lanes_sum(lane) * factor
-        top = score[j] if score[j] > top else top
-    # exponentials and their sum
+            lane[i % LANES] = lane[i % LANES] + k[j, i] * x[i]
+        y[j] = lanes_sum(lane) * factor
+
+
+@njit(cache=True)
+def softmax(x: Array, n: int) -> Any:
+    """x[j] = exp(x[j] - max(x));  returns their sum
+
+    x  (n,)  float32, overwritten
+    Mirror: cext/src/kernels_ref.c.
+    """
+    top = f32(-np.inf)
+    for j in range(n):
+        top = x[j] if x[j] > top else top
     lane = np.zeros(LANES, np.float32)
-    for j in range(held):
-        score[j] = exp_f32(score[j] - top)
-        lane[j % LANES] = lane[j % LANES] + score[j]
-    inverse = ONE / lanes_sum(lane)
-    # the weighted values
-    for i in range(dim):
-        y[i] = ZERO
-    for j in range(held):
+    for j in range(n):
+        x[j] = exp_f32(x[j] - top)
+        lane[j % LANES] = lane[j % LANES] + x[j]
+    return lanes_sum(lane)
+
+
+@njit(cache=True)
+def mix(y: Array, p: Array, v: Array, n: int, dim: int) -> None:
+    """y[i] = y[i] + sum_j p[j] * v[j,i],  added one by one
+
+    y  (dim,)    float32, overwritten
+    p  (n,)      float32
+    v  (n, dim)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for j in range(n):
         for i in range(dim):
-            y[i] = y[i] + score[j] * f32_from_f16(v[j, i])
-    for i in range(dim):
-        y[i] = y[i] * inverse
+            y[i] = y[i] + p[j] * v[j, i]
 
 
 @njit(cache=True)

@@ -31,6 +31,8 @@ MODELS = {
     "part rotated": (tiny.config(head_dim=20, rope_dims=8, d_model=33, d_ff=65), {"bias": True}),
     "not rotated": (tiny.config(rope_dims=0, n_layers=1), {"kind": F16, "tied": True}),
     "Q8_0": (tiny.config(d_model=64, n_vocab=65), {"kind": Q8_0, "tied": True, "bias": True}),
+    "heads of 64": (tiny.config(head_dim=64, rope_dims=64, n_layers=1), {}),
+    "20 queries share a KV head": (tiny.config(n_heads=20, n_kv_heads=1, head_dim=128, n_layers=1), {}),
     "wide heads": (tiny.config(head_dim=96, rope_dims=96, n_layers=1), {"kind": F32}),
 }
 

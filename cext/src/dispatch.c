@@ -53,7 +53,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 /* ---- self-test -------------------------------------------------------------------------------------------- */
 
-enum { ROWS = 64, COLS = 1091, DIM = 40, HELD = 19 }; /* COLS: more than 128 groups of 8, and odd */
+enum { ROWS = 64, COLS = 1091, DIM = 215, HELD = 19 }; /* COLS: more than 128 groups of 8, and odd */
 
 typedef struct golden { /* input, and after it the output, of every kernel that may be replaced */
     uint8_t bits[ROWS * ((COLS + 7) / 8)], q8[8 * 3 * DBF_Q8_0_BYTES];
@@ -62,7 +62,7 @@ typedef struct golden { /* input, and after it the output, of every kernel that 
     int32_t isum[DBF_PANEL];
     int16_t q[COLS];
     float scale, scaled[COLS], descaled[DBF_PANEL], f32[8], f16[8], q8_0[8], norm[COLS], attended[DIM], gated[COLS],
-        added[COLS], widened[COLS], score[HELD];
+        added[COLS], widened[COLS], scores[3 * HELD], weights[COLS], sum;
     uint16_t narrowed[COLS];
 } golden_t;
 
@@ -100,7 +100,13 @@ static int run_all(golden_t *g, const kernels_t *k)
     k->gemv_f16(g->f16, g->h, g->x, 8, COLS);
     k->gemv_q8_0(g->q8_0, g->q8, g->q, g->scale, 8, 3 * DBF_Q8_0_BLOCK);
     k->rmsnorm(g->norm, g->x, g->w, 1e-5f, COLS);
-    k->attend(g->attended, g->w, g->h, g->h + HELD * DIM, g->score, 0.15f, HELD, DIM);
+    k->scores(g->scores, g->x, g->w, 0.15f, HELD, DIM);
+    k->scores(g->scores + HELD, g->x, g->w, 0.15f, HELD, 64);
+    k->scores(g->scores + 2 * HELD, g->x, g->w, 0.15f, HELD, 256);
+    memcpy(g->weights, g->w, sizeof g->weights);
+    g->sum = k->softmax(g->weights, COLS);
+    memcpy(g->attended, g->x, sizeof g->attended);
+    k->mix(g->attended, g->weights, g->w, HELD, DIM);
     k->silu_mul(g->gated, g->w, g->x, COLS);
     k->add(g->added, g->x, COLS);
     k->to_f16(g->narrowed, g->x, COLS);

@@ -3,7 +3,9 @@
  * The including file defines, for vectors of VW floats (vf) and int32 (vi), on which + - * / work:
  *   vf_load vf_store vf_set1 vf_max(a, b) vf_min(a, b) vf_rint,
  *   vf_f16(const uint16_t *) and vf_to_f16(uint16_t *, vf), vf_store_i16(int16_t *, vf integers),
- *   vf_from_i32(const int32_t *), vf_pow2(vf integers) = 2^n, vf_abs_bits, vi_max, vi_store, lanes_of
+ *   vf_from_i32(const int32_t *), vf_pow2(vf integers) = 2^n, vf_abs_bits, vi_max, vi_store,
+ *   halves_of(vf[ACCS]) = the first VW lanes of a sum, to which the others are added in halves,
+ *   sums_of(vf[VW]) = the sums of VW such vectors, lanes_of(vf[ACCS]) = one sum, FLIGHT (a divisor of VW)
  * Element i of a sum stays in lane i % DBF_LANES, so the results are those of kernels_ref.c, bit for bit. */
 #ifndef DBF_FLOAT_SIMD_H
 #define DBF_FLOAT_SIMD_H
@@ -125,54 +127,89 @@ static void rmsnorm_simd(float *y, const float *x, const float *w, float eps, in
     for (; i < n; i++) y[i] = (x[i] * root) * w[i];
 }
 
-static void attend_simd(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
-                        int held, int dim)
+/* The dot products of x with VW rows of k, one in each lane; n is a multiple of DBF_LANES. FLIGHT rows at a time: as
+ * many as there are registers for. */
+static inline __attribute__((always_inline)) vf dots_simd(const float *k, const float *x, int n)
 {
-    float top = -INFINITY;
-    for (int j = 0; j < held; j++) {
-        score[j] = dot_f16_simd(k + (size_t)j * dim, x, dim, 0) * factor;
-        top = score[j] > top ? score[j] : top;
+    vf lanes[VW];
+    for (int r = 0; r < VW; r += FLIGHT) {
+        vf acc[FLIGHT][ACCS] = { 0 };
+        for (int i = 0; i < n; i += DBF_LANES)
+            for (int a = 0; a < ACCS; a++) {
+                vf xa = vf_load(x + i + a * VW);
+                for (int f = 0; f < FLIGHT; f++)
+                    acc[f][a] = acc[f][a] + vf_load(k + (size_t)(r + f) * n + i + a * VW) * xa;
+            }
+        for (int f = 0; f < FLIGHT; f++) lanes[r + f] = halves_of(acc[f]);
     }
+    return sums_of(lanes);
+}
 
-    int full = held / DBF_LANES * DBF_LANES;
+static inline float dot_f32_simd(const float *w, const float *x, int n)
+{
+    int full = n / DBF_LANES * DBF_LANES;
     vf acc[ACCS] = { 0 };
     float sum;
+    for (int k = 0; k < full; k += DBF_LANES)
+        for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_load(w + k + a * VW) * vf_load(x + k + a * VW);
+    if (full == n) return lanes_of(acc);
+    SUM_TAIL(acc, full, n, w[i] * x[i]);
+    return sum;
+}
+
+static void scores_simd(float *y, const float *x, const float *k, float factor, int n, int dim)
+{
+    int j = 0;
+    if (dim == 64) /* as most models have it: a constant spares the registers that hold addresses */
+        for (; j + VW <= n; j += VW) vf_store(y + j, dots_simd(k + (size_t)j * 64, x, 64) * vf_set1(factor));
+    else if (dim == 128)
+        for (; j + VW <= n; j += VW) vf_store(y + j, dots_simd(k + (size_t)j * 128, x, 128) * vf_set1(factor));
+    else if (dim % DBF_LANES == 0)
+        for (; j + VW <= n; j += VW) vf_store(y + j, dots_simd(k + (size_t)j * dim, x, dim) * vf_set1(factor));
+    for (; j < n; j++) y[j] = dot_f32_simd(k + (size_t)j * dim, x, dim) * factor;
+}
+
+static float softmax_simd(float *x, int n)
+{
+    int full = n / DBF_LANES * DBF_LANES;
+    vf tops = vf_set1(-INFINITY), acc[ACCS] = { 0 };
+    for (int j = 0; j < full; j += VW) tops = vf_max(vf_load(x + j), tops);
+    float lane[VW], top = -INFINITY, sum;
+    vf_store(lane, tops);
+    for (int l = 0; l < VW; l++) top = lane[l] > top ? lane[l] : top;
+    for (int j = full; j < n; j++) top = x[j] > top ? x[j] : top;
     for (int j = 0; j < full; j += DBF_LANES)
         for (int a = 0; a < ACCS; a++) {
-            vf e = vf_exp(vf_load(score + j + a * VW) - vf_set1(top));
-            vf_store(score + j + a * VW, e);
+            vf e = vf_exp(vf_load(x + j + a * VW) - vf_set1(top));
+            vf_store(x + j + a * VW, e);
             acc[a] = acc[a] + e;
         }
-    for (int j = full; j < held; j++) score[j] = exp_f32(score[j] - top);
-    SUM_TAIL(acc, full, held, score[i]);
-    float inverse = 1.0f / sum;
+    for (int j = full; j < n; j++) x[j] = exp_f32(x[j] - top);
+    SUM_TAIL(acc, full, n, x[i]);
+    return sum;
+}
 
+/* VECTORS registers of y from column i on */
+#define MIX(VECTORS)                                                                                  \
+    for (; i + (VECTORS) * VW <= dim; i += (VECTORS) * VW) {                                          \
+        vf acc[VECTORS];                                                                              \
+        for (int a = 0; a < (VECTORS); a++) acc[a] = vf_load(y + i + a * VW);                         \
+        for (int j = 0; j < n; j++) {                                                                 \
+            vf pj = vf_set1(p[j]);                                                                    \
+            const float *vj = v + (size_t)j * dim + i;                                                \
+            for (int a = 0; a < (VECTORS); a++) acc[a] = acc[a] + pj * vf_load(vj + a * VW);          \
+        }                                                                                             \
+        for (int a = 0; a < (VECTORS); a++) vf_store(y + i + a * VW, acc[a]);                         \
+    }
+
+static void mix_simd(float *y, const float *p, const float *v, int n, int dim)
+{
     int i = 0;
-    for (; i + 4 * VW <= dim; i += 4 * VW) { /* four registers of y at a time */
-        vf y0 = { 0 }, y1 = y0, y2 = y0, y3 = y0;
-        for (int j = 0; j < held; j++) {
-            const uint16_t *vj = v + (size_t)j * dim + i;
-            vf p = vf_set1(score[j]);
-            y0 = y0 + p * vf_f16(vj);
-            y1 = y1 + p * vf_f16(vj + VW);
-            y2 = y2 + p * vf_f16(vj + 2 * VW);
-            y3 = y3 + p * vf_f16(vj + 3 * VW);
-        }
-        vf_store(y + i, y0 * vf_set1(inverse));
-        vf_store(y + i + VW, y1 * vf_set1(inverse));
-        vf_store(y + i + 2 * VW, y2 * vf_set1(inverse));
-        vf_store(y + i + 3 * VW, y3 * vf_set1(inverse));
-    }
-    for (; i + VW <= dim; i += VW) {
-        vf y0 = { 0 };
-        for (int j = 0; j < held; j++) y0 = y0 + vf_set1(score[j]) * vf_f16(v + (size_t)j * dim + i);
-        vf_store(y + i, y0 * vf_set1(inverse));
-    }
-    for (; i < dim; i++) {
-        float y0 = 0.0f;
-        for (int j = 0; j < held; j++) y0 = y0 + score[j] * f32_from_f16(v[(size_t)j * dim + i]);
-        y[i] = y0 * inverse;
-    }
+    MIX(8)
+    MIX(4)
+    MIX(1)
+    for (; i < dim; i++)
+        for (int j = 0; j < n; j++) y[i] = y[i] + p[j] * v[(size_t)j * dim + i];
 }
 
 static void silu_mul_simd(float *y, const float *gate, const float *up, int n)
@@ -202,6 +239,8 @@ static void to_f16_simd(uint16_t *y, const float *x, int n)
 static void from_f16_simd(float *y, const uint16_t *x, int n)
 {
     int i = 0;
+    for (; i + 4 * VW <= n; i += 4 * VW)
+        for (int a = 0; a < 4; a++) vf_store(y + i + a * VW, vf_f16(x + i + a * VW));
     for (; i + VW <= n; i += VW) vf_store(y + i, vf_f16(x + i));
     for (; i < n; i++) y[i] = f32_from_f16(x[i]);
 }
@@ -214,7 +253,9 @@ static void set_float_kernels(kernels_t *k)
     k->gemv_f32 = gemv_f32_simd;
     k->gemv_f16 = gemv_f16_simd;
     k->rmsnorm = rmsnorm_simd;
-    k->attend = attend_simd;
+    k->scores = scores_simd;
+    k->softmax = softmax_simd;
+    k->mix = mix_simd;
     k->silu_mul = silu_mul_simd;
     k->add = add_simd;
     k->to_f16 = to_f16_simd;

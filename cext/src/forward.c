@@ -48,6 +48,11 @@ static void meet(dbf_session *s, int thread, int stage)
     lap(s, thread, BARRIERS);
 }
 
+static int min_of(int a, int b)
+{
+    return a < b ? a : b;
+}
+
 static int panels_of(int rows)
 {
     return (rows + DBF_PANEL - 1) / DBF_PANEL;
@@ -229,20 +234,58 @@ static void rotate_and_store(const job_t *job, int thread, int layer)
     meet(s, thread, ATTENTION);
 }
 
-/* attention of every query head over the positions up to its own; one item is one head of one token */
+/* Attention of n <= QUERIES queries of one KV head: numbers first .. first + n - 1 of all that share it, which are
+ * the heads of its group for one token after the other. Keys and values pass in tiles: each is widened to float32
+ * once, for all queries, and stays in the L1 cache meanwhile. */
+static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int first, int n)
+{
+    dbf_session *s = job->s;
+    const dbf_config *c = &s->model->config;
+    const kernels_t *k = s->model->kernels;
+    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, tile = tile_rows(dim), held[QUERIES] = { 0 };
+    size_t at[QUERIES], cache = ((size_t)layer * c->n_kv_heads + kv_head) * s->n_ctx * dim;
+    float factor = 1.0f / sqrtf((float)dim), sum[QUERIES];
+    for (int q = 0; q < n; q++) {
+        int i = (first + q) / group, h = kv_head * group + (first + q) % group;
+        at[q] = ((size_t)i * c->n_heads + h) * dim;
+        held[q] = job->pos + i + 1;
+        memset(s->attended + at[q], 0, (size_t)dim * sizeof(float));
+    }
+    int most = held[n - 1];
+
+    for (int j = 0; j < most; j += tile) {
+        k->from_f16(own->tile, s->k + cache + (size_t)j * dim, min_of(tile, most - j) * dim);
+        for (int q = 0; q < n; q++)
+            if (held[q] > j)
+                k->scores(own->score + (size_t)q * s->n_ctx + j, s->q_heads + at[q], own->tile, factor,
+                          min_of(tile, held[q] - j), dim);
+    }
+    for (int q = 0; q < n; q++) sum[q] = k->softmax(own->score + (size_t)q * s->n_ctx, held[q]);
+    for (int j = 0; j < most; j += tile) {
+        k->from_f16(own->tile, s->v + cache + (size_t)j * dim, min_of(tile, most - j) * dim);
+        for (int q = 0; q < n; q++)
+            if (held[q] > j)
+                k->mix(s->attended + at[q], own->score + (size_t)q * s->n_ctx + j, own->tile,
+                       min_of(tile, held[q] - j), dim);
+    }
+    for (int q = 0; q < n; q++) {
+        float *y = s->attended + at[q], inverse = 1.0f / sum[q];
+        for (int i = 0; i < dim; i++) y[i] = y[i] * inverse;
+    }
+}
+
+/* attention of every query over the positions up to its own; queries are divided so that those of a thread share as
+ * many KV heads as can be */
 static void attention(const job_t *job, int thread, int layer)
 {
     dbf_session *s = job->s;
     const dbf_config *c = &s->model->config;
-    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, begin, end;
-    float factor = 1.0f / sqrtf((float)dim);
-    pool_split(s->model->pool, thread, job->n * c->n_heads, &begin, &end);
-    for (int item = begin; item < end; item++) {
-        int h = item / job->n, i = item % job->n;
-        size_t at = ((size_t)i * c->n_heads + h) * dim;
-        size_t cache = ((size_t)layer * c->n_kv_heads + h / group) * s->n_ctx * dim;
-        s->model->kernels->attend(s->attended + at, s->q_heads + at, s->k + cache, s->v + cache,
-                                  s->scratch[thread].score, factor, job->pos + i + 1, dim);
+    int sharing = job->n * (c->n_heads / c->n_kv_heads), begin, end;
+    pool_split(s->model->pool, thread, c->n_kv_heads * sharing, &begin, &end);
+    for (int item = begin, n; item < end; item += n) {
+        int first = item % sharing;
+        n = min_of(min_of(QUERIES, sharing - first), end - item);
+        attend(job, &s->scratch[thread], layer, item / sharing, first, n);
     }
     meet(s, thread, ATTENTION);
 }

@@ -71,11 +71,17 @@ typedef struct kernels {
      * cos_sin[dims/2][2]; pairing DBF_ADJACENT or DBF_HALVES;  error: 2 u (|a| + |b|) */
     void (*rope)(float *x, const float *cos_sin, int dims, int pairing);
 
-    /* y = sum_j softmax_j(factor * (x . k[j])) v[j]
-     * one head: y[dim], x[dim], k[held][dim] and v[held][dim] float16, score[held] is work space
-     * error: (4 (dim/16 + 9) e + 1.1 held + 20) u sum_j softmax_j |v[j]|,  e = max_j factor sum_i |x k[j]| */
-    void (*attend)(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
-                   int held, int dim);
+    /* y[j] = (sum_i k[j,i] * x[i]) * factor
+     * scores of n keys: y[n], x[dim], k[n][dim];  error: (dim/16 + 7) u factor sum_i |k x| */
+    void (*scores)(float *y, const float *x, const float *k, float factor, int n, int dim);
+
+    /* x[j] = exp(x[j] - max(x));  returns their sum
+     * error: (|x[j] - max(x)| + 5) u exp(x[j] - max(x)) for |x[j] - max(x)| <= 80, (n/16 + 6) u of the sum */
+    float (*softmax)(float *x, int n);
+
+    /* y[i] = y[i] + sum_j p[j] * v[j,i],  added one by one
+     * y[dim], p[n], v[n][dim];  error: (n + 1) u (|y| + sum_j |p v|) */
+    void (*mix)(float *y, const float *p, const float *v, int n, int dim);
 
     /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i];  error: 9 u |y| for |gate| <= 80 */
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);

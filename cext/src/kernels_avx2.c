@@ -44,7 +44,19 @@ static inline float sum8(__m256 v) /* lanes_sum from half = 4 on */
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
-#define lanes_of(acc) sum8(acc[0] + acc[1])
+#define halves_of(acc) (acc[0] + acc[1])
+#define lanes_of(acc) sum8(halves_of(acc))
+#define FLIGHT 4
+
+static inline vf sums_of(const vf *v)
+{
+    vf u[4], s, t;
+    for (int i = 0; i < 4; i++) /* rows i and i + 4 */
+        u[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20) + _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+    s = _mm256_shuffle_ps(u[0], u[1], 0x44) + _mm256_shuffle_ps(u[0], u[1], 0xee);
+    t = _mm256_shuffle_ps(u[2], u[3], 0x44) + _mm256_shuffle_ps(u[2], u[3], 0xee);
+    return _mm256_shuffle_ps(s, t, 0x88) + _mm256_shuffle_ps(s, t, 0xdd);
+}
 
 #include "float_simd.h"
 

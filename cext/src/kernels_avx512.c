@@ -45,6 +45,22 @@ static inline float sum8(__m256 v) /* lanes_sum from half = 4 on */
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
 #define lanes_of(acc) sum8(_mm256_add_ps(_mm512_castps512_ps256(acc[0]), _mm512_extractf32x8_ps(acc[0], 1)))
+#define halves_of(acc) acc[0]
+#define FLIGHT 16
+
+static inline vf sums_of(const vf *v)
+{
+    vf u[8], w[4], s, t;
+    for (int i = 0; i < 8; i++) { /* rows r and r + 4 */
+        int r = i < 4 ? i : i + 4;
+        u[i] = _mm512_shuffle_f32x4(v[r], v[r + 4], 0x44) + _mm512_shuffle_f32x4(v[r], v[r + 4], 0xee);
+    }
+    for (int i = 0; i < 4; i++) /* rows i, i + 4, i + 8, i + 12 */
+        w[i] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88) + _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    s = _mm512_shuffle_ps(w[0], w[1], 0x44) + _mm512_shuffle_ps(w[0], w[1], 0xee);
+    t = _mm512_shuffle_ps(w[2], w[3], 0x44) + _mm512_shuffle_ps(w[2], w[3], 0xee);
+    return _mm512_shuffle_ps(s, t, 0x88) + _mm512_shuffle_ps(s, t, 0xdd);
+}
 
 #include "float_simd.h"
 

@@ -43,6 +43,20 @@ static inline float sum8(float32x4_t low, float32x4_t high) /* lanes_sum from ha
     return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
 }
 #define lanes_of(acc) sum8(acc[0] + acc[2], acc[1] + acc[3])
+#define halves_of(acc) ((acc[0] + acc[2]) + (acc[1] + acc[3]))
+#define FLIGHT 4
+
+/* l += l + 2 of two rows */
+static inline vf quarters(vf a, vf b)
+{
+    float64x2_t a2 = vreinterpretq_f64_f32(a), b2 = vreinterpretq_f64_f32(b);
+    return vreinterpretq_f32_f64(vzip1q_f64(a2, b2)) + vreinterpretq_f32_f64(vzip2q_f64(a2, b2));
+}
+
+static inline vf sums_of(const vf *v)
+{
+    return vpaddq_f32(quarters(v[0], v[1]), quarters(v[2], v[3]));
+}
 
 #include "float_simd.h"
 

@@ -129,30 +129,31 @@ static void rope(float *x, const float *cos_sin, int dims, int pairing)
     }
 }
 
-static void attend(float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor,
-                   int held, int dim)
+static void scores(float *y, const float *x, const float *k, float factor, int n, int dim)
 {
-    /* scores and their largest */
-    float top = -INFINITY;
-    for (int j = 0; j < held; j++) {
+    for (int j = 0; j < n; j++) {
         float lane[DBF_LANES] = { 0 };
         for (int i = 0; i < dim; i++)
-            lane[i % DBF_LANES] = lane[i % DBF_LANES] + f32_from_f16(k[(size_t)j * dim + i]) * x[i];
-        score[j] = lanes_sum(lane) * factor;
-        top = score[j] > top ? score[j] : top;
+            lane[i % DBF_LANES] = lane[i % DBF_LANES] + k[(size_t)j * dim + i] * x[i];
+        y[j] = lanes_sum(lane) * factor;
     }
-    /* exponentials and their sum */
-    float lane[DBF_LANES] = { 0 };
-    for (int j = 0; j < held; j++) {
-        score[j] = exp_f32(score[j] - top);
-        lane[j % DBF_LANES] = lane[j % DBF_LANES] + score[j];
+}
+
+static float softmax(float *x, int n)
+{
+    float top = -INFINITY, lane[DBF_LANES] = { 0 };
+    for (int j = 0; j < n; j++) top = x[j] > top ? x[j] : top;
+    for (int j = 0; j < n; j++) {
+        x[j] = exp_f32(x[j] - top);
+        lane[j % DBF_LANES] = lane[j % DBF_LANES] + x[j];
     }
-    float inverse = 1.0f / lanes_sum(lane);
-    /* the weighted values */
-    for (int i = 0; i < dim; i++) y[i] = 0.0f;
-    for (int j = 0; j < held; j++)
-        for (int i = 0; i < dim; i++) y[i] = y[i] + score[j] * f32_from_f16(v[(size_t)j * dim + i]);
-    for (int i = 0; i < dim; i++) y[i] = y[i] * inverse;
+    return lanes_sum(lane);
+}
+
+static void mix(float *y, const float *p, const float *v, int n, int dim)
+{
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < dim; i++) y[i] = y[i] + p[j] * v[(size_t)j * dim + i];
 }
 
 static void silu_mul(float *y, const float *gate, const float *up, int n)
@@ -190,7 +191,9 @@ const kernels_t kernels_ref = {
     .gemv_q8_0 = gemv_q8_0,
     .rmsnorm = rmsnorm,
     .rope = rope,
-    .attend = attend,
+    .scores = scores,
+    .softmax = softmax,
+    .mix = mix,
     .silu_mul = silu_mul,
     .add = add,
     .to_f16 = to_f16,

@@ -262,7 +262,8 @@ static size_t lay_out_session(dbf_session *s)
         scratch_t *own = &s->scratch[t];
         own->x = part(s, &used, wide * f);
         own->scaled = part(s, &used, wide * f);
-        own->score = part(s, &used, (size_t)s->n_ctx * f);
+        own->tile = part(s, &used, (size_t)tile_rows(c->head_dim) * c->head_dim * f);
+        own->score = part(s, &used, (size_t)QUERIES * s->n_ctx * f);
         own->q = part(s, &used, wide * sizeof *own->q);
         own->table = part(s, &used, s->table_bytes);
     }

@@ -6,7 +6,15 @@
 #include "kernels.h"
 #include "pool.h"
 
-#define CHUNK 64 /* tokens that go through a layer together */
+#define CHUNK 64   /* tokens that go through a layer together */
+#define QUERIES 16 /* queries of one KV head that pass over its keys and values together */
+
+/* positions whose keys or values are float32 at a time: 16 KiB of them, and whole groups of DBF_LANES */
+static inline int tile_rows(int head_dim)
+{
+    int rows = 4096 / head_dim / DBF_LANES * DBF_LANES;
+    return rows > DBF_LANES ? rows : DBF_LANES;
+}
 
 /* one linear layer; a and b as kernels_t.sign_gemv wants them, the rest copied */
 typedef struct linear {
@@ -37,7 +45,8 @@ struct dbf_model {
 /* work space of one thread */
 typedef struct scratch {
     float *x, *scaled; /* [max_dim] and [max of max_dim, max_rank] */
-    float *score;      /* [n_ctx] */
+    float *tile;       /* [tile_rows][head_dim] */
+    float *score;      /* [QUERIES][n_ctx] */
     int16_t *q;        /* [max of max_dim, max_rank] */
     uint8_t *table;
 } scratch_t;

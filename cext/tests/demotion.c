@@ -33,6 +33,13 @@ static float wrong_quantize(int16_t *q, const float *x, int n)
     return scale;
 }
 
+static float wrong_softmax(float *x, int n)
+{
+    float sum = kernels_ref.softmax(x, n);
+    flip(&sum);
+    return sum;
+}
+
 WRONG(scale, (float *y, const float *x, const uint16_t *s, int n), (y, x, s, n), flip(&y[n - 1]))
 WRONG(descale, (float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n),
       (y, isum, scale, s, bias, n), flip(&y[n - 1]))
@@ -45,17 +52,17 @@ WRONG(gemv_f16, (float *y, const uint16_t *w, const float *x, int rows, int cols
 WRONG(gemv_q8_0, (float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols),
       (y, w, q, scale, rows, cols), flip(&y[rows - 1]))
 WRONG(rmsnorm, (float *y, const float *x, const float *w, float eps, int n), (y, x, w, eps, n), flip(&y[n - 1]))
-WRONG(attend,
-      (float *y, const float *x, const uint16_t *k, const uint16_t *v, float *score, float factor, int held, int dim),
-      (y, x, k, v, score, factor, held, dim), flip(&y[dim - 1]))
+WRONG(scores, (float *y, const float *x, const float *k, float factor, int n, int dim), (y, x, k, factor, n, dim),
+      flip(&y[n - 1]))
+WRONG(mix, (float *y, const float *p, const float *v, int n, int dim), (y, p, v, n, dim), flip(&y[dim - 1]))
 WRONG(silu_mul, (float *y, const float *gate, const float *up, int n), (y, gate, up, n), flip(&y[n - 1]))
 WRONG(add, (float *y, const float *x, int n), (y, x, n), flip(&y[n - 1]))
 WRONG(to_f16, (uint16_t *y, const float *x, int n), (y, x, n), y[n - 1] ^= 1)
 WRONG(from_f16, (float *y, const uint16_t *x, int n), (y, x, n), flip(&y[n - 1]))
 
 #define KERNELS(X) \
-    X(quantize) X(scale) X(descale) X(sign_gemv) X(gemv_f32) X(gemv_f16) X(gemv_q8_0) X(rmsnorm) X(attend) \
-    X(silu_mul) X(add) X(to_f16) X(from_f16)
+    X(quantize) X(scale) X(descale) X(sign_gemv) X(gemv_f32) X(gemv_f16) X(gemv_q8_0) X(rmsnorm) X(scores) \
+    X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16)
 
 enum { NONE,
 #define NUMBER(kernel) WRONG_##kernel,

@@ -308,47 +308,76 @@ static void test_rope(const kernels_t *k, int half)
     }
 }
 
-static void test_attend(const kernels_t *k, int held, int dim)
+static void test_scores(const kernels_t *k, int n, int dim)
 {
-    static float scores[MAX];
-    static double p[MAX];
-    float *y = take((size_t)dim, sizeof *y), *x = floats((size_t)dim, 4.0f);
-    uint16_t *keys = halves((size_t)held * (size_t)dim), *values = halves((size_t)held * (size_t)dim);
-    float *score = take((size_t)held, sizeof *score), factor = 0.7f;
-    k->attend(y, x, keys, values, score, factor, held, dim);
-    ref->attend(want_f, x, keys, values, scores, factor, held, dim);
-    SAME(y, want_f, dim, "attend");
-
-    double top = -INFINITY, all = 0.0, e = 0.0;
-    for (int j = 0; j < held; j++) {
+    float *y = take((size_t)n, sizeof *y), *x = floats((size_t)dim, 4.0f), factor = 0.7f;
+    float *keys = floats((size_t)n * (size_t)dim, 1.0f);
+    k->scores(y, x, keys, factor, n, dim);
+    ref->scores(want_f, x, keys, factor, n, dim);
+    SAME(y, want_f, n, "scores");
+    for (int j = 0; j < n; j++) {
         double sum = 0.0, size = 0.0;
         for (int i = 0; i < dim; i++) {
-            double term = of_half(keys[j * dim + i]) * x[i] * (double)factor;
+            double term = (double)keys[j * dim + i] * x[i] * (double)factor;
             sum += term, size += fabs(term);
         }
-        p[j] = sum;
-        top = larger(top, sum);
-        e = larger(e, size);
+        NEAR(y[j], sum, (dim / 16.0 + 7.0) * U * size, "scores", dim);
     }
-    for (int j = 0; j < held; j++) all += p[j] = exp(p[j] - top);
-    for (int i = 0; i < dim; i++) {
-        double sum = 0.0, size = 0.0;
-        for (int j = 0; j < held; j++) {
-            double term = p[j] / all * of_half(values[j * dim + i]);
-            sum += term, size += fabs(term);
-        }
-        NEAR(y[i], sum, (4.0 * (dim / 16.0 + 9.0) * e + 1.1 * held + 20.0) * U * size, "attend", dim);
-    }
-    give_back(k->name, "attend", dim);
+    give_back(k->name, "scores", dim);
 }
 
-static void test_attend_sizes(const kernels_t *k, int n)
+static void test_softmax(const kernels_t *k, int n)
 {
-    static const int held[] = { 1, 2, 15, 16, 17, 33 };
-    for (size_t i = 0; i < sizeof held / sizeof *held; i++) {
-        if (n < 500) test_attend(k, held[i], n); /* dim */
-        test_attend(k, n, held[i]);
+    static float before[MAX];
+    float *x = floats((size_t)n, n % 2 ? 40.0f : 3.0f), top = -INFINITY;
+    memcpy(before, x, (size_t)n * sizeof *x);
+    memcpy(want_f, x, (size_t)n * sizeof *x);
+    float sum = k->softmax(x, n), sum_want = ref->softmax(want_f, n);
+    SAME(x, want_f, n, "softmax");
+    CHECK(memcmp(&sum, &sum_want, sizeof sum) == 0, "%s softmax %d: the sum is %g, not %g", k->name, n, sum, sum_want);
+    double all = 0.0;
+    for (int j = 0; j < n; j++) top = before[j] > top ? before[j] : top;
+    for (int j = 0; j < n; j++) {
+        double below = (double)top - before[j];
+        NEAR(x[j], exp(-below), (below + 5.0) * U * exp(-below), "softmax", n);
+        all += x[j];
     }
+    NEAR(sum, all, (n / 16.0 + 6.0) * U * all, "sum of softmax", n);
+    give_back(k->name, "softmax", n);
+}
+
+static void test_mix(const kernels_t *k, int n, int dim)
+{
+    static float before[MAX];
+    float *y = floats((size_t)dim, 2.0f), *p = floats((size_t)n, 1.0f), *values = floats((size_t)n * (size_t)dim, 3.0f);
+    memcpy(before, y, (size_t)dim * sizeof *y);
+    memcpy(want_f, y, (size_t)dim * sizeof *y);
+    k->mix(y, p, values, n, dim);
+    ref->mix(want_f, p, values, n, dim);
+    SAME(y, want_f, dim, "mix");
+    for (int i = 0; i < dim; i++) {
+        double sum = before[i], size = fabs(sum);
+        for (int j = 0; j < n; j++) {
+            double term = (double)p[j] * values[j * dim + i];
+            sum += term, size += fabs(term);
+        }
+        NEAR(y[i], sum, (n + 1.0) * U * size, "mix", dim);
+    }
+    give_back(k->name, "mix", dim);
+}
+
+/* usual sizes of heads, odd ones, and numbers of positions around whole vectors */
+static void test_attention(const kernels_t *k, int n)
+{
+    static const int few[] = { 1, 2, 15, 16, 17, 33 }, dims[] = { 64, 80, 96, 128, 256 };
+    for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
+        if (n < 500) test_scores(k, few[i], n), test_mix(k, few[i], n); /* dim */
+        test_scores(k, n, few[i]);
+        test_mix(k, n, few[i]);
+    }
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+        if (n < 70) test_scores(k, n, dims[i]), test_mix(k, n, dims[i]);
+    test_softmax(k, n);
 }
 
 static void test_silu_mul(const kernels_t *k, int n)
@@ -432,7 +461,7 @@ int main(void)
                 if (n < 100) test_gemv_q8_0(k, n);
                 test_rmsnorm(k, n);
                 test_rope(k, n);
-                test_attend_sizes(k, n);
+                test_attention(k, n);
                 test_silu_mul(k, n);
                 test_add(k, n);
                 test_f16(k, n);
