@@ -68,8 +68,9 @@ typedef struct dbf_session dbf_session; /* KV cache and work space of one conver
 int dbf_model_new(dbf_model **out, const dbf_config *config, const dbf_weights *weights, int n_threads);
 void dbf_model_free(dbf_model *model);
 
-/* rope: f32 [n_ctx][rope_dims/2][2], cos and sin; copied */
-int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope);
+/* rope: f32 [n_ctx][rope_dims/2][2], cos and sin; copied
+ * kv_type: of the keys and values held, DBF_F16 or, if head_dim % 32 == 0, DBF_Q8_0 */
+int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type);
 void dbf_session_free(dbf_session *session);
 
 /* Run n tokens at positions pos .. pos+n-1, overwriting the KV cache from pos on (pos <= tokens held), and

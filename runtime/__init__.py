@@ -33,6 +33,7 @@ def load(
     backend: str = "auto",
     n_threads: int | None = None,
     n_ctx: int | None = None,
+    kv_type: str = "f16",
 ) -> Model:
     """Open a model file and make it ready to run.
 
@@ -41,6 +42,7 @@ def load(
     n_threads  None: the number of physical cores
     n_ctx      tokens that prompt and answer may have together; None: what the model was trained for,
                at most 4096
+    kv_type    of the KV cache: "f16", or "q8_0", which takes half the memory
 
     Raises FormatError, UnsupportedModelError, BackendError, OptionError, OSError.
     """
@@ -56,7 +58,9 @@ def load(
         from runtime import backend as backends
 
         ctx = min(file.config.n_ctx_train, DEFAULT_CTX) if n_ctx is None else n_ctx
-        running = backends.load(file.config, file.weights, backend=backend, n_threads=n_threads, n_ctx=ctx)
+        running = backends.load(
+            file.config, file.weights, backend=backend, n_threads=n_threads, n_ctx=ctx, kv_type=kv_type
+        )
         file.file.release()  # most of it has been copied
     except BaseException:
         file.close()
@@ -88,6 +92,13 @@ class Model:
     @property
     def n_ctx(self) -> int:
         return self.engine.n_ctx
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the KV cache that one token takes; there is room for n_ctx of them."""
+        from runtime.config import kv_bytes_per_token
+
+        return kv_bytes_per_token(self.file.config, self.backend.kv_type)
 
     @property
     def stats(self) -> Stats:

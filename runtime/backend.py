@@ -18,13 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime import config as cfg
-from runtime.config import Config, Dense, Layer, Linear, Weights
+from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes
 from runtime.errors import BackendError
 
 NAMES = ("auto", "c", "numba")
 """Values of `backend` in `load`, and of the environment variable DBF_BACKEND."""
-
-Q8_0_BLOCK, Q8_0_BYTES = 32, 34
 
 
 class Backend(ABC):
@@ -35,12 +33,14 @@ class Backend(ABC):
         description  one line for people: "C, avx2, 2 threads"
         n_ctx        positions that the KV cache has room for
         n_threads    threads that compute
+        kv_type      type of the KV cache: "f16" or "q8_0"
     """
 
     name: str
     description: str
     n_ctx: int
     n_threads: int
+    kv_type: str
 
     @abstractmethod
     def eval(self, tokens: NDArray[np.int32], pos: int, n_logits: int) -> NDArray[np.float32]:
@@ -72,15 +72,23 @@ class Backend(ABC):
 
 
 def load(
-    config: Config, weights: Weights, *, backend: str = "auto", n_threads: int | None = None, n_ctx: int
+    config: Config,
+    weights: Weights,
+    *,
+    backend: str = "auto",
+    n_threads: int | None = None,
+    n_ctx: int,
+    kv_type: str = "f16",
 ) -> Backend:
     """Make a model ready to run.
 
     backend    "c", "numba", or "auto": DBF_BACKEND if set, else C, else, with a warning on stderr, Numba
     n_threads  None: one per physical core
     n_ctx      positions to make room for
+    kv_type    of the KV cache: "f16" or "q8_0"
 
-    Raises BackendError if the backend is missing, or config and weights do not fit together.
+    Raises BackendError if the backend is missing, or config and weights do not fit together, OptionError if
+    kv_type is unknown or does not fit the model.
     """
     if backend == "auto":
         backend = os.environ.get("DBF_BACKEND", "auto")
@@ -89,8 +97,9 @@ def load(
     if n_ctx < 1 or (n_threads is not None and n_threads < 1):
         raise BackendError(f"n_ctx is {n_ctx}, n_threads is {n_threads}: both must be 1 or more")
     check(config, weights)
+    kv_row_bytes(config, kv_type)
     if backend == "numba":
-        return _load_numba(config, weights, n_threads, n_ctx)
+        return _load_numba(config, weights, n_threads, n_ctx, kv_type)
     try:
         import cext
     except ImportError as e:
@@ -101,18 +110,18 @@ def load(
             "To build it: pip install -e .",
             file=sys.stderr,
         )
-        return _load_numba(config, weights, n_threads, n_ctx)
-    return CBackend(cext, config, weights, n_threads, n_ctx)
+        return _load_numba(config, weights, n_threads, n_ctx, kv_type)
+    return CBackend(cext, config, weights, n_threads, n_ctx, kv_type)
 
 
-def _load_numba(config: Config, weights: Weights, n_threads: int | None, n_ctx: int) -> Backend:
+def _load_numba(config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str) -> Backend:
     try:
         from runtime.forward import NumbaBackend
     except ImportError as e:
         raise BackendError(
             f"no backend: Numba is missing ({e}); run: pip install -e . (C core) or pip install numba"
         ) from e
-    return NumbaBackend(config, weights, n_threads, n_ctx)
+    return NumbaBackend(config, weights, n_threads, n_ctx, kv_type)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -120,13 +129,10 @@ def _load_numba(config: Config, weights: Weights, n_threads: int | None, n_ctx: 
 
 def dense_row_bytes(kind: int, cols: int) -> int:
     """Bytes of one row of a dense matrix. Raises BackendError if there is no such row."""
-    if kind == cfg.F32:
-        return 4 * cols
-    if kind == cfg.F16:
-        return 2 * cols
-    if kind == cfg.Q8_0 and cols % Q8_0_BLOCK == 0:
-        return cols // Q8_0_BLOCK * Q8_0_BYTES
-    raise BackendError(f"dense matrix: type {kind} with {cols} columns is not supported")
+    block, nbytes = cfg.BLOCKS.get(kind, (0, 0))
+    if not block or cols % block:
+        raise BackendError(f"dense matrix: type {kind} with {cols} columns is not supported")
+    return cols // block * nbytes
 
 
 def _expect(name: str, array: NDArray[Any], shape: tuple[int, ...], dtype: type) -> None:
@@ -227,14 +233,14 @@ class CBackend(Backend):
     name = "c"
 
     def __init__(
-        self, cext: Any, config: Config, weights: Weights, n_threads: int | None, n_ctx: int
+        self, cext: Any, config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str
     ) -> None:
         self._ffi, self._lib = cext.ffi, cext.lib
         self._config = config
         self._keep: list[Any] = []
         self._model = self._session = self._ffi.NULL
         self._held = 0
-        self.n_ctx = n_ctx
+        self.n_ctx, self.kv_type = n_ctx, kv_type
         self.n_threads = n_threads or int(self._lib.dbf_default_threads())
         demoted = self._lib.dbf_isa_demoted()
         if demoted:
@@ -273,7 +279,10 @@ class CBackend(Backend):
         self._model = model[0]
         rope = np.ascontiguousarray(cfg.rope_table(config, weights.rope_freqs, self.n_ctx), np.float32)
         c_rope = ffi.from_buffer("float[]", rope) if rope.size else ffi.NULL
-        self._ensure(lib.dbf_session_new(session, self._model, self.n_ctx, c_rope), "dbf_session_new")
+        kv_type = cfg.KV_TYPES[self.kv_type]
+        self._ensure(
+            lib.dbf_session_new(session, self._model, self.n_ctx, c_rope, kv_type), "dbf_session_new"
+        )
         self._session = session[0]
 
     def _borrow(self, ctype: str, array: NDArray[Any]) -> Any:

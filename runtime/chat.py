@@ -221,6 +221,12 @@ def describe(model: runtime.Model) -> str:
     return f"{s}; context {used} of {model.n_ctx}; peak memory {cli.peak_rss() / 2**20:.0f} MiB"
 
 
+def _kv(model: runtime.Model) -> str:
+    """The KV cache: its type, and memory that is taken token by token."""
+    each, whole = model.kv_bytes_per_token / 1024, model.kv_bytes_per_token * model.n_ctx / 2**20
+    return f"KV cache {model.backend.kv_type}, {each:.1f} KiB per token, {whole:.1f} MiB when full"
+
+
 def chat(args: argparse.Namespace) -> int:
     if args.raw and args.system:
         raise OptionError("--system needs a chat template; it cannot be used with --raw")
@@ -236,7 +242,9 @@ def chat(args: argparse.Namespace) -> int:
     if args.max_tokens is not None and args.max_tokens < 0:
         raise OptionError(f"--max-tokens is {args.max_tokens}, wanted 0 or more")
     start = time.perf_counter()
-    with runtime.load(args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx) as model:
+    with runtime.load(
+        args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx, kv_type=args.kv_type
+    ) as model:
         raw = args.raw
         if not raw and model.tokenizer.chat_template is None:
             if args.system:
@@ -245,7 +253,9 @@ def chat(args: argparse.Namespace) -> int:
             raw = True
         model.tokenizer  # noqa: B018  (made on first use: part of the load time)
         if args.stats:
-            note(f"load {time.perf_counter() - start:.2f} s; backend {model.backend.description}")
+            note(
+                f"load {time.perf_counter() - start:.2f} s; backend {model.backend.description}; {_kv(model)}"
+            )
         if model.n_ctx > model.file.config.n_ctx_train:
             note(f"the model was trained for {model.file.config.n_ctx_train} tokens of context only")
         conversation = Chat(model, sampler, system=args.system, raw=raw, max_tokens=args.max_tokens)

@@ -9,10 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
+
+from runtime.errors import OptionError
 
 F32, F16, Q8_0 = 0, 1, 8
 """Types of the unfactorized matrices (embedding, head); the values are GGML's type ids."""
+
+BLOCKS = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in (F32, F16, Q8_0)}
+"""type -> weights and bytes of a block; rows are whole blocks."""
+
+KV_TYPES = {"f16": F16, "q8_0": Q8_0}
+"""Types of the KV cache, by the names that options have."""
 
 ADJACENT, HALVES = 0, 1
 """RoPE pairing: (2i, 2i+1), llama.cpp's "norm" order, or (i, i + dims/2), its "neox" order."""
@@ -34,6 +43,29 @@ class Config:
     rope_theta: float
     rope_dims: int  # leading dimensions of each head that RoPE rotates; even, <= head_dim
     rope_pairing: int  # ADJACENT or HALVES
+
+
+def kv_row_bytes(config: Config, kv_type: str) -> int:
+    """Bytes of the keys, or of the values, of one position of one KV head.
+
+    kv_type  a name of KV_TYPES
+
+    Raises OptionError if the heads are no whole blocks of the type.
+    """
+    if kv_type not in KV_TYPES:
+        raise OptionError(f"KV cache type {kv_type!r} is unknown; there are {', '.join(KV_TYPES)}")
+    block, nbytes = BLOCKS[KV_TYPES[kv_type]]
+    if config.head_dim % block:
+        raise OptionError(
+            f"KV cache type {kv_type}: this model's heads have {config.head_dim} dimensions (head_dim), no "
+            f"multiple of {block}; take f16"
+        )
+    return config.head_dim // block * nbytes
+
+
+def kv_bytes_per_token(config: Config, kv_type: str) -> int:
+    """Bytes of the KV cache that one token takes; see `kv_row_bytes`."""
+    return 2 * config.n_layers * config.n_kv_heads * kv_row_bytes(config, kv_type)
 
 
 @dataclass(frozen=True)

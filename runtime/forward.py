@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from runtime import kernels_numba as kernels
 from runtime.backend import Backend, check_tokens
-from runtime.config import F16, F32, Config, Dense, Linear, Weights, rope_table
+from runtime.config import F16, F32, Config, Dense, Linear, Weights, kv_row_bytes, rope_table
 from runtime.errors import BackendError
 
 Floats = NDArray[np.float32]
@@ -64,9 +64,7 @@ def dense_row(w: Dense, r: int) -> Floats:
     elif w.type == F16:
         kernels.from_f16(y, row.view(np.uint16), w.cols)
     else:
-        blocks = row.reshape(-1, kernels.Q8_0_BYTES)
-        d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-        y[:] = (d * blocks[:, 2:].view(np.int8).astype(np.float32)).reshape(-1)
+        kernels.from_q8_0(y, row, w.cols)
     return y
 
 
@@ -89,10 +87,12 @@ class NumbaBackend(Backend):
 
     name = "numba"
 
-    def __init__(self, config: Config, weights: Weights, n_threads: int | None, n_ctx: int) -> None:
+    def __init__(
+        self, config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str
+    ) -> None:
         limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self.n_threads = min(n_threads or limit, limit)
-        self.n_ctx = n_ctx
+        self.n_ctx, self.kv_type = n_ctx, kv_type
         self.description = f"Numba, {self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
         self._config, self._held = config, 0
         self._weights: Weights | None = weights
@@ -101,8 +101,8 @@ class NumbaBackend(Backend):
             for layer in weights.layers
         ]
         self._rope = rope_table(config, weights.rope_freqs, n_ctx)
-        cache = (config.n_layers, config.n_kv_heads, n_ctx, config.head_dim)
-        self._k, self._v = np.zeros(cache, np.uint16), np.zeros(cache, np.uint16)
+        cache = (config.n_layers, config.n_kv_heads, n_ctx, kv_row_bytes(config, kv_type))
+        self._k, self._v = np.zeros(cache, np.uint8), np.zeros(cache, np.uint8)
         self._score = np.empty(n_ctx, np.float32)
 
     def eval(self, tokens: NDArray[np.int32], pos: int, n_logits: int) -> Floats:
@@ -122,7 +122,7 @@ class NumbaBackend(Backend):
     def close(self) -> None:
         self._weights = None
         self._linears = []
-        self._k = self._v = np.zeros((0, 0, 0, 0), np.uint16)
+        self._k = self._v = np.zeros((0, 0, 0, 0), np.uint8)
 
     def _rmsnorm(self, x: Floats, w: Floats) -> Floats:
         y = np.empty_like(x)
@@ -163,8 +163,8 @@ class NumbaBackend(Backend):
             kernels.rope(q[h], self._rope[pos], c.rope_dims, c.rope_pairing)
         for h in range(c.n_kv_heads):
             kernels.rope(k[h], self._rope[pos], c.rope_dims, c.rope_pairing)
-            kernels.to_f16(self._k[layer, h, pos], k[h], c.head_dim)
-            kernels.to_f16(self._v[layer, h, pos], v[h], c.head_dim)
+            self._narrow(self._k[layer, h, pos], k[h])
+            self._narrow(self._v[layer, h, pos], v[h])
 
     def _attention(self, q: Any, layer: int, pos: int) -> Floats:
         """Attention of every query head over the positions up to pos."""
@@ -181,8 +181,18 @@ class NumbaBackend(Backend):
                 y[h] *= inverse
         return y.reshape(-1)
 
-    def _widen(self, rows: NDArray[np.uint16]) -> Floats:
-        """Rows of the KV cache as float32."""
-        y = np.empty(rows.shape, np.float32)
-        kernels.from_f16(y.reshape(-1), rows.reshape(-1), rows.size)
+    def _narrow(self, to: NDArray[np.uint8], x: Floats) -> None:
+        """The keys or values of a KV head, of one position, to the cache's type."""
+        if self.kv_type == "f16":
+            kernels.to_f16(to.view(np.uint16), x, x.size)
+        else:
+            kernels.to_q8_0(to, x, x.size)
+
+    def _widen(self, rows: NDArray[np.uint8]) -> Floats:
+        """The keys or values of a KV head, of some positions, as float32."""
+        y = np.empty((rows.shape[0], self._config.head_dim), np.float32)
+        if self.kv_type == "f16":
+            kernels.from_f16(y.reshape(-1), rows.reshape(-1).view(np.uint16), y.size)
+        else:
+            kernels.from_q8_0(y.reshape(-1), rows.reshape(-1), y.size)
         return y

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from runtime.config import ADJACENT, BLOCKS, Q8_0
+
 if TYPE_CHECKING:
     F = TypeVar("F", bound=Callable[..., Any])
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -25,9 +27,7 @@ else:
 
 LANES = 16
 QMAX = 8191
-Q8_0_BLOCK = 32
-Q8_0_BYTES = 34
-ADJACENT = 0
+Q8_0_BLOCK, Q8_0_BYTES = BLOCKS[Q8_0]
 
 f32 = np.float32
 
@@ -94,6 +94,12 @@ def exp_f32(x: Any) -> Any:
     r = (x - n * EXP_LN2_HIGH) - n * EXP_LN2_LOW
     p = ((((EXP_P0 * r + EXP_P1) * r + EXP_P2) * r + EXP_P3) * r + EXP_P4) * r + EXP_P5
     return ((p * (r * r) + r) + ONE) * float_of((np.int64(n) + 127) << 23)
+
+
+@njit(cache=True)
+def q8_0_scale(block: Any) -> Any:
+    """The scale of a Q8_0 block (Q8_0_BYTES,) uint8."""
+    return f32_from_f16(np.uint16(block[0] | (np.uint16(block[1]) << 8)))
 
 
 @njit(cache=True)
@@ -228,7 +234,7 @@ def gemv_q8_0(y: Array, w: Array, q: Array, scale: Any, rows: int, cols: int) ->
             block = w[r, b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
             v = block[2:].view(np.int8)
             p = q[b * Q8_0_BLOCK : (b + 1) * Q8_0_BLOCK]
-            d = f32_from_f16(np.uint16(block[0] | (np.uint16(block[1]) << 8)))
+            d = q8_0_scale(block)
             for n in range(8):
                 i = 2 * n
                 j = 2 * n + 16
@@ -370,3 +376,45 @@ def from_f16(y: Array, x: Array, n: int) -> None:
     """
     for i in range(n):
         y[i] = f32_from_f16(x[i])
+
+
+@njit(cache=True)
+def to_q8_0(y: Array, x: Array, n: int) -> None:
+    """float32 to Q8_0: d = absmax / 127,  v[i] = rint(x[i] * (127 / absmax)),  absmax that of the block;
+    n % 32 == 0
+
+    y  (n/32*34,)  uint8, overwritten; all v = 0 where absmax < 2^-100 or is no finite number
+    x  (n,)        float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for b in range(n // Q8_0_BLOCK):
+        values = x[b * Q8_0_BLOCK : (b + 1) * Q8_0_BLOCK]
+        block = y[b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
+        magnitude = np.int64(0)
+        for i in range(Q8_0_BLOCK):
+            m = np.int64(bits_of(values[i])) & 0x7FFFFFFF
+            magnitude = m if m > magnitude else magnitude
+        absmax = float_of(magnitude)
+        usable = magnitude >= 0x0D800000 and magnitude < 0x7F800000  # 2^-100 <= absmax < infinity
+        inverse = f32(127.0) / absmax if usable else ZERO
+        d = np.int64(f16_from_f32(absmax / f32(127.0)))
+        block[0] = np.uint8(d & 255)
+        block[1] = np.uint8(d >> 8)
+        for i in range(Q8_0_BLOCK):
+            v = np.int64(np.rint(values[i] * inverse)) if usable else np.int64(0)
+            block[2 + i] = np.uint8(v & 255)
+
+
+@njit(cache=True)
+def from_q8_0(y: Array, x: Array, n: int) -> None:
+    """Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0
+
+    y  (n,)        float32, overwritten
+    x  (n/32*34,)  uint8
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for b in range(n // Q8_0_BLOCK):
+        block = x[b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
+        d = q8_0_scale(block)
+        for i in range(Q8_0_BLOCK):
+            y[b * Q8_0_BLOCK + i] = d * f32(np.int8(block[2 + i]))

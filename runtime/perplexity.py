@@ -140,7 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
 def perplexity(args: argparse.Namespace) -> int:
     with open(args.text, "rb") as f:
         text = f.read().decode("utf-8", "replace")
-    with runtime.load(args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx) as model:
+    with runtime.load(
+        args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx, kv_type=args.kv_type
+    ) as model:
         tokenizer = model.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
         pieces = chunks(tokenizer.encode(text), args.ctx, args.chunks, bos)
@@ -152,7 +154,8 @@ def perplexity(args: argparse.Namespace) -> int:
         if args.json:
             rate = len(pieces) * args.ctx / seconds
             extra = {"seconds": seconds, "tokens_per_second": rate, "model": args.model, "text": args.text}
-            print(json.dumps({**asdict(result), **extra, "backend": model.backend.name}))
+            extra |= {"backend": model.backend.name, "kv_type": args.kv_type}
+            print(json.dumps({**asdict(result), **extra}))
         else:
             print(result)
     return 0

@@ -15,8 +15,8 @@ import pytest
 import tiny
 
 from runtime import backend
-from runtime.config import ADJACENT, F16, F32, Q8_0
-from runtime.errors import BackendError
+from runtime.config import ADJACENT, F16, F32, Q8_0, kv_bytes_per_token
+from runtime.errors import BackendError, OptionError
 
 cext = pytest.importorskip("cext", reason="the C core is not built")
 ffi, lib = cext.ffi, cext.lib
@@ -49,9 +49,9 @@ def assert_same(x, y):
     np.testing.assert_array_equal(bits(x), bits(y))
 
 
-def run(config, weights, ids, *, name="c", n_threads=1, step=None, n_ctx=N_CTX):
+def run(config, weights, ids, *, name="c", n_threads=1, step=None, n_ctx=N_CTX, kv_type="f16"):
     """Logits of all ids, `step` at a time."""
-    b = backend.load(config, weights, backend=name, n_threads=n_threads, n_ctx=n_ctx)
+    b = backend.load(config, weights, backend=name, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type)
     step = step or len(ids)
     out = [b.eval(ids[i : i + step], i, len(ids[i : i + step])) for i in range(0, len(ids), step)]
     b.close()
@@ -117,6 +117,55 @@ def test_threads_are_identical_on_every_instruction_set(name):
 def test_batches_are_identical(model, step):
     config, weights, ids, logits = model
     assert_same(run(config, weights, ids, step=step, n_threads=2), logits)
+
+
+@pytest.fixture(scope="module", params=[(6, 2, 32), (4, 4, 64), (3, 1, 160)], ids=str)
+def q8_0_cache(request):
+    """A model of some heads, KV heads and head_dim, and its logits with keys and values held as Q8_0."""
+    heads, kv_heads, dim = request.param
+    config = tiny.config(n_heads=heads, n_kv_heads=kv_heads, head_dim=dim, rope_dims=dim)
+    weights, ids = tiny.weights(config), ids_of(config, 75)
+    return config, weights, ids, run(config, weights, ids, kv_type="q8_0")
+
+
+def test_q8_0_cache(q8_0_cache):
+    config, weights, ids, logits = q8_0_cache
+    want = oracle.forward(config, weights, ids)
+    error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+    # a step is 1/127 of a block's largest value: measured 7e-3 .. 8e-3 of the logits' size, as F16 6e-4
+    assert 2e-3 < error < 2e-2
+
+
+def test_q8_0_cache_is_identical_everywhere(q8_0_cache):
+    config, weights, ids, logits = q8_0_cache
+    try:
+        for isa in ISAS:
+            assert lib.dbf_isa_use(isa.encode()) == lib.DBF_OK
+            for n_threads, step, n in ((1, None, 75), (2, 7, 75), (5, 64, 75), (3, 1, 20)):
+                some = run(config, weights, ids[:n], n_threads=n_threads, step=step, kv_type="q8_0")
+                assert_same(some, logits[:n])
+    finally:
+        lib.dbf_isa_use(ffi.NULL)
+    pytest.importorskip("numba")
+    assert_same(run(config, weights, ids[:20], name="numba", kv_type="q8_0"), logits[:20])
+
+
+@pytest.mark.parametrize("name", ["c", "numba"])
+def test_kv_type_that_does_not_fit(name):
+    config = tiny.config(n_layers=1)
+    weights = tiny.weights(config)
+    for kv_type, words in [
+        ("q8_0", r"12 dimensions \(head_dim\), no multiple of 32"),
+        ("q4_0", "'q4_0' is unknown"),
+    ]:
+        with pytest.raises(OptionError, match=words):
+            backend.load(config, weights, backend=name, n_ctx=10, kv_type=kv_type)
+
+
+def test_kv_bytes_per_token():
+    config = tiny.smollm2()
+    assert kv_bytes_per_token(config, "f16") == 2 * 30 * 3 * 64 * 2
+    assert kv_bytes_per_token(config, "q8_0") == 2 * 30 * 3 * 68
 
 
 @pytest.mark.parametrize("name", ["c", "numba"])
@@ -226,8 +275,10 @@ def test_c_itself_checks():
         tokens[0] = token
         assert lib.dbf_eval(s, tokens, 1, 0, logits, 1) == lib.DBF_EINVAL
     session = ffi.new("dbf_session **")
-    assert lib.dbf_session_new(session, b._model, 0, logits) == lib.DBF_EINVAL
-    assert lib.dbf_session_new(session, b._model, 5, ffi.NULL) == lib.DBF_EINVAL
+    assert lib.dbf_session_new(session, b._model, 0, logits, lib.DBF_F16) == lib.DBF_EINVAL
+    assert lib.dbf_session_new(session, b._model, 5, ffi.NULL, lib.DBF_F16) == lib.DBF_EINVAL
+    for kv_type in (lib.DBF_F32, lib.DBF_Q8_0, -1):  # Q8_0: heads of 12
+        assert lib.dbf_session_new(session, b._model, 5, logits, kv_type) == lib.DBF_EINVAL
 
 
 def test_stages_change_nothing():

@@ -25,7 +25,7 @@ import runtime
 from runtime.bench import __main__ as program
 from runtime.bench import decode, kernels, machine, peer, stages, synthetic
 from runtime.bench.report import Table, count_text, mean_and_sd, ratio_of_medians, size_text
-from runtime.config import ADJACENT, Config
+from runtime.config import ADJACENT, Config, kv_bytes_per_token
 from runtime.errors import BackendError, OptionError
 from runtime.format import linear_bits
 from runtime.model import load_model_file
@@ -128,6 +128,7 @@ def test_file_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         peak = row["peak_rss_less_kv_per_file"] * row["file_size"] + row["kv_cache_size"]
         assert peak == pytest.approx(row["peak_rss"], rel=1e-3)
         assert row["load_bytes_per_s"] == pytest.approx(row["file_size"] / row["load_seconds"], rel=0.05)
+        assert (row["kv_type"], row["kv_bytes_per_token"]) == ("f16", kv_bytes_per_token(file.config, "f16"))
         assert (row["weight_bytes_per_token"] is None) == (row["n_gen"] == 0)
         if row["n_gen"]:
             wanted = row["weight_bytes_per_token"] * tokens * 2 / sum(row["samples_ns"]) * 1e9
@@ -155,6 +156,20 @@ def test_file_as_text(model: Path, form: str, capsys: pytest.CaptureFixture[str]
     assert {len(line) for line in lines} == {len(lines[0])}
     assert all("±" in line[6] for line in lines[2:])
     assert [line[5] for line in lines[2:6]] == ["pp5", "pp5 @ d4", "tg3", "tg3 @ d4"]
+
+
+@needs_c
+def test_kv_type(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.gguf"
+    synthetic.write_dbf(path, TINY, 1.5, seed=3)
+    for extra in ((), ("--stages",)):
+        assert (
+            run(path, "-p", "3", "-n", "2", "-t", "1", "-r", "1", "--kv-type", "q8_0", *extra, "-o", "json")
+            == 0
+        )
+        assert {r["kv_type"] for r in json.loads(capsys.readouterr().out)} == {"q8_0"}
+    assert run(model, *OPTIONS, "--kv-type", "q8_0") == 1
+    assert "8 dimensions (head_dim), no multiple of 32; take f16" in capsys.readouterr().err
 
 
 def test_facts(model: Path) -> None:
@@ -635,6 +650,7 @@ def test_peak_rss() -> None:
         ((), "wanted one of"),
         (("a.gguf", "--info"), "wanted one of"),
         (("--kernels", "--peer"), "--peer goes with --synthetic"),
+        (("--synthetic", "7b", "--peer", "--kv-type", "q8_0"), "leave out --kv-type q8_0"),
         (("--kernels", "--stages"), "--stages goes with"),
         (("--synthetic", "7b", "--peer", "--stages"), "--stages goes with"),
         (("a.gguf", "--keep", "b.gguf"), "--keep goes with --synthetic"),

@@ -60,8 +60,8 @@ def test_one_prompt(program: Setup, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_options_reach_the_backend(program: Setup) -> None:
-    assert program("-p", "Hi", "-t", "3", "--backend", "numba", script=END) == 0
-    assert program.fake.asked == {"backend": "numba", "n_threads": 3, "n_ctx": 128}
+    assert program("-p", "Hi", "-t", "3", "--backend", "numba", "--kv-type", "q8_0", script=END) == 0
+    assert program.fake.asked == {"backend": "numba", "n_threads": 3, "n_ctx": 128, "kv_type": "q8_0"}
 
 
 def test_system_and_stats(program: Setup, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +71,7 @@ def test_system_and_stats(program: Setup, capsys: pytest.CaptureFixture[str]) ->
     assert "load " in err
     assert "tokens/s" in err
     assert "peak memory" in err
+    assert "KV cache f16, 0.1 KiB per token, " in err
     assert program.cached.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi")
 
 
@@ -238,7 +239,7 @@ def test_broken_pipe() -> None:
 def test_load(program: Setup) -> None:
     program("-p", "x", script=END)
     with runtime.load(program.path) as model:
-        assert program.fake.asked == {"backend": "auto", "n_threads": None, "n_ctx": 128}
+        assert program.fake.asked == {"backend": "auto", "n_threads": None, "n_ctx": 128, "kv_type": "f16"}
         assert model.logits([3, 4, 5]).shape == (3, 300)
         ids = list(model.generate([3, 4, 5], max_tokens=5))
         assert len(ids) == 5

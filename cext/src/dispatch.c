@@ -53,10 +53,10 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 /* ---- self-test -------------------------------------------------------------------------------------------- */
 
-enum { ROWS = 64, COLS = 1091, DIM = 215, HELD = 19 }; /* COLS: more than 128 groups of 8, and odd */
+enum { ROWS = 64, COLS = 1091, DIM = 215, HELD = 19, Q8 = 768 }; /* COLS: more than 128 groups of 8, and odd */
 
 typedef struct golden { /* input, and after it the output, of every kernel that may be replaced */
-    uint8_t bits[ROWS * ((COLS + 7) / 8)], q8[8 * 3 * DBF_Q8_0_BYTES];
+    uint8_t bits[ROWS * ((COLS + 7) / 8)], q8[Q8 / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
     float x[COLS], w[8 * COLS];
     uint16_t h[HELD * COLS];
     int32_t isum[DBF_PANEL];
@@ -64,6 +64,8 @@ typedef struct golden { /* input, and after it the output, of every kernel that 
     float scale, scaled[COLS], descaled[DBF_PANEL], f32[8], f16[8], q8_0[8], norm[COLS], attended[DIM], gated[COLS],
         added[COLS], widened[COLS], scores[3 * HELD], weights[COLS], sum;
     uint16_t narrowed[COLS];
+    uint8_t to_q8_0[Q8 / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
+    float from_q8_0[Q8];
 } golden_t;
 
 static uint32_t next(uint32_t *state)
@@ -111,6 +113,8 @@ static int run_all(golden_t *g, const kernels_t *k)
     k->add(g->added, g->x, COLS);
     k->to_f16(g->narrowed, g->x, COLS);
     k->from_f16(g->widened, g->h, COLS);
+    k->to_q8_0(g->to_q8_0, g->x, Q8);
+    k->from_q8_0(g->from_q8_0, g->q8, Q8);
     return 1;
 }
 

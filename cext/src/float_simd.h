@@ -3,7 +3,7 @@
  * The including file defines, for vectors of VW floats (vf) and int32 (vi), on which + - * / work:
  *   vf_load vf_store vf_set1 vf_max(a, b) vf_min(a, b) vf_rint,
  *   vf_f16(const uint16_t *) and vf_to_f16(uint16_t *, vf), vf_store_i16(int16_t *, vf integers),
- *   vf_from_i32(const int32_t *), vf_pow2(vf integers) = 2^n, vf_abs_bits, vi_max, vi_store,
+ *   vf_from_i32(const int32_t *), vf_i8(const uint8_t * of int8), vf_pow2(vf integers) = 2^n, vf_abs_bits, vi_max, vi_store,
  *   halves_of(vf[ACCS]) = the first VW lanes of a sum, to which the others are added in halves,
  *   sums_of(vf[VW]) = the sums of VW such vectors, lanes_of(vf[ACCS]) = one sum, FLIGHT (a divisor of VW)
  * Element i of a sum stays in lane i % DBF_LANES, so the results are those of kernels_ref.c, bit for bit. */
@@ -245,6 +245,33 @@ static void from_f16_simd(float *y, const uint16_t *x, int n)
     for (; i < n; i++) y[i] = f32_from_f16(x[i]);
 }
 
+static void to_q8_0_simd(uint8_t *y, const float *x, int n)
+{
+    for (int b = 0; b < n; b += DBF_Q8_0_BLOCK, y += DBF_Q8_0_BYTES) {
+        vi top = { 0 };
+        for (int i = 0; i < DBF_Q8_0_BLOCK; i += VW) top = vi_max(top, vf_abs_bits(vf_load(x + b + i)));
+        int32_t tops[VW];
+        vi_store(tops, top);
+        uint32_t magnitude = 0;
+        for (int l = 0; l < VW; l++) magnitude = (uint32_t)tops[l] > magnitude ? (uint32_t)tops[l] : magnitude;
+        float inverse;
+        uint16_t d = f16_from_f32(scale_to(127.0f, magnitude, &inverse));
+        memcpy(y, &d, sizeof d);
+        int16_t v[DBF_Q8_0_BLOCK] = { 0 };
+        if (inverse > 0.0f)
+            for (int i = 0; i < DBF_Q8_0_BLOCK; i += VW) vf_store_i16(v + i, vf_load(x + b + i) * vf_set1(inverse));
+        for (int i = 0; i < DBF_Q8_0_BLOCK; i++) y[2 + i] = (uint8_t)v[i];
+    }
+}
+
+static void from_q8_0_simd(float *y, const uint8_t *x, int n)
+{
+    for (int b = 0; b < n; b += DBF_Q8_0_BLOCK, x += DBF_Q8_0_BYTES) {
+        vf d = vf_set1(q8_0_scale(x));
+        for (int i = 0; i < DBF_Q8_0_BLOCK; i += VW) vf_store(y + b + i, d * vf_i8(x + 2 + i));
+    }
+}
+
 static void set_float_kernels(kernels_t *k)
 {
     k->quantize = quantize_simd;
@@ -260,6 +287,8 @@ static void set_float_kernels(kernels_t *k)
     k->add = add_simd;
     k->to_f16 = to_f16_simd;
     k->from_f16 = from_f16_simd;
+    k->to_q8_0 = to_q8_0_simd;
+    k->from_q8_0 = from_q8_0_simd;
 }
 
 #endif

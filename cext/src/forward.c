@@ -183,13 +183,8 @@ static void dense_row(const kernels_t *k, float *y, const dbf_dense *w, int r)
     size_t cols = (size_t)w->cols;
     if (w->type == DBF_F32) memcpy(y, (const float *)w->data + r * cols, cols * sizeof *y);
     if (w->type == DBF_F16) k->from_f16(y, (const uint16_t *)w->data + r * cols, w->cols);
-    if (w->type == DBF_Q8_0) {
-        const uint8_t *block = (const uint8_t *)w->data + r * (cols / DBF_Q8_0_BLOCK) * DBF_Q8_0_BYTES;
-        for (size_t i = 0; i < cols; i++) {
-            const uint8_t *b = block + i / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES;
-            y[i] = f32_from_f16((uint16_t)(b[0] | b[1] << 8)) * (float)(int8_t)b[2 + i % DBF_Q8_0_BLOCK];
-        }
-    }
+    if (w->type == DBF_Q8_0)
+        k->from_q8_0(y, (const uint8_t *)w->data + r * cols / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, w->cols);
 }
 
 /* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */
@@ -209,6 +204,21 @@ static float *norms(dbf_session *s, int thread, const float *w, int first, int n
     return s->norm + (size_t)first * d;
 }
 
+/* the keys or values of a KV head, of one position to the cache's type, and of n positions back */
+static void narrow(const dbf_session *s, uint8_t *to, const float *from)
+{
+    const kernels_t *k = s->model->kernels;
+    if (s->kv_type == DBF_F16) k->to_f16((uint16_t *)to, from, s->model->config.head_dim);
+    if (s->kv_type == DBF_Q8_0) k->to_q8_0(to, from, s->model->config.head_dim);
+}
+
+static void widen(const dbf_session *s, float *to, const uint8_t *from, int n)
+{
+    const kernels_t *k = s->model->kernels;
+    if (s->kv_type == DBF_F16) k->from_f16(to, (const uint16_t *)from, n * s->model->config.head_dim);
+    if (s->kv_type == DBF_Q8_0) k->from_q8_0(to, from, n * s->model->config.head_dim);
+}
+
 /* rotate queries and keys, store keys and values; one item is one head of one token */
 static void rotate_and_store(const job_t *job, int thread, int layer)
 {
@@ -226,10 +236,10 @@ static void rotate_and_store(const job_t *job, int thread, int layer)
         }
         h -= c->n_heads;
         size_t from = ((size_t)i * c->n_kv_heads + h) * dim;
-        size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * dim;
+        size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * s->kv_bytes;
         k->rope(s->k_heads + from, cos_sin, c->rope_dims, c->rope_pairing);
-        k->to_f16(s->k + to, s->k_heads + from, dim);
-        k->to_f16(s->v + to, s->v_heads + from, dim);
+        narrow(s, s->k + to, s->k_heads + from);
+        narrow(s, s->v + to, s->v_heads + from);
     }
     meet(s, thread, ATTENTION);
 }
@@ -243,7 +253,7 @@ static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int
     const dbf_config *c = &s->model->config;
     const kernels_t *k = s->model->kernels;
     int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, tile = tile_rows(dim), held[QUERIES] = { 0 };
-    size_t at[QUERIES], cache = ((size_t)layer * c->n_kv_heads + kv_head) * s->n_ctx * dim;
+    size_t at[QUERIES], cache = ((size_t)layer * c->n_kv_heads + kv_head) * s->n_ctx * s->kv_bytes;
     float factor = 1.0f / sqrtf((float)dim), sum[QUERIES];
     for (int q = 0; q < n; q++) {
         int i = (first + q) / group, h = kv_head * group + (first + q) % group;
@@ -254,7 +264,7 @@ static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int
     int most = held[n - 1];
 
     for (int j = 0; j < most; j += tile) {
-        k->from_f16(own->tile, s->k + cache + (size_t)j * dim, min_of(tile, most - j) * dim);
+        widen(s, own->tile, s->k + cache + (size_t)j * s->kv_bytes, min_of(tile, most - j));
         for (int q = 0; q < n; q++)
             if (held[q] > j)
                 k->scores(own->score + (size_t)q * s->n_ctx + j, s->q_heads + at[q], own->tile, factor,
@@ -262,7 +272,7 @@ static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int
     }
     for (int q = 0; q < n; q++) sum[q] = k->softmax(own->score + (size_t)q * s->n_ctx, held[q]);
     for (int j = 0; j < most; j += tile) {
-        k->from_f16(own->tile, s->v + cache + (size_t)j * dim, min_of(tile, most - j) * dim);
+        widen(s, own->tile, s->v + cache + (size_t)j * s->kv_bytes, min_of(tile, most - j));
         for (int q = 0; q < n; q++)
             if (held[q] > j)
                 k->mix(s->attended + at[q], own->score + (size_t)q * s->n_ctx + j, own->tile,

@@ -94,6 +94,14 @@ typedef struct kernels {
 
     /* float16 to float32 */
     void (*from_f16)(float *y, const uint16_t *x, int n);
+
+    /* float32 to Q8_0: d = absmax / 127,  v[i] = rint(x[i] * (127 / absmax)),  absmax that of the block;
+     * n % 32 == 0
+     * all v = 0 where absmax < 2^-100 or is no finite number;  error: 0.501 of v */
+    void (*to_q8_0)(uint8_t *y, const float *x, int n);
+
+    /* Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0;  error: none for normal d */
+    void (*from_q8_0)(float *y, const uint8_t *x, int n);
 } kernels_t;
 
 extern const kernels_t kernels_ref;

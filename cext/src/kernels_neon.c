@@ -31,6 +31,14 @@ static inline vf vf_pow2(vf n)
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 
+static inline vf vf_i8(const uint8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    int16x8_t v = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(v)));
+}
+
 static inline void vf_store_i16(int16_t *p, vf x)
 {
     vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(x)));
@@ -167,7 +175,7 @@ static void gemv_q8_0_neon(float *y, const uint8_t *w, const int16_t *q, float s
             int32x4_t s0 = vaddq_s32(pairs(vget_low_s8(v0), vld1q_s16(p)), pairs(vget_low_s8(v1), vld1q_s16(p + 16)));
             int32x4_t s1 =
                 vaddq_s32(pairs(vget_high_s8(v0), vld1q_s16(p + 8)), pairs(vget_high_s8(v1), vld1q_s16(p + 24)));
-            float32x4_t d = vdupq_n_f32(f32_from_f16((uint16_t)(w[0] | w[1] << 8)));
+            float32x4_t d = vdupq_n_f32(q8_0_scale(w));
             acc0 = vaddq_f32(acc0, vmulq_f32(vcvtq_f32_s32(s0), d));
             acc1 = vaddq_f32(acc1, vmulq_f32(vcvtq_f32_s32(s1), d));
         }

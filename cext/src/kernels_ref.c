@@ -97,7 +97,7 @@ static void gemv_q8_0(float *y, const uint8_t *w, const int16_t *q, float scale,
             const uint8_t *block = w + ((size_t)r * blocks + b) * DBF_Q8_0_BYTES;
             const int8_t *v = (const int8_t *)block + 2;
             const int16_t *p = q + b * DBF_Q8_0_BLOCK;
-            float d = f32_from_f16((uint16_t)(block[0] | block[1] << 8));
+            float d = q8_0_scale(block);
             for (int l = 0; l < 8; l++) {
                 int i = 2 * l, j = 2 * l + 16;
                 int32_t isum = v[i] * p[i] + v[i + 1] * p[i + 1] + v[j] * p[j] + v[j + 1] * p[j + 1];
@@ -176,6 +176,30 @@ static void from_f16(float *y, const uint16_t *x, int n)
     for (int i = 0; i < n; i++) y[i] = f32_from_f16(x[i]);
 }
 
+static void to_q8_0(uint8_t *y, const float *x, int n)
+{
+    for (int b = 0; b < n; b += DBF_Q8_0_BLOCK, y += DBF_Q8_0_BYTES) {
+        uint32_t magnitude = 0;
+        for (int i = 0; i < DBF_Q8_0_BLOCK; i++) {
+            uint32_t m = bits_of(x[b + i]) & 0x7fffffffu;
+            magnitude = m > magnitude ? m : magnitude;
+        }
+        float inverse;
+        uint16_t d = f16_from_f32(scale_to(127.0f, magnitude, &inverse));
+        y[0] = (uint8_t)d, y[1] = (uint8_t)(d >> 8);
+        for (int i = 0; i < DBF_Q8_0_BLOCK; i++)
+            y[2 + i] = inverse > 0.0f ? (uint8_t)(int8_t)rintf(x[b + i] * inverse) : 0;
+    }
+}
+
+static void from_q8_0(float *y, const uint8_t *x, int n)
+{
+    for (int i = 0; i < n; i++) {
+        const uint8_t *block = x + i / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES;
+        y[i] = q8_0_scale(block) * (float)(int8_t)block[2 + i % DBF_Q8_0_BLOCK];
+    }
+}
+
 const kernels_t kernels_ref = {
     .name = "scalar",
     .quantize = quantize,
@@ -198,4 +222,6 @@ const kernels_t kernels_ref = {
     .add = add,
     .to_f16 = to_f16,
     .from_f16 = from_f16,
+    .to_q8_0 = to_q8_0,
+    .from_q8_0 = from_q8_0,
 };

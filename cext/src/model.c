@@ -243,8 +243,8 @@ static size_t lay_out_session(dbf_session *s)
     size_t kv = (size_t)c->n_kv_heads * c->head_dim, wide = (size_t)max_of(m->max_dim, m->max_rank);
     s->table_bytes = round_up(m->kernels->sign_table_bytes((int)wide));
     s->rope = part(s, &used, (size_t)s->n_ctx * c->rope_dims * f);
-    s->k = part(s, &used, (size_t)c->n_layers * kv * s->n_ctx * sizeof *s->k);
-    s->v = part(s, &used, (size_t)c->n_layers * kv * s->n_ctx * sizeof *s->v);
+    s->k = part(s, &used, (size_t)c->n_layers * c->n_kv_heads * s->n_ctx * s->kv_bytes);
+    s->v = part(s, &used, (size_t)c->n_layers * c->n_kv_heads * s->n_ctx * s->kv_bytes);
     s->x = part(s, &used, CHUNK * c->d_model * f);
     s->norm = part(s, &used, CHUNK * c->d_model * f);
     s->q_heads = part(s, &used, CHUNK * heads * f);
@@ -270,13 +270,19 @@ static size_t lay_out_session(dbf_session *s)
     return used;
 }
 
-int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope)
+int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type)
 {
-    if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX || (!rope && model->config.rope_dims > 0)) return DBF_EINVAL;
+    if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX || (!rope && model->config.rope_dims > 0)
+        || (kv_type != DBF_F16 && kv_type != DBF_Q8_0)
+        || (kv_type == DBF_Q8_0 && model->config.head_dim % DBF_Q8_0_BLOCK))
+        return DBF_EINVAL;
     dbf_session *s = calloc(1, sizeof *s);
     if (!s) return DBF_ENOMEM;
     s->model = model;
     s->n_ctx = n_ctx;
+    s->kv_type = kv_type;
+    s->kv_bytes = kv_type == DBF_F16 ? (size_t)model->config.head_dim * sizeof(uint16_t)
+                                     : (size_t)model->config.head_dim / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES;
     s->scratch = calloc((size_t)pool_threads(model->pool), sizeof *s->scratch);
     size_t bytes = s->scratch ? lay_out_session(s) : 0;
     s->arena = bytes ? aligned_alloc(ALIGN, bytes) : NULL;

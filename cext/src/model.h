@@ -58,7 +58,9 @@ struct dbf_session {
     dbf_model *model;
     int n_ctx, held;    /* positions there is room for; positions filled */
     float *rope;        /* [n_ctx][rope_dims/2][2] */
-    uint16_t *k, *v;    /* f16 [n_layers][n_kv_heads][n_ctx][head_dim] */
+    int kv_type;
+    size_t kv_bytes;    /* of one position of one KV head, its keys or its values */
+    uint8_t *k, *v;     /* kv_type [n_layers][n_kv_heads][n_ctx][head_dim] */
 
     /* activations of a chunk, all [CHUNK][...] */
     float *x;                   /* [d_model] the residual stream */

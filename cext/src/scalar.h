@@ -72,13 +72,25 @@ static inline float lanes_sum(float *lane)
     return lane[0];
 }
 
-/* quantize's two numbers: scale, and what x is multiplied by (0: all q are 0); magnitude = bits of absmax */
-static inline float quantize_scale(uint32_t magnitude, float *inverse)
+/* the two numbers of a quantization to -top .. top: scale, and what x is multiplied by (0: all integers are 0);
+ * magnitude = bits of absmax */
+static inline float scale_to(float top, uint32_t magnitude, float *inverse)
 {
     float absmax = float_of(magnitude);
     int usable = magnitude >= 0x0d800000u && magnitude < 0x7f800000u; /* 2^-100 <= absmax < infinity */
-    *inverse = usable ? (float)DBF_QMAX / absmax : 0.0f;
-    return absmax / (float)DBF_QMAX;
+    *inverse = usable ? top / absmax : 0.0f;
+    return absmax / top;
+}
+
+static inline float quantize_scale(uint32_t magnitude, float *inverse)
+{
+    return scale_to((float)DBF_QMAX, magnitude, inverse);
+}
+
+/* the scale of a Q8_0 block */
+static inline float q8_0_scale(const uint8_t *block)
+{
+    return f32_from_f16((uint16_t)(block[0] | block[1] << 8));
 }
 
 #endif

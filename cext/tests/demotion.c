@@ -60,9 +60,12 @@ WRONG(add, (float *y, const float *x, int n), (y, x, n), flip(&y[n - 1]))
 WRONG(to_f16, (uint16_t *y, const float *x, int n), (y, x, n), y[n - 1] ^= 1)
 WRONG(from_f16, (float *y, const uint16_t *x, int n), (y, x, n), flip(&y[n - 1]))
 
+WRONG(to_q8_0, (uint8_t *y, const float *x, int n), (y, x, n), y[n - 1] ^= 1)
+WRONG(from_q8_0, (float *y, const uint8_t *x, int n), (y, x, n), flip(&y[n - 1]))
+
 #define KERNELS(X) \
     X(quantize) X(scale) X(descale) X(sign_gemv) X(gemv_f32) X(gemv_f16) X(gemv_q8_0) X(rmsnorm) X(scores) \
-    X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16)
+    X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16) X(to_q8_0) X(from_q8_0)
 
 enum { NONE,
 #define NUMBER(kernel) WRONG_##kernel,

@@ -443,6 +443,42 @@ static void test_f16(const kernels_t *k, int n)
     give_back(k->name, "f16", n);
 }
 
+static void test_q8_0(const kernels_t *k, int blocks)
+{
+    static const float odd[] = { 0.0f, 1e-40f, 3e38f, INFINITY, -INFINITY, NAN };
+    static uint8_t want[97 * DBF_Q8_0_BYTES];
+    static float wide_want[97 * DBF_Q8_0_BLOCK];
+    size_t n = (size_t)blocks * DBF_Q8_0_BLOCK;
+    for (size_t o = 0; o <= sizeof odd / sizeof *odd; o++) {
+        float *x = floats(n, 5.0f), *y = take(n, sizeof *y);
+        uint8_t *q = take((size_t)blocks, DBF_Q8_0_BYTES);
+        int at = (int)(next() % (uint32_t)blocks); /* a block with an odd value */
+        if (o == 1) memset(x + at * DBF_Q8_0_BLOCK, 0, DBF_Q8_0_BLOCK * sizeof *x);
+        if (o) x[at * DBF_Q8_0_BLOCK + (int)(next() % DBF_Q8_0_BLOCK)] = odd[o - 1];
+        k->to_q8_0(q, x, (int)n);
+        ref->to_q8_0(want, x, (int)n);
+        SAME(q, want, blocks * DBF_Q8_0_BYTES, "to_q8_0");
+        k->from_q8_0(y, q, (int)n);
+        ref->from_q8_0(wide_want, q, (int)n);
+        for (int b = 0; b < blocks; b++) {
+            const uint8_t *block = q + b * DBF_Q8_0_BYTES;
+            double d = of_half((uint16_t)(block[0] | block[1] << 8)), top = 0.0;
+            if (o > 2 && b == at) { /* what is no finite number comes back as none */
+                for (int i = 0; i < DBF_Q8_0_BLOCK; i++)
+                    CHECK(!isfinite(y[b * DBF_Q8_0_BLOCK + i]), "%s from_q8_0 %zu", k->name, n);
+                continue;
+            }
+            for (int i = 0; i < DBF_Q8_0_BLOCK; i++) top = larger(top, fabs((double)x[b * DBF_Q8_0_BLOCK + i]));
+            NEAR(d, top / 127.0, larger(top / 127.0 * 0x1p-11, 0x1p-25), "d of to_q8_0", blocks);
+            for (int i = b * DBF_Q8_0_BLOCK, v = 2; v < DBF_Q8_0_BYTES; i++, v++) {
+                if (top > 1e-20) NEAR((int8_t)block[v], x[i] * 127.0 / top, 0.501, "to_q8_0", blocks);
+                CHECK(y[i] == (float)(d * (int8_t)block[v]) && y[i] == wide_want[i], "%s from_q8_0 %zu", k->name, n);
+            }
+        }
+        give_back(k->name, "q8_0", blocks);
+    }
+}
+
 int main(void)
 {
     CHECK(!dbf_isa_demoted(), "the self-test of %s failed", dbf_isa_demoted());
@@ -465,6 +501,7 @@ int main(void)
                 test_silu_mul(k, n);
                 test_add(k, n);
                 test_f16(k, n);
+                if (n < 100) test_q8_0(k, n);
             }
     }
     printf("ok:");

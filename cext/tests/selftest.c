@@ -76,7 +76,7 @@ static void test_products(const char *isa)
     }
 }
 
-enum { LAYERS = 2, D = 64, FF = 100, HEADS = 4, KV = 2, DIM = 20, VOCAB = 131, CTX = 90, TOKENS = 80 };
+enum { LAYERS = 2, D = 64, FF = 100, HEADS = 4, KV = 2, VOCAB = 131, CTX = 90, TOKENS = 80 };
 
 static dbf_linear random_linear(int rows, int cols)
 {
@@ -86,15 +86,15 @@ static dbf_linear random_linear(int rows, int cols)
                          random_halves((size_t)rank), random_halves((size_t)cols), random_floats((size_t)rows) };
 }
 
-static void run_model(const dbf_config *c, const dbf_weights *w, const float *rope, int n_threads, int batch,
-                      float *logits)
+static void run_model(const dbf_config *c, const dbf_weights *w, const float *rope, int kv_type, int n_threads,
+                      int batch, float *logits)
 {
     dbf_model *model = NULL;
     dbf_session *session = NULL;
     int32_t tokens[TOKENS];
     for (int i = 0; i < TOKENS; i++) tokens[i] = i * 37 % VOCAB;
     CHECK(dbf_model_new(&model, c, w, n_threads) == DBF_OK, "dbf_model_new");
-    CHECK(dbf_session_new(&session, model, CTX, rope) == DBF_OK, "dbf_session_new");
+    CHECK(dbf_session_new(&session, model, CTX, rope, kv_type) == DBF_OK, "dbf_session_new");
     for (int i = 0; i < TOKENS; i += batch) {
         int n = TOKENS - i < batch ? TOKENS - i : batch;
         CHECK(dbf_eval(session, tokens + i, n, i, logits + i * VOCAB, n) == DBF_OK, "dbf_eval");
@@ -104,15 +104,15 @@ static void run_model(const dbf_config *c, const dbf_weights *w, const float *ro
     dbf_model_free(model);
 }
 
-static void test_model(int type)
+static void test_model(int type, int dim, int kv_type)
 {
     static float want[TOKENS * VOCAB], got[TOKENS * VOCAB];
     dbf_layer layers[LAYERS];
     for (int i = 0; i < LAYERS; i++)
-        layers[i] = (dbf_layer){ random_floats(D), random_floats(D), random_linear(HEADS * DIM, D),
-                                 random_linear(KV * DIM, D), random_linear(KV * DIM, D), random_linear(D, HEADS * DIM),
+        layers[i] = (dbf_layer){ random_floats(D), random_floats(D), random_linear(HEADS * dim, D),
+                                 random_linear(KV * dim, D), random_linear(KV * dim, D), random_linear(D, HEADS * dim),
                                  random_linear(FF, D), random_linear(FF, D), random_linear(D, FF) };
-    dbf_config c = { LAYERS, D, FF, HEADS, KV, DIM, VOCAB, 16, DBF_HALVES, 1e-5f };
+    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f };
     uint16_t *h = random_halves(VOCAB * D);
     float *f = random_floats(VOCAB * D);
     uint8_t *q8 = random_bytes(VOCAB * D / 32 * 34);
@@ -127,16 +127,16 @@ static void test_model(int type)
         }
 
     dbf_isa_use("scalar");
-    run_model(&c, &w, &rope[0][0][0], 1, TOKENS, want);
+    run_model(&c, &w, &rope[0][0][0], kv_type, 1, TOKENS, want);
     for (int i = 0; i < TOKENS * VOCAB; i++) CHECK(isfinite(want[i]), "logit %d is not finite", i);
     for (int isa = 0; isa < dbf_isa_count(); isa++)
         for (int threads = 1; threads <= 8; threads++)
             for (int batch = 1; batch <= TOKENS; batch += 39) {
                 CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
                 memset(got, 0, sizeof got);
-                run_model(&c, &w, &rope[0][0][0], threads, batch, got);
-                CHECK(memcmp(want, got, sizeof want) == 0, "%s, %d threads, batches of %d, type %d differ",
-                      dbf_isa_name(isa), threads, batch, type);
+                run_model(&c, &w, &rope[0][0][0], kv_type, threads, batch, got);
+                CHECK(memcmp(want, got, sizeof want) == 0, "%s, %d threads, batches of %d, types %d and %d differ",
+                      dbf_isa_name(isa), threads, batch, type, kv_type);
             }
     for (int i = 0; i < LAYERS; i++) {
         free((void *)layers[i].attn_norm), free((void *)layers[i].ffn_norm);
@@ -171,9 +171,9 @@ int main(void)
     CHECK(!dbf_isa_demoted(), "the self-test of %s failed", dbf_isa_demoted());
     CHECK(dbf_isa_use("nonsense") == DBF_EISA, "an unknown instruction set was accepted");
     for (int i = 0; i < dbf_isa_count(); i++) test_products(dbf_isa_name(i)), test_q8_0(dbf_isa_name(i));
-    test_model(DBF_F32);
-    test_model(DBF_F16);
-    test_model(DBF_Q8_0);
+    test_model(DBF_F32, 20, DBF_F16);
+    test_model(DBF_F16, 32, DBF_Q8_0);
+    test_model(DBF_Q8_0, 64, DBF_Q8_0);
     test_bench();
     printf("ok:");
     for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));

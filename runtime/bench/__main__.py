@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each test")
     p.add_argument("--stages", action="store_true", help="show where the time goes, stage by stage")
     p.add_argument("-o", "--output", choices=FORMATS, default="md", help="form of the table")
-    p.add_argument("--backend", choices=("auto", "c", "numba"), default="auto", help="what computes")
+    cli.add_common_options(p)
 
     random = p.add_argument_group("with --synthetic")
     random.add_argument("--bpw", type=float, default=1.2, metavar="X", help="bits per weight, at most")
@@ -113,10 +113,10 @@ def _bench_model(args: argparse.Namespace) -> None:
             rows = peer.bench(path, shape, cases, threads, args.repetitions, args.seed, _note)
             _print(args, peer.COLUMNS, rows)
         elif args.stages:
-            rows = stages.bench(str(path), cases, threads, args.repetitions, args.backend)
+            rows = stages.bench(str(path), cases, threads, args.repetitions, args.backend, args.kv_type)
             _print(args, stages.COLUMNS, rows)
         else:
-            rows = decode.bench(str(path), cases, threads, args.repetitions, args.backend)
+            rows = decode.bench(str(path), cases, threads, args.repetitions, args.backend, args.kv_type)
             _print(args, decode.COLUMNS, rows)
 
 
@@ -132,6 +132,8 @@ def _check(args: argparse.Namespace) -> None:
             raise OptionError(f"{option} goes with --synthetic SHAPE")
     if args.peer and args.backend == "numba":
         raise OptionError("--peer compares the C backend; leave out --backend numba")
+    if args.peer and args.kv_type != "f16":
+        raise OptionError(f"--peer compares f16 KV caches; leave out --kv-type {args.kv_type}")
     if args.stages and (args.peer or args.kernels or args.info):
         raise OptionError("--stages goes with OUT.gguf or --synthetic SHAPE, and without --peer")
     if not 1 <= args.repetitions <= MAX_REPEATS:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import runtime
 from runtime.bench import machine
 from runtime.bench.report import Row, count_text, mean_and_sd, size_text
-from runtime.config import Config, Layer, Weights
+from runtime.config import Layer, Weights
 from runtime.engine import BATCH
 from runtime.errors import OptionError
 from runtime.format import linear_bits
@@ -105,11 +105,6 @@ def bytes_per_token(w: Weights) -> int:
     return total
 
 
-def kv_cache_bytes(config: Config, n_ctx: int) -> int:
-    """Bytes of the keys and values of n_ctx positions, float16."""
-    return 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * n_ctx
-
-
 def _linears(layer: Layer) -> Iterator[Any]:
     yield from (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
 
@@ -181,12 +176,16 @@ class Run:
     n_threads: int
     file_size: int
     load_seconds: float
-    kv_cache: int
+    n_ctx: int
     seconds: tuple[list[float], ...]  # of each repetition of each case
     peak_rss: int
+    kv_type: str
+    kv_bytes_per_token: int
 
 
-def run(path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, backend: str) -> Run:
+def run(
+    path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, backend: str, kv_type: str
+) -> Run:
     """Load a model and time all cases; n_threads None: the number of physical cores.
 
     The file is read through before: loading is timed from the system's page cache.
@@ -195,7 +194,7 @@ def run(path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, b
     file_size = machine.read_through(path)
     n_ctx = max(case.n_depth + case.tokens for case in cases)
     start = time.perf_counter()
-    with runtime.load(path, backend=backend, n_threads=n_threads, n_ctx=n_ctx) as model:
+    with runtime.load(path, backend=backend, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type) as model:
         load_seconds = time.perf_counter() - start
         runner = Runner(model.backend, model.file.config.n_vocab)
         threads = model.backend.n_threads
@@ -210,14 +209,21 @@ def run(path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, b
             n_threads=threads,
             file_size=file_size,
             load_seconds=load_seconds,
-            kv_cache=kv_cache_bytes(model.file.config, n_ctx),
+            n_ctx=n_ctx,
             seconds=seconds,
             peak_rss=machine.peak_rss(),
+            kv_type=kv_type,
+            kv_bytes_per_token=model.kv_bytes_per_token,
         )
 
 
 def bench(
-    path: str, cases: Sequence[Case], threads: Sequence[int | None], repeats: int, backend: str
+    path: str,
+    cases: Sequence[Case],
+    threads: Sequence[int | None],
+    repeats: int,
+    backend: str,
+    kv_type: str = "f16",
 ) -> Iterator[Row]:
     """Rows of all cases with each number of threads; None: the number of physical cores.
 
@@ -229,7 +235,7 @@ def bench(
     for n in threads:
         clean = machine.reset_peak_rss() or clean
         when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        done = run(path, cases, n, repeats, backend)
+        done = run(path, cases, n, repeats, backend, kv_type)
         progress("read bandwidth")
         bandwidth = machine.read_bandwidth(done.n_threads)
         progress("")
@@ -256,6 +262,7 @@ def _about_run(path: str, done: Run, case: Case) -> dict[str, Any]:
         "model_n_params": about.n_params,
         "bits_per_weight": round(about.bits_per_weight, 5),
         "n_threads": done.n_threads,
+        "kv_type": done.kv_type,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
         "n_depth": case.n_depth,
@@ -289,10 +296,12 @@ def _about_memory(case: Case, seconds: Sequence[float], about: Facts, bandwidth:
 
 def _about_loading(done: Run, clean: bool) -> dict[str, Any]:
     """clean: the peak is this run's own."""
-    share = (done.peak_rss - done.kv_cache) / done.file_size
+    kv_cache = done.kv_bytes_per_token * done.n_ctx
+    share = (done.peak_rss - kv_cache) / done.file_size
     return {
         "file_size": done.file_size,
-        "kv_cache_size": done.kv_cache,
+        "kv_bytes_per_token": done.kv_bytes_per_token,
+        "kv_cache_size": kv_cache,
         "peak_rss": done.peak_rss if clean else None,
         "peak_rss_less_kv_per_file": round(share, 4) if clean else None,
         "load_seconds": round(done.load_seconds, 4),
@@ -310,6 +319,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "t/s:": lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
     "read/token:": lambda r: size_text(r["weight_bytes_per_token"]) if r["n_gen"] else "",
     "of bandwidth:": lambda r: _share(r) if r["n_gen"] else "",
+    "KV/token:": lambda r: f"{r['kv_bytes_per_token'] / 1024:.1f} KiB {r['kv_type']}",
     "peak RSS:": lambda r: _peak(r) if r["peak_rss"] else "",
     "load:": lambda r: f"{r['load_seconds']:.2f} s, {r['load_bytes_per_s'] / 1e9:.2f} GB/s",
 }

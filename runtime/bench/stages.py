@@ -15,7 +15,12 @@ OUTSIDE = "outside the C core"
 
 
 def bench(
-    path: str, cases: Sequence[Case], threads: Sequence[int | None], repeats: int, backend: str
+    path: str,
+    cases: Sequence[Case],
+    threads: Sequence[int | None],
+    repeats: int,
+    backend: str,
+    kv_type: str = "f16",
 ) -> Iterator[Row]:
     """Rows of all stages of all cases with each number of threads; None: the number of physical cores.
 
@@ -28,7 +33,7 @@ def bench(
     n_ctx = max(case.n_depth + case.tokens for case in cases)
     for n in threads:
         progress("loading the model")
-        with runtime.load(path, backend=backend, n_threads=n, n_ctx=n_ctx) as model:
+        with runtime.load(path, backend=backend, n_threads=n, n_ctx=n_ctx, kv_type=kv_type) as model:
             runner = Runner(model.backend, model.file.config.n_vocab)
             for case in cases:
                 progress(f"{model.backend.n_threads} threads, {case.name}")
@@ -39,6 +44,7 @@ def bench(
                     yield {
                         "isa": core.active if core else None,
                         "n_threads": model.backend.n_threads,
+                        "kv_type": kv_type,
                         "test": case.name,
                         "n_prompt": case.n_prompt,
                         "n_gen": case.n_gen,
