@@ -22,8 +22,8 @@ enum {
     DBF_ETHREAD = -5   /* a thread could not be started */
 };
 
-enum { DBF_F32 = 0, DBF_F16 = 1, DBF_Q8_0 = 8 }; /* GGML's type ids */
-enum { DBF_ADJACENT = 0, DBF_HALVES = 1 };       /* RoPE pairs (2i, 2i+1) or (i, i + dims/2) */
+enum { DBF_F32 = 0, DBF_F16 = 1, DBF_Q4_0 = 2, DBF_Q8_0 = 8, DBF_Q6_K = 14 }; /* GGML's type ids */
+enum { DBF_ADJACENT = 0, DBF_HALVES = 1 }; /* RoPE pairs (2i, 2i+1) or (i, i + dims/2) */
 
 /* y = s_out * A(s_mid * B(s_in * x)) + bias */
 typedef struct dbf_linear {
@@ -106,14 +106,21 @@ int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows
  * q[n], scale[1], x[n] */
 int dbf_quantize(int16_t *q, float *scale, const float *x, int n);
 
-/* y[r] = sum_k w[r,k] * x[k]
- * y[w->rows], x[w->cols] */
-int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x);
+/* y[i,r] = sum_k w[r,k] * x[i,k]
+ * y[n][w->rows], x[n][w->cols] */
+int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x, int n);
+
+/* y[k] = w[r,k]
+ * y[w->cols] */
+int dbf_dense_row(float *y, const dbf_dense *w, int r);
 
 /* Least time of one product of a sign matrix with `batch` vectors, their tables included, on one thread, repeated for
  * `duration` seconds. Copies of the packed matrix, at least `footprint` bytes in all, take turns: 0 keeps one matrix
  * in the caches, much more than these hold makes every product read it from memory. */
 int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t footprint, double duration);
+
+/* The same for a matrix of `type` that is not factorized; the quantization of the vectors is included. */
+int dbf_bench_dense_gemv(double *seconds, int type, int rows, int cols, int batch, size_t footprint, double duration);
 
 /* Least time in which n_threads read `bytes` of memory once, each its own consecutive part, repeated for `duration`
  * seconds. */

@@ -300,7 +300,7 @@ class CBackend(Backend):
 
     def _dense(self, to: Any, w: Dense) -> None:
         data = w.data
-        if w.type != cfg.Q8_0 and data.ctypes.data % 4:  # C reads these as floats
+        if w.type in (cfg.F32, cfg.F16) and data.ctypes.data % 4:  # C reads these as floats
             data = data.copy()
         to.type, to.rows, to.cols = w.type, w.rows, w.cols
         to.data = self._borrow("uint8_t[]", data)

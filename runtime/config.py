@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from runtime.errors import OptionError
 
-F32, F16, Q8_0 = 0, 1, 8
+F32, F16, Q4_0, Q8_0, Q6_K = 0, 1, 2, 8, 14
 """Types of the unfactorized matrices (embedding, head); the values are GGML's type ids."""
 
-BLOCKS = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in (F32, F16, Q8_0)}
+BLOCKS = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in (F32, F16, Q4_0, Q8_0, Q6_K)}
 """type -> weights and bytes of a block; rows are whole blocks."""
 
 KV_TYPES = {"f16": F16, "q8_0": Q8_0}
@@ -96,7 +96,7 @@ class Linear:
 class Dense:
     """An unfactorized matrix, rows contiguous, in GGML's own layout of its type."""
 
-    type: int  # F32, F16 or Q8_0
+    type: int  # a key of BLOCKS
     rows: int
     cols: int
     data: NDArray[np.uint8]  # (rows, bytes of a row)

@@ -19,10 +19,26 @@ from numpy.typing import NDArray
 
 from runtime import kernels_numba as kernels
 from runtime.backend import Backend, check_tokens
-from runtime.config import F16, F32, Config, Dense, Linear, Weights, kv_row_bytes, rope_table
+from runtime.config import (
+    F16,
+    F32,
+    Q4_0,
+    Q6_K,
+    Q8_0,
+    Config,
+    Dense,
+    Linear,
+    Weights,
+    kv_row_bytes,
+    rope_table,
+)
 from runtime.errors import BackendError
 
 Floats = NDArray[np.float32]
+
+FROM_BLOCKS = {Q4_0: kernels.from_q4_0, Q8_0: kernels.from_q8_0, Q6_K: kernels.from_q6_k}
+GEMV_BLOCKS = {Q4_0: kernels.gemv_q4_0, Q8_0: kernels.gemv_q8_0, Q6_K: kernels.gemv_q6_k}
+"""Kernels of the types that are blocks of integers."""
 
 
 def _f16(array: NDArray[np.float16]) -> NDArray[np.uint16]:
@@ -64,7 +80,7 @@ def dense_row(w: Dense, r: int) -> Floats:
     elif w.type == F16:
         kernels.from_f16(y, row.view(np.uint16), w.cols)
     else:
-        kernels.from_q8_0(y, row, w.cols)
+        FROM_BLOCKS[w.type](y, row, w.cols)
     return y
 
 
@@ -72,13 +88,13 @@ def head_logits(w: Dense, x: Floats) -> Floats:
     """y = W x of an unfactorized matrix."""
     y = np.empty(w.rows, np.float32)
     if w.type == F32:
-        kernels.gemv_f32(y, w.data.view(np.float32), x, w.rows, w.cols)
+        kernels.gemv_f32(y[None], w.data.view(np.float32), x[None], 1, w.rows, w.cols)
     elif w.type == F16:
-        kernels.gemv_f16(y, w.data.view(np.uint16), x, w.rows, w.cols)
+        kernels.gemv_f16(y[None], w.data.view(np.uint16), x[None], 1, w.rows, w.cols)
     else:
-        q = np.empty(w.cols, np.int16)
-        scale = kernels.quantize(q, x, w.cols)
-        kernels.gemv_q8_0(y, w.data, q, np.float32(scale), w.rows, w.cols)
+        q = np.empty((1, w.cols), np.int16)
+        scale = np.array([kernels.quantize(q[0], x, w.cols)], np.float32)
+        GEMV_BLOCKS[w.type](y[None], w.data, q, scale, 1, w.rows, w.cols)
     return y
 
 

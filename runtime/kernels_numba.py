@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from runtime.config import ADJACENT, BLOCKS, Q8_0
+from runtime.config import ADJACENT, BLOCKS, Q4_0, Q6_K, Q8_0
 
 if TYPE_CHECKING:
     F = TypeVar("F", bound=Callable[..., Any])
@@ -27,7 +27,11 @@ else:
 
 LANES = 16
 QMAX = 8191
+Q4_0_BLOCK, Q4_0_BYTES = BLOCKS[Q4_0]
 Q8_0_BLOCK, Q8_0_BYTES = BLOCKS[Q8_0]
+Q6_K_BLOCK, Q6_K_BYTES = BLOCKS[Q6_K]
+Q6_K_GROUP = 16
+Q6_K_HIGH, Q6_K_SCALES, Q6_K_D = 128, 192, 208
 
 f32 = np.float32
 
@@ -97,9 +101,30 @@ def exp_f32(x: Any) -> Any:
 
 
 @njit(cache=True)
-def q8_0_scale(block: Any) -> Any:
-    """The scale of a Q8_0 block (Q8_0_BYTES,) uint8."""
-    return f32_from_f16(np.uint16(block[0] | (np.uint16(block[1]) << 8)))
+def f32_at(block: Any, at: int) -> Any:
+    """The float16 in the bytes at, at + 1 of a block (uint8) as float32."""
+    return f32_from_f16(np.uint16(block[at] | (np.uint16(block[at + 1]) << 8)))
+
+
+@njit(cache=True)
+def q4_0_value(block: Any, i: int) -> Any:
+    """Integer i of a Q4_0 block (Q4_0_BYTES,) uint8."""
+    return ((np.int32(block[2 + i % 16]) >> (0 if i < 16 else 4)) & 15) - np.int32(8)
+
+
+@njit(cache=True)
+def q8_0_value(block: Any, i: int) -> Any:
+    """Integer i of a Q8_0 block (Q8_0_BYTES,) uint8."""
+    return np.int32(np.int8(block[2 + i]))
+
+
+@njit(cache=True)
+def q6_k_value(block: Any, i: int) -> Any:
+    """Integer i of a Q6_K block (Q6_K_BYTES,) uint8."""
+    half, quarter, j = i // 128, i % 128 // 32, i % 32
+    low = (np.int32(block[half * 64 + quarter % 2 * 32 + j]) >> (0 if quarter < 2 else 4)) & 15
+    high = (np.int32(block[Q6_K_HIGH + half * 32 + j]) >> (2 * quarter)) & 3
+    return (low | (high << 4)) - np.int32(32)
 
 
 @njit(cache=True)
@@ -186,62 +211,123 @@ def sign_gemv(isum: Array, w: Array, table: Array, rows: int, cols: int) -> None
 
 
 @njit(cache=True, parallel=True)
-def gemv_f32(y: Array, w: Array, x: Array, rows: int, cols: int) -> None:
-    """y[r] = sum_k w[r,k] * x[k]
+def gemv_f32(y: Array, w: Array, x: Array, n: int, rows: int, cols: int) -> None:
+    """y[i,r] = sum_k w[r,k] * x[i,k]
 
-    y  (rows,)       float32, overwritten
+    y  (n, rows)     float32, overwritten
     w  (rows, cols)  float32
-    x  (cols,)       float32
+    x  (n, cols)     float32
     Mirror: cext/src/kernels_ref.c.
     """
     for r in prange(rows):
-        lane = np.zeros(LANES, np.float32)
-        for k in range(cols):
-            lane[k % LANES] = lane[k % LANES] + w[r, k] * x[k]
-        y[r] = lanes_sum(lane)
+        for i in range(n):
+            lane = np.zeros(LANES, np.float32)
+            for k in range(cols):
+                lane[k % LANES] = lane[k % LANES] + w[r, k] * x[i, k]
+            y[i, r] = lanes_sum(lane)
 
 
 @njit(cache=True, parallel=True)
-def gemv_f16(y: Array, w: Array, x: Array, rows: int, cols: int) -> None:
-    """y[r] = sum_k w[r,k] * x[k]
+def gemv_f16(y: Array, w: Array, x: Array, n: int, rows: int, cols: int) -> None:
+    """y[i,r] = sum_k w[r,k] * x[i,k]
 
-    y  (rows,)       float32, overwritten
+    y  (n, rows)     float32, overwritten
     w  (rows, cols)  float16 as uint16
-    x  (cols,)       float32
+    x  (n, cols)     float32
     Mirror: cext/src/kernels_ref.c.
     """
     for r in prange(rows):
-        lane = np.zeros(LANES, np.float32)
-        for k in range(cols):
-            lane[k % LANES] = lane[k % LANES] + f32_from_f16(w[r, k]) * x[k]
-        y[r] = lanes_sum(lane)
+        for i in range(n):
+            lane = np.zeros(LANES, np.float32)
+            for k in range(cols):
+                lane[k % LANES] = lane[k % LANES] + f32_from_f16(w[r, k]) * x[i, k]
+            y[i, r] = lanes_sum(lane)
 
 
 @njit(cache=True, parallel=True)
-def gemv_q8_0(y: Array, w: Array, q: Array, scale: Any, rows: int, cols: int) -> None:
-    """y[r] = scale * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of w[r,k] * q[k] over the columns
-    2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0
+def gemv_q4_0(y: Array, w: Array, q: Array, scale: Array, n: int, rows: int, cols: int) -> None:
+    """y[i,r] = scale[i] * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of v[r,k] * q[i,k] over the
+    columns 2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0
 
-    y  (rows,)             float32, overwritten
-    w  (rows, cols/32*34)  uint8, blocks of Q8_0: d as float16, 32 weights as int8
-    q  (cols,)             int16
+    y      (n, rows)          float32, overwritten
+    w      (rows, cols/32*18) uint8, blocks of Q4_0: d as float16, 32 weights as nibbles
+    q      (n, cols)          int16
+    scale  (n,)               float32
     Mirror: cext/src/kernels_ref.c.
     """
-    blocks = cols // Q8_0_BLOCK
     for r in prange(rows):
-        lane = np.zeros(LANES, np.float32)
-        for b in range(blocks):
-            block = w[r, b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
-            v = block[2:].view(np.int8)
-            p = q[b * Q8_0_BLOCK : (b + 1) * Q8_0_BLOCK]
-            d = q8_0_scale(block)
-            for n in range(8):
-                i = 2 * n
-                j = 2 * n + 16
-                isum = np.int32(v[i]) * np.int32(p[i]) + np.int32(v[i + 1]) * np.int32(p[i + 1])
-                isum += np.int32(v[j]) * np.int32(p[j]) + np.int32(v[j + 1]) * np.int32(p[j + 1])
-                lane[n] = lane[n] + f32(isum) * d
-        y[r] = lanes_sum(lane) * scale
+        for i in range(n):
+            lane = np.zeros(LANES, np.float32)
+            for b in range(cols // Q4_0_BLOCK):
+                block = w[r, b * Q4_0_BYTES : (b + 1) * Q4_0_BYTES]
+                p = q[i, b * Q4_0_BLOCK : (b + 1) * Q4_0_BLOCK]
+                d = f32_at(block, 0)
+                for m in range(8):
+                    k = 2 * m
+                    isum = q4_0_value(block, k) * np.int32(p[k])
+                    isum += q4_0_value(block, k + 1) * np.int32(p[k + 1])
+                    isum += q4_0_value(block, k + 16) * np.int32(p[k + 16])
+                    isum += q4_0_value(block, k + 17) * np.int32(p[k + 17])
+                    lane[m] = lane[m] + f32(isum) * d
+            y[i, r] = lanes_sum(lane) * scale[i]
+
+
+@njit(cache=True, parallel=True)
+def gemv_q8_0(y: Array, w: Array, q: Array, scale: Array, n: int, rows: int, cols: int) -> None:
+    """y[i,r] = scale[i] * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of v[r,k] * q[i,k] over the
+    columns 2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0
+
+    y      (n, rows)          float32, overwritten
+    w      (rows, cols/32*34) uint8, blocks of Q8_0: d as float16, 32 weights as int8
+    q      (n, cols)          int16
+    scale  (n,)               float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for r in prange(rows):
+        for i in range(n):
+            lane = np.zeros(LANES, np.float32)
+            for b in range(cols // Q8_0_BLOCK):
+                block = w[r, b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
+                p = q[i, b * Q8_0_BLOCK : (b + 1) * Q8_0_BLOCK]
+                d = f32_at(block, 0)
+                for m in range(8):
+                    k = 2 * m
+                    isum = q8_0_value(block, k) * np.int32(p[k])
+                    isum += q8_0_value(block, k + 1) * np.int32(p[k + 1])
+                    isum += q8_0_value(block, k + 16) * np.int32(p[k + 16])
+                    isum += q8_0_value(block, k + 17) * np.int32(p[k + 17])
+                    lane[m] = lane[m] + f32(isum) * d
+            y[i, r] = lanes_sum(lane) * scale[i]
+
+
+@njit(cache=True, parallel=True)
+def gemv_q6_k(y: Array, w: Array, q: Array, scale: Array, n: int, rows: int, cols: int) -> None:
+    """y[i,r] = scale[i] * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of s[r,g] * v[r,k] * q[i,k]
+    over the columns 16g + 2l, 16g + 2l + 1 of block b,  g = 0 .. 15,  l = 0 .. 7;  cols % 256 == 0
+
+    y      (n, rows)             float32, overwritten
+    w      (rows, cols/256*210)  uint8, blocks of Q6_K: 256 weights of 6 bits, 16 scales as int8, d as float16
+    q      (n, cols)             int16
+    scale  (n,)                  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for r in prange(rows):
+        for i in range(n):
+            lane = np.zeros(LANES, np.float32)
+            for b in range(cols // Q6_K_BLOCK):
+                block = w[r, b * Q6_K_BYTES : (b + 1) * Q6_K_BYTES]
+                p = q[i, b * Q6_K_BLOCK : (b + 1) * Q6_K_BLOCK]
+                d = f32_at(block, Q6_K_D)
+                for m in range(8):
+                    isum = np.int32(0)
+                    for g in range(Q6_K_BLOCK // Q6_K_GROUP):
+                        s = np.int32(np.int8(block[Q6_K_SCALES + g]))
+                        k = g * Q6_K_GROUP + 2 * m
+                        pair = q6_k_value(block, k) * np.int32(p[k])
+                        pair += q6_k_value(block, k + 1) * np.int32(p[k + 1])
+                        isum += s * pair
+                    lane[m] = lane[m] + f32(isum) * d
+            y[i, r] = lanes_sum(lane) * scale[i]
 
 
 # ---- everything else ---------------------------------------------------------------------------------------
@@ -406,8 +492,22 @@ def to_q8_0(y: Array, x: Array, n: int) -> None:
 
 
 @njit(cache=True)
+def from_q4_0(y: Array, x: Array, n: int) -> None:
+    """Q4_0 and Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0
+
+    y  (n,)        float32, overwritten
+    x  (n/32*18,)  uint8
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for b in range(n // Q4_0_BLOCK):
+        block = x[b * Q4_0_BYTES : (b + 1) * Q4_0_BYTES]
+        for i in range(Q4_0_BLOCK):
+            y[b * Q4_0_BLOCK + i] = f32_at(block, 0) * f32(q4_0_value(block, i))
+
+
+@njit(cache=True)
 def from_q8_0(y: Array, x: Array, n: int) -> None:
-    """Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0
+    """Q4_0 and Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0
 
     y  (n,)        float32, overwritten
     x  (n/32*34,)  uint8
@@ -415,6 +515,20 @@ def from_q8_0(y: Array, x: Array, n: int) -> None:
     """
     for b in range(n // Q8_0_BLOCK):
         block = x[b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
-        d = q8_0_scale(block)
         for i in range(Q8_0_BLOCK):
-            y[b * Q8_0_BLOCK + i] = d * f32(np.int8(block[2 + i]))
+            y[b * Q8_0_BLOCK + i] = f32_at(block, 0) * f32(q8_0_value(block, i))
+
+
+@njit(cache=True)
+def from_q6_k(y: Array, x: Array, n: int) -> None:
+    """Q6_K to float32: y[i] = (d * s[i / 16]) * v[i],  n % 256 == 0
+
+    y  (n,)          float32, overwritten
+    x  (n/256*210,)  uint8
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for b in range(n // Q6_K_BLOCK):
+        block = x[b * Q6_K_BYTES : (b + 1) * Q6_K_BYTES]
+        for i in range(Q6_K_BLOCK):
+            s = f32(np.int8(block[Q6_K_SCALES + i // Q6_K_GROUP]))
+            y[b * Q6_K_BLOCK + i] = (f32_at(block, Q6_K_D) * s) * f32(q6_k_value(block, i))

@@ -17,7 +17,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from runtime.config import ADJACENT, F16, F32, HALVES, Q8_0, Config, Dense, Layer, Linear, Weights
+from runtime.config import ADJACENT, BLOCKS, F16, F32, HALVES, Config, Dense, Layer, Linear, Weights
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1, FORMAT_VERSION, LINEARS, pad8
 from runtime.gguf import GgufFile, TensorInfo, type_name
@@ -257,8 +257,9 @@ class _Reader:
 
     def _dense(self, name: str, rows: int, cols: int) -> Dense:
         info = self._tensor(name)
-        if info.type not in (F32, F16, Q8_0):
-            raise self._unsupported(f"tensor {name} has type {info.type_name}; implemented: F32, F16, Q8_0")
+        if info.type not in BLOCKS:
+            known = ", ".join(type_name(kind) for kind in BLOCKS)
+            raise self._unsupported(f"tensor {name} has type {info.type_name}; implemented: {known}")
         if info.shape != (rows, cols):
             raise self._fail(f"tensor {name} has shape {info.shape}, wanted ({rows}, {cols})")
         self.used.add(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 
 from runtime.config import ADJACENT, F16, F32, Config, Dense, Linear, Weights
@@ -27,9 +28,7 @@ def dense(w: Dense):
         return w.data.view(np.float32).astype(np.float64)
     if w.type == F16:
         return w.data.view(np.float16).astype(np.float64)
-    blocks = w.data.reshape(w.rows, -1, 34)
-    d = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)
-    return (d * blocks[..., 2:].view(np.int8)).reshape(w.rows, w.cols)
+    return gguf.quants.dequantize(w.data, gguf.GGMLQuantizationType(w.type)).astype(np.float64)
 
 
 def rmsnorm(x, w, eps):

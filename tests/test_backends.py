@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from runtime import backend
-from runtime.config import ADJACENT, F16, F32, Q8_0, kv_bytes_per_token
+from runtime.config import ADJACENT, F16, F32, Q4_0, Q6_K, Q8_0, kv_bytes_per_token
 from runtime.errors import BackendError, OptionError
 
 cext = pytest.importorskip("cext", reason="the C core is not built")
@@ -31,6 +31,8 @@ MODELS = {
     "part rotated": (tiny.config(head_dim=20, rope_dims=8, d_model=33, d_ff=65), {"bias": True}),
     "not rotated": (tiny.config(rope_dims=0, n_layers=1), {"kind": F16, "tied": True}),
     "Q8_0": (tiny.config(d_model=64, n_vocab=65), {"kind": Q8_0, "tied": True, "bias": True}),
+    "Q4_0": (tiny.config(d_model=96, n_vocab=65, n_layers=1), {"kind": Q4_0, "tied": True}),
+    "Q6_K": (tiny.config(d_model=256, n_vocab=131, n_layers=1), {"kind": Q6_K}),
     "heads of 64": (tiny.config(head_dim=64, rope_dims=64, n_layers=1), {}),
     "20 queries share a KV head": (tiny.config(n_heads=20, n_kv_heads=1, head_dim=128, n_layers=1), {}),
     "wide heads": (tiny.config(head_dim=96, rope_dims=96, n_layers=1), {"kind": F32}),
@@ -230,7 +232,8 @@ def test_weights_that_do_not_fit():
         (replace(w, out_norm=w.out_norm[1:]), "out_norm"),
         (replace(w, out_norm=w.out_norm.astype(np.float64)), "out_norm"),
         (replace(w, embed=replace(w.embed, rows=5)), "embed"),
-        (replace(w, head=replace(w.head, type=2)), "type 2"),
+        (replace(w, head=replace(w.head, type=3)), "type 3"),
+        (replace(w, head=replace(w.head, type=Q6_K)), "type 14"),
         (replace(w, head=replace(w.head, type=Q8_0)), "type 8"),
         (replace(w, head=replace(w.head, data=w.head.data[1:])), "head.data"),
     ]

@@ -7,13 +7,15 @@ import oracle
 import pytest
 import tiny
 
-from runtime.config import F16, F32, Q8_0
+from runtime.config import BLOCKS, F16, F32, Q4_0, Q6_K, Q8_0, Dense
 
 cext = pytest.importorskip("cext", reason="the C core is not built")
 ffi, lib = cext.ffi, cext.lib
 
 ISAS = [ffi.string(lib.dbf_isa_name(i)).decode() for i in range(lib.dbf_isa_count())]
 SIZES = [*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 576, 1023, 1025, 1536, 2055]
+INTEGERS = [Q4_0, Q8_0, Q6_K]
+"""Types of dense matrices that are multiplied as integers."""
 GUARD = 0x5A
 
 
@@ -123,36 +125,67 @@ def test_quantize_odd_values(isa, value, scale):
             np.testing.assert_equal(got, np.float32(scale))
 
 
-@pytest.mark.parametrize("kind", [F32, F16, Q8_0])
+def check_dense_gemv(rng, kind, rows, cols, n, shift=1):
+    w = tiny.dense(rng, kind, rows, cols)
+    x = guarded(rng.standard_normal((n, cols)).astype(np.float32), shift + 1)
+    data = guarded(w.data, shift if kind in INTEGERS else 4)
+    out = Guarded(np.float32, n * rows, shift)
+    c = ffi.new("dbf_dense *", [kind, rows, cols, data.pointer("void *")])
+    assert lib.dbf_dense_gemv(out.pointer("float *"), c, x.pointer("float *"), n) == lib.DBF_OK
+    out.check()
+    m, x = oracle.dense(w), x.array.reshape(n, cols)
+    # 16 lanes: at most cols/16 + 5 roundings a sum; integers: half a step of the activation's grid as well
+    bound = (cols / 16 + 5) * 2.0**-24 * (np.abs(x) @ np.abs(m).T)
+    if kind in INTEGERS:
+        bound = bound + 0.501 * np.abs(x).max(-1, keepdims=True) / 8191 * np.abs(m).sum(-1)
+    assert (np.abs(out.array.reshape(n, rows) - x.astype(np.float64) @ m.T) <= bound).all()
+
+
+@pytest.mark.parametrize("kind", [F32, F16, *INTEGERS])
 def test_dense_gemv(isa, kind):
     rng = np.random.default_rng(7)
-    for cols in [32, 64, 96, 576] if kind == Q8_0 else [1, 7, 16, 33, 97, 576]:
-        w = tiny.dense(rng, kind, 67, cols)
-        data, x = guarded(w.data, 4), guarded(rng.standard_normal(cols).astype(np.float32))
-        out = Guarded(np.float32, 67)
-        c = ffi.new("dbf_dense *", [kind, 67, cols, data.pointer("void *")])
-        assert lib.dbf_dense_gemv(out.pointer("float *"), c, x.pointer("float *")) == lib.DBF_OK
-        out.check()
-        m, x = oracle.dense(w), x.array
-        # 16 lanes: at most cols/16 + 5 roundings a sum; Q8_0: half a step of the activation's grid as well
-        bound = (cols / 16 + 5) * 2.0**-24 * (np.abs(m) @ np.abs(x))
-        if kind == Q8_0:
-            bound = bound + 0.501 * np.abs(x).max() / 8191 * np.abs(m).sum(-1)
-        assert (np.abs(out.array - m @ x.astype(np.float64)) <= bound).all()
+    block = BLOCKS[kind][0]
+    for cols in [block, 2 * block, 3 * block, 2304] if kind in INTEGERS else [1, 7, 16, 33, 97, 576]:
+        for n in (1, 2, 3, 4, 7):
+            check_dense_gemv(rng, kind, 67, cols, n)
 
 
+@pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("shift", range(8))
-def test_q8_0_leftover_rows_at_any_alignment(isa, shift):
+def test_leftover_rows_at_any_alignment(isa, kind, shift):
     rng = np.random.default_rng(shift)
-    x = guarded(rng.standard_normal(96).astype(np.float32), shift + 1)
     for rows in range(1, 10):
-        w = tiny.dense(rng, Q8_0, rows, 96)
-        data, out = guarded(w.data, shift), Guarded(np.float32, rows, shift)
-        c = ffi.new("dbf_dense *", [Q8_0, rows, 96, data.pointer("void *")])
-        assert lib.dbf_dense_gemv(out.pointer("float *"), c, x.pointer("float *")) == lib.DBF_OK
-        out.check()
-        want = oracle.dense(w) @ x.array.astype(np.float64)
-        np.testing.assert_allclose(out.array, want, atol=96 * 4 * 0.6 * np.abs(x.array).max() / 8191)
+        check_dense_gemv(rng, kind, rows, 3 * BLOCKS[kind][0], 3, shift)
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_dense_gemv_extremes(isa, kind):
+    """The largest integers that there can be, all of one sign: sums stay within int32."""
+    block, nbytes = BLOCKS[kind]
+    data = np.full((5, 2, nbytes), {Q4_0: 0x00, Q8_0: 0x80, Q6_K: 0x00}[kind], np.uint8)
+    if kind == Q6_K:
+        data[..., 192:208] = 0x80  # s = -128, v = -32
+    data[..., slice(208, 210) if kind == Q6_K else slice(0, 2)] = [0x00, 0x3C]  # d = 1
+    w = Dense(kind, 5, 2 * block, data.reshape(5, -1))
+    x, data = guarded(np.full(2 * block, 3.0, np.float32)), guarded(w.data)
+    out = Guarded(np.float32, 5)
+    c = ffi.new("dbf_dense *", [kind, 5, 2 * block, data.pointer("void *")])
+    assert lib.dbf_dense_gemv(out.pointer("float *"), c, x.pointer("float *"), 1) == lib.DBF_OK
+    np.testing.assert_allclose(out.array, oracle.dense(w) @ x.array.astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [F32, F16, *INTEGERS])
+def test_dense_row(isa, kind):
+    """Bit for bit what gguf makes of it."""
+    w = tiny.dense(np.random.default_rng(3), kind, 5, 768)
+    data, out = guarded(w.data, 4), Guarded(np.float32, 768)
+    c = ffi.new("dbf_dense *", [kind, 5, 768, data.pointer("void *")])
+    for r in range(5):
+        assert lib.dbf_dense_row(out.pointer("float *"), c, r) == lib.DBF_OK
+        np.testing.assert_array_equal(out.array, oracle.dense(w)[r].astype(np.float32))
+    out.check()
+    assert lib.dbf_dense_row(out.pointer("float *"), c, 5) == lib.DBF_EINVAL
+    assert lib.dbf_dense_row(out.pointer("float *"), c, -1) == lib.DBF_EINVAL
 
 
 def test_bad_arguments():

@@ -67,8 +67,11 @@ def test_constants():
     mirror = pytest.importorskip("runtime.kernels_numba")
     scalar_h = (ROOT / "cext/src/scalar.h").read_text(encoding="utf-8")
     c = dict(re.findall(r"^#define (\w+) (-?[\d.e+-]+)f?\b", KERNELS_H + scalar_h, flags=re.MULTILINE))
-    for name in ("LANES", "QMAX", "Q8_0_BLOCK", "Q8_0_BYTES"):
+    blocks = [f"{kind}_{what}" for kind in ("Q4_0", "Q8_0", "Q6_K") for what in ("BLOCK", "BYTES")]
+    for name in ("LANES", "QMAX", "Q6_K_GROUP", *blocks):
         assert getattr(mirror, name) == int(c[f"DBF_{name}"])
+    for name in ("Q6_K_HIGH", "Q6_K_SCALES", "Q6_K_D"):
+        assert getattr(mirror, name) == int(c[name])
     exps = [name for name in c if name.startswith("EXP_")]
     assert len(exps) == 11
     for name in exps:
@@ -77,7 +80,9 @@ def test_constants():
 
 def test_header_constants_are_those_of_config():
     lib = pytest.importorskip("cext").lib
-    assert (lib.DBF_F32, lib.DBF_F16, lib.DBF_Q8_0) == (cfg.F32, cfg.F16, cfg.Q8_0)
+    for name in ("F32", "F16", "Q4_0", "Q8_0", "Q6_K"):
+        assert getattr(lib, f"DBF_{name}") == getattr(cfg, name), name
+    assert len(cfg.BLOCKS) == 5
     assert (lib.DBF_ADJACENT, lib.DBF_HALVES) == (cfg.ADJACENT, cfg.HALVES)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from make_gguf import tensors, tiny_config, tiny_weights, write, write_model
 
-from runtime.config import ADJACENT, F16, Q8_0, Layer, Linear, Weights
+from runtime.config import ADJACENT, F16, Q4_0, Q8_0, Layer, Linear, Weights
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE
 from runtime.model import load_model_file
@@ -76,7 +76,7 @@ def test_i8_carrier(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "width"), [(F16, 64), (Q8_0, 34)])
+@pytest.mark.parametrize(("kind", "width"), [(F16, 64), (Q4_0, 18), (Q8_0, 34)])
 def test_dense_types_and_head(tmp_path: Path, kind: int, width: int) -> None:
     rng = np.random.default_rng(1)
     embed = rng.integers(0, 60, (300, width), dtype=np.uint8)
@@ -141,7 +141,7 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     ),
     "F64 embedding": (
         tensor_is("token_embd.weight", np.ones((300, 32))),
-        "type F64; implemented: F32, F16, Q8_0",
+        "type F64; implemented: F32, F16, Q4_0, Q8_0, Q6_K",
     ),
 }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 
-from runtime.config import F16, F32, HALVES, Q8_0, Config, Dense, Layer, Linear, Weights
+from runtime.config import F16, F32, HALVES, Q4_0, Q6_K, Q8_0, Config, Dense, Layer, Linear, Weights
 
 
 def config(**changes: int | float) -> Config:
@@ -43,12 +44,18 @@ def linear(rng: np.random.Generator, rows: int, cols: int, rank: int, bias: bool
 
 
 def dense(rng: np.random.Generator, kind: int, rows: int, cols: int) -> Dense:
-    """A random matrix of type F32, F16 or Q8_0."""
+    """A random matrix of any type that Dense may have."""
     w = rng.standard_normal((rows, cols)).astype(np.float32)
     if kind == F32:
         data = w.view(np.uint8)
     elif kind == F16:
         data = w.astype(np.float16).view(np.uint8)
+    elif kind == Q4_0:
+        data = gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q4_0)
+    elif kind == Q6_K:  # gguf cannot quantize it: any bits, and scales that give values of about 1
+        data = rng.integers(0, 256, (rows, cols // 256, 210), dtype=np.uint8)
+        data[..., 208:] = np.full((rows, cols // 256, 1), 1 / 1500, np.float16).view(np.uint8)
+        data = data.reshape(rows, -1)
     else:
         assert kind == Q8_0
         assert cols % 32 == 0

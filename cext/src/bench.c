@@ -5,6 +5,7 @@
 
 #include "../dbf.h"
 #include "clock.h"
+#include "dense.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -26,6 +27,34 @@ static double now(void)
     return 1e-9 * (double)clock_ns();
 }
 
+/* least time of run(arg), repeated for `duration` seconds */
+static double least_time(void (*run)(void *arg), void *arg, double duration)
+{
+    double end = now() + duration, t0 = now(), t1, least = 0.0;
+    int settled = 0, windows = 0;
+    for (size_t burst = 1; windows < AT_LEAST || !settled || t0 < end; t0 = t1, windows++) {
+        for (size_t i = 0; i < burst; i++) run(arg);
+        t1 = now();
+        double each = (t1 - t0) / (double)burst;
+        if (!settled || each < least) least = each;
+        if (t1 - t0 < WINDOW && t1 < end)
+            burst *= 2;
+        else
+            settled = 1;
+    }
+    return least;
+}
+
+static size_t copies_of(size_t bytes, size_t footprint)
+{
+    return footprint > bytes ? (footprint + bytes - 1) / bytes : 1;
+}
+
+static int duration_ok(double duration)
+{
+    return duration >= 0.0 && duration <= MAX_DURATION;
+}
+
 /* ---- a sign product --------------------------------------------------------------------------------------- */
 
 typedef struct product {
@@ -38,8 +67,9 @@ typedef struct product {
     int16_t *q;     /* [cols] */
 } product_t;
 
-static void multiply(product_t *p)
+static void multiply(void *arg)
 {
+    product_t *p = arg;
     int32_t isum[DBF_PANEL];
     const uint8_t *w = p->w + p->next * p->copy_bytes;
     p->next = (p->next + 1) % p->copies;
@@ -71,7 +101,7 @@ static int fill(product_t *p)
 int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t footprint, double duration)
 {
     if (!seconds || rows < 1 || rows > MAX_ROWS || cols < 1 || cols > DBF_MAX_COLS || batch < 1 || batch > MAX_BATCH
-        || footprint > SIZE_MAX / 4 || !(duration >= 0.0 && duration <= MAX_DURATION))
+        || footprint > SIZE_MAX / 4 || !duration_ok(duration))
         return DBF_EINVAL;
     product_t p = { .k = dbf_kernels_active(), .rows = rows, .cols = cols, .batch = batch };
     if (!p.k) return DBF_EISA;
@@ -79,27 +109,69 @@ int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t f
     size_t packed = p.k->sign_pack_bytes(rows, cols);
     p.copy_bytes = round_up(packed ? packed : (size_t)rows * p.row_bytes);
     p.table_bytes = round_up(p.k->sign_table_bytes(cols));
-    p.copies = footprint > p.copy_bytes ? (footprint + p.copy_bytes - 1) / p.copy_bytes : 1;
+    p.copies = copies_of(p.copy_bytes, footprint);
     p.w = aligned_alloc(ALIGN, p.copies * p.copy_bytes);
     p.table = aligned_alloc(ALIGN, (size_t)batch * p.table_bytes);
     p.q = malloc((size_t)cols * sizeof *p.q);
     int code = p.w && p.table && p.q ? fill(&p) : DBF_ENOMEM;
-    if (!code) {
-        double end = now() + duration, t0 = now(), t1;
-        int settled = 0, windows = 0;
-        for (size_t burst = 1; windows < AT_LEAST || !settled || t0 < end; t0 = t1, windows++) {
-            for (size_t i = 0; i < burst; i++) multiply(&p);
-            t1 = now();
-            double each = (t1 - t0) / (double)burst;
-            if (!settled || each < *seconds) *seconds = each;
-            if (t1 - t0 < WINDOW && t1 < end)
-                burst *= 2;
-            else
-                settled = 1;
-        }
-    }
+    if (!code) *seconds = least_time(multiply, &p, duration);
     free(p.w);
     free(p.table);
+    free(p.q);
+    return code;
+}
+
+/* ---- a product with a matrix that is not factorized ---------------------------------------------------------- */
+
+typedef struct dense_product {
+    const kernels_t *k;
+    dbf_dense w;
+    int batch;
+    size_t copy_bytes, copies, next;
+    uint8_t *copy;     /* [copies][copy_bytes] */
+    float *x, *scale;  /* [batch][cols], [batch] */
+    int16_t *q;        /* [batch][cols] */
+} dense_product_t;
+
+static void multiply_dense(void *arg)
+{
+    dense_product_t *p = arg;
+    size_t cols = (size_t)p->w.cols;
+    float y[DBF_BATCH * DBF_PANEL];
+    p->w.data = p->copy + p->next * p->copy_bytes;
+    p->next = (p->next + 1) % p->copies;
+    for (int i = 0; i < p->batch; i++) p->scale[i] = p->k->quantize(p->q + i * cols, p->x + i * cols, p->w.cols);
+    for (int r = 0; r < p->w.rows; r += DBF_PANEL)
+        for (int i = 0; i < p->batch; i += DBF_BATCH) {
+            int rows = p->w.rows - r < DBF_PANEL ? p->w.rows - r : DBF_PANEL;
+            int n = p->batch - i < DBF_BATCH ? p->batch - i : DBF_BATCH;
+            dense_gemv(p->k, y, &p->w, r, rows, p->x + i * cols, p->q + i * cols, p->scale + i, n);
+        }
+}
+
+int dbf_bench_dense_gemv(double *seconds, int type, int rows, int cols, int batch, size_t footprint, double duration)
+{
+    if (!seconds || rows < 1 || rows > MAX_ROWS || cols < 1 || cols > DBF_MAX_COLS || !dense_row_bytes(type, cols)
+        || batch < 1 || batch > MAX_BATCH || footprint > SIZE_MAX / 4 || !duration_ok(duration))
+        return DBF_EINVAL;
+    dense_product_t p = { .k = dbf_kernels_active(), .w = { type, rows, cols, NULL }, .batch = batch };
+    if (!p.k) return DBF_EISA;
+    size_t numbers = (size_t)batch * (size_t)cols;
+    p.copy_bytes = round_up((size_t)rows * dense_row_bytes(type, cols));
+    p.copies = copies_of(p.copy_bytes, footprint);
+    p.copy = aligned_alloc(ALIGN, p.copies * p.copy_bytes);
+    p.x = malloc(numbers * sizeof *p.x);
+    p.scale = malloc((size_t)batch * sizeof *p.scale);
+    p.q = malloc(numbers * sizeof *p.q);
+    int code = p.copy && p.x && p.scale && p.q ? DBF_OK : DBF_ENOMEM;
+    if (!code) {
+        memset(p.copy, 0x2c, p.copies * p.copy_bytes); /* which are finite numbers in every type */
+        for (size_t i = 0; i < numbers; i++) p.x[i] = (float)(i % 251) - 125.0f;
+        *seconds = least_time(multiply_dense, &p, duration);
+    }
+    free(p.copy);
+    free(p.x);
+    free(p.scale);
     free(p.q);
     return code;
 }
@@ -138,7 +210,7 @@ static void part_of(void *arg, int thread)
 int dbf_bench_read(double *seconds, size_t bytes, int n_threads, double duration)
 {
     if (!seconds || bytes < ALIGN || bytes > SIZE_MAX / 4 || n_threads < 1 || n_threads > MAX_THREADS
-        || !(duration >= 0.0 && duration <= MAX_DURATION))
+        || !duration_ok(duration))
         return DBF_EINVAL;
     reading_t r = { .lines = bytes / ALIGN, .touch = 1 };
     int code = pool_new(&r.pool, n_threads);

@@ -53,19 +53,26 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 /* ---- self-test -------------------------------------------------------------------------------------------- */
 
-enum { ROWS = 64, COLS = 1091, DIM = 215, HELD = 19, Q8 = 768 }; /* COLS: more than 128 groups of 8, and odd */
+enum { ROWS = 64, COLS = 1091, DIM = 215, HELD = 19 }; /* COLS: more than 128 groups of 8, and odd */
+
+/* rows and vectors (4 + 2 + 1) of dense products; columns of F32 and F16, of Q4_0 and Q8_0, of Q6_K */
+enum { DENSE = 7, BATCH = 7, FLOATS = 145, BLOCKS = 96, SUPER = 512 };
 
 typedef struct golden { /* input, and after it the output, of every kernel that may be replaced */
-    uint8_t bits[ROWS * ((COLS + 7) / 8)], q8[Q8 / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
+    uint8_t bits[ROWS * ((COLS + 7) / 8)];
+    uint8_t q4[DENSE * BLOCKS / DBF_Q4_0_BLOCK * DBF_Q4_0_BYTES], q8[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
+    uint8_t q6[DENSE * SUPER / DBF_Q6_K_BLOCK * DBF_Q6_K_BYTES];
+    int16_t vectors[BATCH * SUPER];
     float x[COLS], w[8 * COLS];
     uint16_t h[HELD * COLS];
     int32_t isum[DBF_PANEL];
     int16_t q[COLS];
-    float scale, scaled[COLS], descaled[DBF_PANEL], f32[8], f16[8], q8_0[8], norm[COLS], attended[DIM], gated[COLS],
-        added[COLS], widened[COLS], scores[3 * HELD], weights[COLS], sum;
+    float scale, scaled[COLS], descaled[DBF_PANEL], f32[BATCH * DENSE], f16[BATCH * DENSE], q4_0[BATCH * DENSE],
+        q8_0[BATCH * DENSE], q6_k[BATCH * DENSE], norm[COLS], scores[3 * HELD], weights[COLS], sum, attended[DIM],
+        gated[COLS], added[COLS], widened[COLS], from_q4_0[DENSE * BLOCKS], from_q8_0[DENSE * BLOCKS],
+        from_q6_k[DENSE * SUPER];
     uint16_t narrowed[COLS];
-    uint8_t to_q8_0[Q8 / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
-    float from_q8_0[Q8];
+    uint8_t to_q8_0[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
 } golden_t;
 
 static uint32_t next(uint32_t *state)
@@ -74,12 +81,22 @@ static uint32_t next(uint32_t *state)
     return *state >> 8;
 }
 
+/* random blocks of `bytes`, with a finite float16 whose second byte is number `at` */
+static void fill_blocks(uint8_t *data, size_t n, size_t bytes, size_t at, uint32_t *state)
+{
+    for (size_t i = 0; i < n; i++) data[i] = i % bytes == at ? 0x2c : (uint8_t)next(state);
+}
+
 static int run_all(golden_t *g, const kernels_t *k)
 {
     uint32_t s = 1;
     memset(g, 0, sizeof *g);
     for (size_t i = 0; i < sizeof g->bits; i++) g->bits[i] = (uint8_t)next(&s);
-    for (size_t i = 0; i < sizeof g->q8; i++) g->q8[i] = i % DBF_Q8_0_BYTES == 1 ? 0x2c : (uint8_t)next(&s);
+    fill_blocks(g->q4, sizeof g->q4, DBF_Q4_0_BYTES, 1, &s);
+    fill_blocks(g->q8, sizeof g->q8, DBF_Q8_0_BYTES, 1, &s);
+    fill_blocks(g->q6, sizeof g->q6, DBF_Q6_K_BYTES, Q6_K_D + 1, &s);
+    for (int i = 0; i < BATCH * SUPER; i++)
+        g->vectors[i] = (int16_t)((int)(next(&s) % (2 * DBF_QMAX + 1)) - DBF_QMAX);
     for (int i = 0; i < COLS; i++) g->x[i] = ((float)next(&s) - 8388608.0f) / (float)(1u << next(&s) % 24);
     for (int i = 0; i < 8 * COLS; i++) g->w[i] = ((float)next(&s) - 8388608.0f) / 4194304.0f;
     for (int i = 0; i < HELD * COLS; i++) g->h[i] = f16_from_f32(((float)next(&s) - 8388608.0f) / 4194304.0f);
@@ -98,9 +115,11 @@ static int run_all(golden_t *g, const kernels_t *k)
 
     k->scale(g->scaled, g->x, g->h, COLS);
     k->descale(g->descaled, g->isum, g->scale, g->h, g->w, DBF_PANEL - 1);
-    k->gemv_f32(g->f32, g->w, g->x, 8, COLS);
-    k->gemv_f16(g->f16, g->h, g->x, 8, COLS);
-    k->gemv_q8_0(g->q8_0, g->q8, g->q, g->scale, 8, 3 * DBF_Q8_0_BLOCK);
+    k->gemv_f32(g->f32, g->w, g->x, BATCH, DENSE, FLOATS);
+    k->gemv_f16(g->f16, g->h, g->x, BATCH, DENSE, FLOATS);
+    k->gemv_q4_0(g->q4_0, g->q4, g->vectors, g->w, BATCH, DENSE, BLOCKS);
+    k->gemv_q8_0(g->q8_0, g->q8, g->vectors, g->w, BATCH, DENSE, BLOCKS);
+    k->gemv_q6_k(g->q6_k, g->q6, g->vectors, g->w, BATCH, DENSE, SUPER);
     k->rmsnorm(g->norm, g->x, g->w, 1e-5f, COLS);
     k->scores(g->scores, g->x, g->w, 0.15f, HELD, DIM);
     k->scores(g->scores + HELD, g->x, g->w, 0.15f, HELD, 64);
@@ -113,8 +132,10 @@ static int run_all(golden_t *g, const kernels_t *k)
     k->add(g->added, g->x, COLS);
     k->to_f16(g->narrowed, g->x, COLS);
     k->from_f16(g->widened, g->h, COLS);
-    k->to_q8_0(g->to_q8_0, g->x, Q8);
-    k->from_q8_0(g->from_q8_0, g->q8, Q8);
+    k->to_q8_0(g->to_q8_0, g->x, DENSE * BLOCKS);
+    k->from_q4_0(g->from_q4_0, g->q4, DENSE * BLOCKS);
+    k->from_q8_0(g->from_q8_0, g->q8, DENSE * BLOCKS);
+    k->from_q6_k(g->from_q6_k, g->q6, DENSE * SUPER);
     return 1;
 }
 

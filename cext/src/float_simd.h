@@ -80,38 +80,71 @@ static void descale_simd(float *y, const int32_t *isum, float scale, const uint1
     }
 }
 
-static void gemv_f32_simd(float *y, const float *w, const float *x, int rows, int cols)
-{
-    int full = cols / DBF_LANES * DBF_LANES;
-    for (int r = 0; r < rows; r++, w += cols) {
-        vf acc[ACCS] = { 0 };
-        float sum;
-        for (int k = 0; k < full; k += DBF_LANES) {
-            __builtin_prefetch((const char *)(w + k) + AHEAD);
-            for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_load(w + k + a * VW) * vf_load(x + k + a * VW);
+#define INLINE static inline __attribute__((always_inline))
+
+/* `call` for n vectors, N = 4, 2 or 1 of them at a time, from number i on: a constant keeps the sums in registers */
+#define IN_BATCHES(call)                            \
+    for (int i = 0; i < n;)                         \
+        if (n - i >= 4) {                           \
+            enum { N = 4 };                         \
+            call;                                   \
+            i += N;                                 \
+        } else if (n - i >= 2) {                    \
+            enum { N = 2 };                         \
+            call;                                   \
+            i += N;                                 \
+        } else {                                    \
+            enum { N = 1 };                         \
+            call;                                   \
+            i += N;                                 \
         }
-        SUM_TAIL(acc, full, cols, w[i] * x[i]);
-        y[r] = sum;
+
+/* gemv_f32 and gemv_f16 with VALUES(k) = VW weights from column k on, VALUE(k) = one; w is a row */
+#define ROWS(VALUES, VALUE)                                                                    \
+    int full = cols / DBF_LANES * DBF_LANES;                                                   \
+    for (int r = 0; r < rows; r++, w += cols) {                                                \
+        vf acc[DBF_BATCH][ACCS] = { 0 };                                                       \
+        for (int k = 0; k < full; k += DBF_LANES) {                                            \
+            __builtin_prefetch((const char *)(w + k) + AHEAD);                                 \
+            for (int a = 0; a < ACCS; a++) {                                                   \
+                vf wa = VALUES(k + a * VW);                                                    \
+                for (int i = 0; i < n; i++)                                                    \
+                    acc[i][a] = acc[i][a] + wa * vf_load(x + (size_t)i * cols + k + a * VW);   \
+            }                                                                                  \
+        }                                                                                      \
+        for (int v = 0; v < n; v++) {                                                          \
+            float sum;                                                                         \
+            if (full == cols)                                                                  \
+                sum = lanes_of(acc[v]);                                                        \
+            else                                                                               \
+                SUM_TAIL(acc[v], full, cols, VALUE(i) * x[(size_t)v * cols + i]);              \
+            y[(size_t)v * rows + r] = sum;                                                     \
+        }                                                                                      \
     }
+
+#define F32_VALUES(k) vf_load(w + (k))
+#define F32_VALUE(k) w[k]
+#define F16_VALUES(k) vf_f16(w + (k))
+#define F16_VALUE(k) f32_from_f16(w[k])
+
+INLINE void rows_f32(float *y, const float *w, const float *x, int n, int rows, int cols)
+{
+    ROWS(F32_VALUES, F32_VALUE)
 }
 
-static inline float dot_f16_simd(const uint16_t *w, const float *x, int n, int ahead)
+INLINE void rows_f16(float *y, const uint16_t *w, const float *x, int n, int rows, int cols)
 {
-    int full = n / DBF_LANES * DBF_LANES;
-    vf acc[ACCS] = { 0 };
-    float sum;
-    for (int k = 0; k < full; k += DBF_LANES) {
-        if (ahead) __builtin_prefetch((const char *)(w + k) + ahead);
-        for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_f16(w + k + a * VW) * vf_load(x + k + a * VW);
-    }
-    if (full == n) return lanes_of(acc);
-    SUM_TAIL(acc, full, n, f32_from_f16(w[i]) * x[i]);
-    return sum;
+    ROWS(F16_VALUES, F16_VALUE)
 }
 
-static void gemv_f16_simd(float *y, const uint16_t *w, const float *x, int rows, int cols)
+static void gemv_f32_simd(float *y, const float *w, const float *x, int n, int rows, int cols)
 {
-    for (int r = 0; r < rows; r++) y[r] = dot_f16_simd(w + (size_t)r * cols, x, cols, AHEAD);
+    IN_BATCHES(rows_f32(y + (size_t)i * rows, w, x + (size_t)i * cols, N, rows, cols))
+}
+
+static void gemv_f16_simd(float *y, const uint16_t *w, const float *x, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_f16(y + (size_t)i * rows, w, x + (size_t)i * cols, N, rows, cols))
 }
 
 static void rmsnorm_simd(float *y, const float *x, const float *w, float eps, int n)
@@ -129,7 +162,7 @@ static void rmsnorm_simd(float *y, const float *x, const float *w, float eps, in
 
 /* The dot products of x with VW rows of k, one in each lane; n is a multiple of DBF_LANES. FLIGHT rows at a time: as
  * many as there are registers for. */
-static inline __attribute__((always_inline)) vf dots_simd(const float *k, const float *x, int n)
+INLINE vf dots_simd(const float *k, const float *x, int n)
 {
     vf lanes[VW];
     for (int r = 0; r < VW; r += FLIGHT) {
@@ -267,7 +300,7 @@ static void to_q8_0_simd(uint8_t *y, const float *x, int n)
 static void from_q8_0_simd(float *y, const uint8_t *x, int n)
 {
     for (int b = 0; b < n; b += DBF_Q8_0_BLOCK, x += DBF_Q8_0_BYTES) {
-        vf d = vf_set1(q8_0_scale(x));
+        vf d = vf_set1(f32_at(x));
         for (int i = 0; i < DBF_Q8_0_BLOCK; i += VW) vf_store(y + b + i, d * vf_i8(x + 2 + i));
     }
 }

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "clock.h"
+#include "dense.h"
 #include "model.h"
 #include "scalar.h"
 
@@ -177,16 +178,6 @@ static void linears(dbf_session *s, int thread, const apply_t *p, int count, int
     for (int i = 0; i < count; i++) linear_many(s, thread, &p[i], n);
 }
 
-/* row r of a dense matrix as float32 */
-static void dense_row(const kernels_t *k, float *y, const dbf_dense *w, int r)
-{
-    size_t cols = (size_t)w->cols;
-    if (w->type == DBF_F32) memcpy(y, (const float *)w->data + r * cols, cols * sizeof *y);
-    if (w->type == DBF_F16) k->from_f16(y, (const uint16_t *)w->data + r * cols, w->cols);
-    if (w->type == DBF_Q8_0)
-        k->from_q8_0(y, (const uint8_t *)w->data + r * cols / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, w->cols);
-}
-
 /* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */
 static float *norms(dbf_session *s, int thread, const float *w, int first, int n)
 {
@@ -319,7 +310,8 @@ static const float *gated(dbf_session *s, int thread, int n)
     return s->gate;
 }
 
-/* logits of n tokens whose normalized states are x; rows of the head are divided, panel by panel */
+/* Logits of n tokens whose normalized states are x. Rows of the head are divided, panel by panel: one is read from
+ * memory once, whatever n is, and once from the cache for DBF_BATCH tokens. */
 static void head_logits(const job_t *job, int thread, const float *x, int n)
 {
     dbf_session *s = job->s;
@@ -329,8 +321,8 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
     int16_t *q = n == 1 ? s->scratch[thread].q : s->q_out;
     float own_scale, *scale = n == 1 ? &own_scale : s->q_scale;
     int begin, end;
-    size_t cols = (size_t)w->cols;
-    if (w->type == DBF_Q8_0) {
+    size_t cols = (size_t)w->cols, vocab = (size_t)w->rows;
+    if (dense_takes_integers(w->type)) {
         if (n == 1)
             begin = 0, end = 1;
         else
@@ -339,17 +331,16 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
         if (n > 1) meet(s, thread, HEAD);
     }
     pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
-    for (int panel = begin; panel < end; panel++)
-        for (int i = 0; i < n; i++) {
-            size_t r = (size_t)panel * DBF_PANEL, row = r * cols;
-            int rows = w->rows - (int)r < DBF_PANEL ? w->rows - (int)r : DBF_PANEL;
-            float *y = job->logits + (size_t)i * w->rows + r;
-            if (w->type == DBF_F32) k->gemv_f32(y, (const float *)w->data + row, x + i * cols, rows, w->cols);
-            if (w->type == DBF_F16) k->gemv_f16(y, (const uint16_t *)w->data + row, x + i * cols, rows, w->cols);
-            if (w->type == DBF_Q8_0)
-                k->gemv_q8_0(y, (const uint8_t *)w->data + row / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES, q + i * cols,
-                             scale[i], rows, w->cols);
+    for (int panel = begin; panel < end; panel++) {
+        int r = panel * DBF_PANEL, rows = min_of(DBF_PANEL, w->rows - r);
+        for (int i = 0; i < n; i += DBF_BATCH) {
+            float y[DBF_BATCH * DBF_PANEL];
+            int some = min_of(DBF_BATCH, n - i);
+            dense_gemv(k, y, w, r, rows, x + i * cols, q + i * cols, scale + i, some);
+            for (int j = 0; j < some; j++)
+                memcpy(job->logits + (i + j) * vocab + r, y + j * rows, (size_t)rows * sizeof *y);
         }
+    }
     lap(s, thread, HEAD); /* pool_run's own barrier ends the pass */
 }
 

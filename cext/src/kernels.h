@@ -19,8 +19,16 @@
 #define DBF_PANEL 64           /* rows that one call of sign_gemv computes at most */
 #define DBF_QMAX 8191          /* activations of a sign product lie in -8191 .. 8191 */
 #define DBF_MAX_COLS 131072    /* 2 * 8191 * cols < 2^31 */
-#define DBF_Q8_0_BLOCK 32      /* weights of a Q8_0 block: float16 scale, then 32 int8 */
+#define DBF_BATCH 4            /* vectors that one pass of a gemv over its weights serves at most */
+
+/* GGML's blocks: how many weights, in how many bytes */
+#define DBF_Q4_0_BLOCK 32      /* float16 d, 16 bytes: v + 8 of the weights i in the low, of i + 16 in the high nibbles */
+#define DBF_Q4_0_BYTES 18
+#define DBF_Q8_0_BLOCK 32      /* float16 d, 32 int8 v */
 #define DBF_Q8_0_BYTES 34
+#define DBF_Q6_K_BLOCK 256     /* v + 32: 128 bytes of low nibbles, 64 of two bits more; 16 int8 s; float16 d */
+#define DBF_Q6_K_BYTES 210
+#define DBF_Q6_K_GROUP 16      /* weights of a Q6_K block that share an s */
 
 typedef struct kernels {
     const char *name;
@@ -51,16 +59,24 @@ typedef struct kernels {
      * one panel: rows <= DBF_PANEL; isum has room for DBF_PANEL;  error: none */
     void (*sign_gemv)(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols);
 
-    /* ---- unfactorized matrices ------------------------------------------------------------------------ */
+    /* ---- unfactorized matrices, with n vectors at once ------------------------------------------------- */
 
-    /* y[r] = sum_k w[r,k] * x[k];  error: (cols/16 + 6) u sum_k |w x| */
-    void (*gemv_f32)(float *y, const float *w, const float *x, int rows, int cols);
-    void (*gemv_f16)(float *y, const uint16_t *w, const float *x, int rows, int cols);
+    /* y[i,r] = sum_k w[r,k] * x[i,k];  error: (cols/16 + 6) u sum_k |w x|
+     * y[n][rows], w[rows][cols], x[n][cols] */
+    void (*gemv_f32)(float *y, const float *w, const float *x, int n, int rows, int cols);
+    void (*gemv_f16)(float *y, const uint16_t *w, const float *x, int n, int rows, int cols);
 
-    /* y[r] = scale * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of w[r,k] * q[k] over the columns
+    /* y[i,r] = scale[i] * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of v[r,k] * q[i,k] over the columns
      * 2l, 2l + 1, 2l + 16, 2l + 17 of block b,  l = 0 .. 7;  cols % 32 == 0
-     * error: (cols/32 + 6) u scale sum_k |d w q| */
-    void (*gemv_q8_0)(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols);
+     * y[n][rows], q[n][cols], scale[n];  error: (cols/32 + 6) u scale sum_k |d v q| */
+    void (*gemv_q4_0)(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols);
+    void (*gemv_q8_0)(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols);
+
+    /* y[i,r] = scale[i] * sum_l sum_b d[r,b] * isum[r,b,l],  isum[r,b,l] = sum of s[r,g] * v[r,k] * q[i,k] over the
+     * columns 16g + 2l, 16g + 2l + 1 of block b,  g = 0 .. 15,  l = 0 .. 7;  cols % 256 == 0
+     * y[n][rows], q[n][cols], scale[n]; |isum| <= 32 * 128 * 32 * 8191 < 2^31
+     * error: (cols/256 + 7) u scale sum_k |d s v q| */
+    void (*gemv_q6_k)(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols);
 
     /* ---- everything else ------------------------------------------------------------------------------ */
 
@@ -100,8 +116,12 @@ typedef struct kernels {
      * all v = 0 where absmax < 2^-100 or is no finite number;  error: 0.501 of v */
     void (*to_q8_0)(uint8_t *y, const float *x, int n);
 
-    /* Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0;  error: none for normal d */
+    /* Q4_0 and Q8_0 to float32: y[i] = d * v[i],  n % 32 == 0;  error: none for normal d */
+    void (*from_q4_0)(float *y, const uint8_t *x, int n);
     void (*from_q8_0)(float *y, const uint8_t *x, int n);
+
+    /* Q6_K to float32: y[i] = (d * s[i / 16]) * v[i],  n % 256 == 0;  error: u |y| for normal d */
+    void (*from_q6_k)(float *y, const uint8_t *x, int n);
 } kernels_t;
 
 extern const kernels_t kernels_ref;

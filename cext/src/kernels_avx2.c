@@ -167,25 +167,110 @@ static void sign_gemv_avx2(int32_t *isum, const uint8_t *w, const void *table, i
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
 
-static void gemv_q8_0_avx2(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols)
+/* one block as two registers of int16, the columns 0-15 and 16-31 */
+typedef void unpack_t(__m256i *v, const uint8_t *block);
+
+INLINE void unpack_q4_0(__m256i *v, const uint8_t *block)
 {
-    int blocks = cols / DBF_Q8_0_BLOCK;
+    __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(block + 2)));
+    v[0] = _mm256_sub_epi16(_mm256_and_si256(words, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
+    v[1] = _mm256_sub_epi16(_mm256_srli_epi16(words, 4), _mm256_set1_epi16(8));
+}
+
+INLINE void unpack_q8_0(__m256i *v, const uint8_t *block)
+{
+    v[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(block + 2)));
+    v[1] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(block + 18)));
+}
+
+/* the float16 in half number `at` of the four bytes at p, in all lanes: they go straight into a vector register */
+INLINE __m256 scale_at(const uint8_t *p, int at)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_srli_epi32(_mm_cvtsi32_si128(four), 16 * at)));
+}
+
+INLINE void rows_blocks(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols,
+                        unpack_t *unpack, int bytes)
+{
     for (int r = 0; r < rows; r++) {
-        __m256 acc = _mm256_setzero_ps();
-        for (int b = 0; b < blocks; b++, w += DBF_Q8_0_BYTES) {
-            const __m256i *p = (const __m256i *)(q + b * DBF_Q8_0_BLOCK);
-            __m256i v0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 2)));
-            __m256i v1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 18)));
-            __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(v0, _mm256_loadu_si256(p)),
-                                            _mm256_madd_epi16(v1, _mm256_loadu_si256(p + 1)));
-            int32_t head; /* four bytes, of which the scale is two, go straight into a vector register */
-            memcpy(&head, w, sizeof head);
-            __m256 d = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(head)));
-            acc = acc + _mm256_cvtepi32_ps(isum) * d;
+        __m256 acc[DBF_BATCH] = { 0 };
+        for (int k = 0; k < cols; k += 32, w += bytes) {
+            __m256i v[2];
+            unpack(v, w);
+            __m256 d = scale_at(w, 0);
+            for (int i = 0; i < n; i++) {
+                const __m256i *p = (const __m256i *)(q + (size_t)i * cols + k);
+                __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(v[0], _mm256_loadu_si256(p)),
+                                                _mm256_madd_epi16(v[1], _mm256_loadu_si256(p + 1)));
+                acc[i] = acc[i] + _mm256_cvtepi32_ps(isum) * d;
+            }
             _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
         }
-        y[r] = sum8(acc) * scale;
+        for (int i = 0; i < n; i++) y[(size_t)i * rows + r] = sum8(acc[i]) * scale[i];
     }
+}
+
+static void gemv_q4_0_avx2(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_blocks(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols, unpack_q4_0,
+                           DBF_Q4_0_BYTES))
+}
+
+static void gemv_q8_0_avx2(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_blocks(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols, unpack_q8_0,
+                           DBF_Q8_0_BYTES))
+}
+
+/* columns 32j .. 32j + 31 of a Q6_K block, times their s, as two registers of int16 */
+INLINE void unpack_q6_k(__m256i *v, const uint8_t *block, const int16_t *s, int j)
+{
+    int half = j / 4, quarter = j % 4;
+    __m256i low = _mm256_loadu_si256((const __m256i *)(block + half * 64 + quarter % 2 * 32));
+    __m256i high = _mm256_loadu_si256((const __m256i *)(block + Q6_K_HIGH + half * 32));
+    if (quarter >= 2) low = _mm256_srli_epi16(low, 4);
+    high = quarter < 2 ? _mm256_slli_epi16(high, 4 - 2 * quarter) : _mm256_srli_epi16(high, 2 * quarter - 4);
+    __m256i bytes = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)),
+                                    _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
+    bytes = _mm256_sub_epi8(bytes, _mm256_set1_epi8(32));
+    __m256i v0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes));
+    __m256i v1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
+    v[0] = _mm256_mullo_epi16(v0, _mm256_set1_epi16(s[2 * j]));
+    v[1] = _mm256_mullo_epi16(v1, _mm256_set1_epi16(s[2 * j + 1]));
+}
+
+INLINE void rows_q6_k(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) {
+        __m256 acc[DBF_BATCH] = { 0 };
+        for (int k = 0; k < cols; k += DBF_Q6_K_BLOCK, w += DBF_Q6_K_BYTES) {
+            int16_t s[16];
+            __m256i isum[DBF_BATCH] = { 0 };
+            _mm256_storeu_si256((__m256i *)s,
+                                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + Q6_K_SCALES))));
+            for (int i = 0; i < DBF_Q6_K_BYTES; i += 64) _mm_prefetch((const char *)w + AHEAD + i, _MM_HINT_T0);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                __m256i v[2];
+                unpack_q6_k(v, w, s, j);
+                for (int i = 0; i < n; i++) {
+                    const __m256i *p = (const __m256i *)(q + (size_t)i * cols + k + 32 * j);
+                    isum[i] = _mm256_add_epi32(isum[i], _mm256_madd_epi16(v[0], _mm256_loadu_si256(p)));
+                    isum[i] = _mm256_add_epi32(isum[i], _mm256_madd_epi16(v[1], _mm256_loadu_si256(p + 1)));
+                }
+            }
+            __m256 d = scale_at(w + Q6_K_D - 2, 1);
+            for (int i = 0; i < n; i++) acc[i] = acc[i] + _mm256_cvtepi32_ps(isum[i]) * d;
+        }
+        for (int i = 0; i < n; i++) y[(size_t)i * rows + r] = sum8(acc[i]) * scale[i];
+    }
+}
+
+static void gemv_q6_k_avx2(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_q6_k(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols))
 }
 
 void kernels_avx2(kernels_t *k)
@@ -196,7 +281,9 @@ void kernels_avx2(kernels_t *k)
     k->sign_table = sign_table_avx2;
     k->sign_pack = lut16_pack;
     k->sign_gemv = sign_gemv_avx2;
+    k->gemv_q4_0 = gemv_q4_0_avx2;
     k->gemv_q8_0 = gemv_q8_0_avx2;
+    k->gemv_q6_k = gemv_q6_k_avx2;
     set_float_kernels(k);
 }
 

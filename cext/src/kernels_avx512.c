@@ -238,50 +238,149 @@ static void descale_avx512(float *y, const int32_t *isum, float scale, const uin
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
 
-/* 16 int8 from p and 16 from p1 as int16 */
-static inline __m512i two_halves(const uint8_t *p, const uint8_t *p1)
+/* 16 bytes from p and 16 from p1 */
+INLINE __m256i two_loads(const uint8_t *p, const uint8_t *p1)
 {
-    __m128i v = _mm_loadu_si128((const __m128i *)p), v1 = _mm_loadu_si128((const __m128i *)p1);
-    return _mm512_cvtepi8_epi16(_mm256_set_m128i(v1, v));
+    return _mm256_set_m128i(_mm_loadu_si128((const __m128i *)p1), _mm_loadu_si128((const __m128i *)p));
 }
 
-/* one block of two rows: the first in the lower halves of the registers, the second in the upper */
-static inline __m512 two_blocks(__m512 acc, const uint8_t *r0, const uint8_t *r1, __m512i q0, __m512i q16)
+/* one block of two rows: the first in the lower halves of the registers, the second in the upper; columns 0-15 and
+ * 16-31 as int16 */
+typedef void unpack_t(__m512i *v, const uint8_t *block, const uint8_t *block1);
+
+INLINE void unpack_q4_0(__m512i *v, const uint8_t *block, const uint8_t *block1)
+{
+    __m512i words = _mm512_cvtepu8_epi16(two_loads(block + 2, block1 + 2));
+    v[0] = _mm512_sub_epi16(_mm512_and_si512(words, _mm512_set1_epi16(15)), _mm512_set1_epi16(8));
+    v[1] = _mm512_sub_epi16(_mm512_srli_epi16(words, 4), _mm512_set1_epi16(8));
+}
+
+INLINE void unpack_q8_0(__m512i *v, const uint8_t *block, const uint8_t *block1)
+{
+    v[0] = _mm512_cvtepi8_epi16(two_loads(block + 2, block1 + 2));
+    v[1] = _mm512_cvtepi8_epi16(two_loads(block + 18, block1 + 18));
+}
+
+/* the float16 at p in the lower half, that at p1 in the upper */
+INLINE __m512 two_scales(const uint8_t *p, const uint8_t *p1)
 {
     const __m256i scales = _mm256_set1_epi16(0x0100); /* word 0 of every 128 bits, eight times */
-    __m512i isum = _mm512_add_epi32(_mm512_madd_epi16(two_halves(r0 + 2, r1 + 2), q0),
-                                    _mm512_madd_epi16(two_halves(r0 + 18, r1 + 18), q16));
-    int32_t head0, head1; /* four bytes, of which the scale is two */
-    memcpy(&head0, r0, sizeof head0);
-    memcpy(&head1, r1, sizeof head1);
-    __m256i heads = _mm256_mask_set1_epi32(_mm256_set1_epi32(head0), 0xf0, head1);
-    return acc + _mm512_cvtepi32_ps(isum) * _mm512_cvtph_ps(_mm256_shuffle_epi8(heads, scales));
+    int32_t four, four1; /* bytes, of which the scale is two */
+    memcpy(&four, p, sizeof four);
+    memcpy(&four1, p1, sizeof four1);
+    __m256i heads = _mm256_mask_set1_epi32(_mm256_set1_epi32(four), 0xf0, four1);
+    return _mm512_cvtph_ps(_mm256_shuffle_epi8(heads, scales));
 }
 
 /* four rows side by side, whose weights are prefetched as the one stream they are */
-static void gemv_q8_0_avx512(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols)
+INLINE void rows_blocks(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols,
+                        unpack_t *unpack, int bytes)
 {
-    int blocks = cols / DBF_Q8_0_BLOCK;
-    size_t row = (size_t)blocks * DBF_Q8_0_BYTES;
+    size_t row = (size_t)cols / 32 * (size_t)bytes;
     for (int r = 0; r < rows; r += 4, w += 4 * row) {
         int some = rows - r < 4 ? rows - r : 4;
         const uint8_t *w0 = w, *w1 = some > 1 ? w0 + row : w0, *w2 = some > 2 ? w1 + row : w0,
                       *w3 = some > 3 ? w2 + row : w0;
-        __m512 acc01 = _mm512_setzero_ps(), acc23 = acc01;
-        for (int b = 0; b < blocks; b++) {
-            const __m256i *p = (const __m256i *)(q + b * DBF_Q8_0_BLOCK);
-            __m512i q0 = _mm512_broadcast_i64x4(_mm256_loadu_si256(p));
-            __m512i q16 = _mm512_broadcast_i64x4(_mm256_loadu_si256(p + 1));
-            const char *ahead = (const char *)w + AHEAD + b * 4 * DBF_Q8_0_BYTES;
-            for (int i = 0; i < 4; i++) _mm_prefetch(ahead + i * DBF_Q8_0_BYTES, _MM_HINT_T0);
-            size_t at = (size_t)b * DBF_Q8_0_BYTES;
-            acc01 = two_blocks(acc01, w0 + at, w1 + at, q0, q16);
-            acc23 = two_blocks(acc23, w2 + at, w3 + at, q0, q16);
+        __m512 acc[DBF_BATCH][2] = { 0 };
+        size_t at = 0;
+        for (int k = 0; k < cols; k += 32, at += (size_t)bytes) {
+            __m512i v[2], u[2];
+            const char *ahead = (const char *)w + AHEAD + 4 * at;
+            for (int i = 0; i < 4 * bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+            unpack(v, w0 + at, w1 + at);
+            unpack(u, w2 + at, w3 + at);
+            __m512 d01 = two_scales(w0 + at, w1 + at), d23 = two_scales(w2 + at, w3 + at);
+            for (int i = 0; i < n; i++) {
+                const __m256i *p = (const __m256i *)(q + (size_t)i * cols + k);
+                __m512i q0 = _mm512_broadcast_i64x4(_mm256_loadu_si256(p));
+                __m512i q16 = _mm512_broadcast_i64x4(_mm256_loadu_si256(p + 1));
+                __m512i s01 = _mm512_add_epi32(_mm512_madd_epi16(v[0], q0), _mm512_madd_epi16(v[1], q16));
+                __m512i s23 = _mm512_add_epi32(_mm512_madd_epi16(u[0], q0), _mm512_madd_epi16(u[1], q16));
+                acc[i][0] = acc[i][0] + _mm512_cvtepi32_ps(s01) * d01;
+                acc[i][1] = acc[i][1] + _mm512_cvtepi32_ps(s23) * d23;
+            }
         }
-        float out[4] = { sum8(_mm512_castps512_ps256(acc01)), sum8(_mm512_extractf32x8_ps(acc01, 1)),
-                         sum8(_mm512_castps512_ps256(acc23)), sum8(_mm512_extractf32x8_ps(acc23, 1)) };
-        for (int i = 0; i < some; i++) y[r + i] = out[i] * scale;
+        for (int i = 0; i < n; i++) {
+            float out[4] = { sum8(_mm512_castps512_ps256(acc[i][0])), sum8(_mm512_extractf32x8_ps(acc[i][0], 1)),
+                             sum8(_mm512_castps512_ps256(acc[i][1])), sum8(_mm512_extractf32x8_ps(acc[i][1], 1)) };
+            for (int j = 0; j < some; j++) y[(size_t)i * rows + r + j] = out[j] * scale[i];
+        }
     }
+}
+
+static void gemv_q4_0_avx512(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows,
+                             int cols)
+{
+    IN_BATCHES(rows_blocks(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols, unpack_q4_0,
+                           DBF_Q4_0_BYTES))
+}
+
+static void gemv_q8_0_avx512(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows,
+                             int cols)
+{
+    IN_BATCHES(rows_blocks(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols, unpack_q8_0,
+                           DBF_Q8_0_BYTES))
+}
+
+/* half a Q6_K block, times s, as four registers of 32 int16 */
+INLINE void unpack_q6_k(__m512i *v, const uint8_t *block, __m512i s, int half)
+{
+    const __m512i nibble = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30), bias = _mm512_set1_epi8(32);
+    const __m512i left = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_set1_epi16(2), 1);
+    const __m512i right = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
+    __m512i low = _mm512_loadu_si512(block + 64 * half);
+    __m512i high = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(block + Q6_K_HIGH + 32 * half)));
+    __m512i b0 = _mm512_or_si512(_mm512_and_si512(low, nibble), _mm512_and_si512(_mm512_sllv_epi16(high, left), two));
+    __m512i b1 = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(low, 4), nibble),
+                                 _mm512_and_si512(_mm512_srlv_epi16(high, right), two));
+    b0 = _mm512_sub_epi8(b0, bias), b1 = _mm512_sub_epi8(b1, bias);
+    v[0] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(b0));
+    v[1] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(b0, 1));
+    v[2] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(b1));
+    v[3] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(b1, 1));
+    for (int j = 0; j < 4; j++) {
+        int g = 8 * half + 2 * j; /* its s for the lower half, the next one for the upper */
+        __m512i pick = _mm512_inserti64x4(_mm512_set1_epi16((short)g), _mm256_set1_epi16((short)(g + 1)), 1);
+        v[j] = _mm512_mullo_epi16(v[j], _mm512_permutexvar_epi16(pick, s));
+    }
+}
+
+INLINE void rows_q6_k(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) {
+        __m256 acc[DBF_BATCH] = { 0 };
+        for (int k = 0; k < cols; k += DBF_Q6_K_BLOCK, w += DBF_Q6_K_BYTES) {
+            __m512i isum[DBF_BATCH] = { 0 };
+            __m512i s = _mm512_castsi256_si512(
+                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + Q6_K_SCALES))));
+            for (int i = 0; i < DBF_Q6_K_BYTES; i += 64) _mm_prefetch((const char *)w + AHEAD + i, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                __m512i v[4];
+                unpack_q6_k(v, w, s, half);
+                for (int i = 0; i < n; i++)
+                    for (int j = 0; j < 4; j++) {
+                        __m512i p = _mm512_loadu_si512(q + (size_t)i * cols + k + 128 * half + 32 * j);
+                        isum[i] = _mm512_add_epi32(isum[i], _mm512_madd_epi16(v[j], p));
+                    }
+            }
+            int16_t d16;
+            memcpy(&d16, w + Q6_K_D, sizeof d16);
+            __m256 d = _mm512_castps512_ps256(_mm512_cvtph_ps(_mm256_set1_epi16(d16)));
+            for (int i = 0; i < n; i++) {
+                __m256i both = _mm256_add_epi32(_mm512_castsi512_si256(isum[i]),
+                                                _mm512_extracti64x4_epi64(isum[i], 1));
+                acc[i] = acc[i] + _mm256_cvtepi32_ps(both) * d;
+            }
+        }
+        for (int i = 0; i < n; i++) y[(size_t)i * rows + r] = sum8(acc[i]) * scale[i];
+    }
+}
+
+static void gemv_q6_k_avx512(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows,
+                             int cols)
+{
+    IN_BATCHES(rows_q6_k(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols))
 }
 
 void kernels_avx512(kernels_t *k)
@@ -292,7 +391,9 @@ void kernels_avx512(kernels_t *k)
     k->sign_table = sign_table_avx512;
     k->sign_pack = sign_pack_avx512;
     k->sign_gemv = sign_gemv_avx512;
+    k->gemv_q4_0 = gemv_q4_0_avx512;
     k->gemv_q8_0 = gemv_q8_0_avx512;
+    k->gemv_q6_k = gemv_q6_k_avx512;
     set_float_kernels(k);
     k->quantize = quantize_avx512;
     k->scale = scale_avx512;

@@ -158,29 +158,107 @@ static void sign_gemv_neon(int32_t *isum, const uint8_t *w, const void *table, i
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
 
 /* int32 lanes 0-3 (columns 0-7 of 16) and 4-7 (columns 8-15): sums of neighbours */
-static inline int32x4_t pairs(int8x8_t v, int16x8_t q)
+INLINE int32x4_t products(int16x8_t v, int16x8_t q)
 {
-    int16x8_t v16 = vmovl_s8(v);
-    return vpaddq_s32(vmull_s16(vget_low_s16(v16), vget_low_s16(q)), vmull_high_s16(v16, q));
+    return vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(q)), vmull_high_s16(v, q));
 }
 
-static void gemv_q8_0_neon(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols)
+INLINE int32x4_t pairs(int8x8_t v, int16x8_t q)
 {
-    int blocks = cols / DBF_Q8_0_BLOCK;
+    return products(vmovl_s8(v), q);
+}
+
+/* one block as two registers of int8, the columns 0-15 and 16-31 */
+typedef void unpack_t(int8x16_t *v, const uint8_t *block);
+
+INLINE void unpack_q4_0(int8x16_t *v, const uint8_t *block)
+{
+    uint8x16_t bytes = vld1q_u8(block + 2);
+    v[0] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), vdupq_n_s8(8));
+    v[1] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), vdupq_n_s8(8));
+}
+
+INLINE void unpack_q8_0(int8x16_t *v, const uint8_t *block)
+{
+    v[0] = vld1q_s8((const int8_t *)block + 2);
+    v[1] = vld1q_s8((const int8_t *)block + 18);
+}
+
+INLINE void rows_blocks(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols,
+                        unpack_t *unpack, int bytes)
+{
     for (int r = 0; r < rows; r++) {
-        float32x4_t acc0 = vdupq_n_f32(0.0f), acc1 = acc0;
-        for (int b = 0; b < blocks; b++, w += DBF_Q8_0_BYTES) {
-            const int16_t *p = q + b * DBF_Q8_0_BLOCK;
-            int8x16_t v0 = vld1q_s8((const int8_t *)w + 2), v1 = vld1q_s8((const int8_t *)w + 18);
-            int32x4_t s0 = vaddq_s32(pairs(vget_low_s8(v0), vld1q_s16(p)), pairs(vget_low_s8(v1), vld1q_s16(p + 16)));
-            int32x4_t s1 =
-                vaddq_s32(pairs(vget_high_s8(v0), vld1q_s16(p + 8)), pairs(vget_high_s8(v1), vld1q_s16(p + 24)));
-            float32x4_t d = vdupq_n_f32(q8_0_scale(w));
-            acc0 = vaddq_f32(acc0, vmulq_f32(vcvtq_f32_s32(s0), d));
-            acc1 = vaddq_f32(acc1, vmulq_f32(vcvtq_f32_s32(s1), d));
+        float32x4_t acc[DBF_BATCH][2] = { 0 };
+        for (int k = 0; k < cols; k += 32, w += bytes) {
+            int8x16_t v[2];
+            unpack(v, w);
+            float32x4_t d = vdupq_n_f32(f32_at(w));
+            for (int i = 0; i < n; i++) {
+                const int16_t *p = q + (size_t)i * cols + k;
+                int32x4_t s0 = vaddq_s32(pairs(vget_low_s8(v[0]), vld1q_s16(p)),
+                                         pairs(vget_low_s8(v[1]), vld1q_s16(p + 16)));
+                int32x4_t s1 = vaddq_s32(pairs(vget_high_s8(v[0]), vld1q_s16(p + 8)),
+                                         pairs(vget_high_s8(v[1]), vld1q_s16(p + 24)));
+                acc[i][0] = vaddq_f32(acc[i][0], vmulq_f32(vcvtq_f32_s32(s0), d));
+                acc[i][1] = vaddq_f32(acc[i][1], vmulq_f32(vcvtq_f32_s32(s1), d));
+            }
         }
-        y[r] = sum8(acc0, acc1) * scale;
+        for (int i = 0; i < n; i++) y[(size_t)i * rows + r] = sum8(acc[i][0], acc[i][1]) * scale[i];
     }
+}
+
+static void gemv_q4_0_neon(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_blocks(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols, unpack_q4_0,
+                           DBF_Q4_0_BYTES))
+}
+
+static void gemv_q8_0_neon(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_blocks(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols, unpack_q8_0,
+                           DBF_Q8_0_BYTES))
+}
+
+/* columns 16g .. 16g + 15 of a Q6_K block */
+INLINE int8x16_t unpack_q6_k(const uint8_t *block, int g)
+{
+    int half = g / 8, quarter = g % 8 / 2, at = g % 2 * 16;
+    uint8x16_t low = vld1q_u8(block + half * 64 + quarter % 2 * 32 + at);
+    uint8x16_t high = vld1q_u8(block + Q6_K_HIGH + half * 32 + at);
+    low = quarter < 2 ? vandq_u8(low, vdupq_n_u8(15)) : vshrq_n_u8(low, 4);
+    high = vandq_u8(vshlq_u8(high, vdupq_n_s8((int8_t)(4 - 2 * quarter))), vdupq_n_u8(0x30));
+    return vsubq_s8(vreinterpretq_s8_u8(vorrq_u8(low, high)), vdupq_n_s8(32));
+}
+
+INLINE void rows_q6_k(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) {
+        float32x4_t acc[DBF_BATCH][2] = { 0 };
+        for (int k = 0; k < cols; k += DBF_Q6_K_BLOCK, w += DBF_Q6_K_BYTES) {
+            int32x4_t isum[DBF_BATCH][2] = { 0 };
+#pragma GCC unroll 16
+            for (int g = 0; g < 16; g++) {
+                int8x16_t v = unpack_q6_k(w, g);
+                int16_t s = (int8_t)w[Q6_K_SCALES + g];
+                int16x8_t v0 = vmulq_n_s16(vmovl_s8(vget_low_s8(v)), s), v8 = vmulq_n_s16(vmovl_high_s8(v), s);
+                for (int i = 0; i < n; i++) {
+                    const int16_t *p = q + (size_t)i * cols + k + 16 * g;
+                    isum[i][0] = vaddq_s32(isum[i][0], products(v0, vld1q_s16(p)));
+                    isum[i][1] = vaddq_s32(isum[i][1], products(v8, vld1q_s16(p + 8)));
+                }
+            }
+            float32x4_t d = vdupq_n_f32(f32_at(w + Q6_K_D));
+            for (int i = 0; i < n; i++)
+                for (int h = 0; h < 2; h++)
+                    acc[i][h] = vaddq_f32(acc[i][h], vmulq_f32(vcvtq_f32_s32(isum[i][h]), d));
+        }
+        for (int i = 0; i < n; i++) y[(size_t)i * rows + r] = sum8(acc[i][0], acc[i][1]) * scale[i];
+    }
+}
+
+static void gemv_q6_k_neon(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    IN_BATCHES(rows_q6_k(y + (size_t)i * rows, w, q + (size_t)i * cols, scale + i, N, rows, cols))
 }
 
 void kernels_neon(kernels_t *k)
@@ -191,7 +269,9 @@ void kernels_neon(kernels_t *k)
     k->sign_table = sign_table_neon;
     k->sign_pack = lut16_pack;
     k->sign_gemv = sign_gemv_neon;
+    k->gemv_q4_0 = gemv_q4_0_neon;
     k->gemv_q8_0 = gemv_q8_0_neon;
+    k->gemv_q6_k = gemv_q6_k_neon;
     set_float_kernels(k);
 }
 

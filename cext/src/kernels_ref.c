@@ -68,44 +68,84 @@ static void sign_gemv(int32_t *isum, const uint8_t *w, const void *table, int ro
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
 
-static void gemv_f32(float *y, const float *w, const float *x, int rows, int cols)
+static void gemv_f32(float *y, const float *w, const float *x, int n, int rows, int cols)
 {
-    for (int r = 0; r < rows; r++) {
-        float lane[DBF_LANES] = { 0 };
-        for (int k = 0; k < cols; k++)
-            lane[k % DBF_LANES] = lane[k % DBF_LANES] + w[(size_t)r * cols + k] * x[k];
-        y[r] = lanes_sum(lane);
-    }
-}
-
-static void gemv_f16(float *y, const uint16_t *w, const float *x, int rows, int cols)
-{
-    for (int r = 0; r < rows; r++) {
-        float lane[DBF_LANES] = { 0 };
-        for (int k = 0; k < cols; k++)
-            lane[k % DBF_LANES] = lane[k % DBF_LANES] + f32_from_f16(w[(size_t)r * cols + k]) * x[k];
-        y[r] = lanes_sum(lane);
-    }
-}
-
-static void gemv_q8_0(float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols)
-{
-    int blocks = cols / DBF_Q8_0_BLOCK;
-    for (int r = 0; r < rows; r++) {
-        float lane[DBF_LANES] = { 0 };
-        for (int b = 0; b < blocks; b++) {
-            const uint8_t *block = w + ((size_t)r * blocks + b) * DBF_Q8_0_BYTES;
-            const int8_t *v = (const int8_t *)block + 2;
-            const int16_t *p = q + b * DBF_Q8_0_BLOCK;
-            float d = q8_0_scale(block);
-            for (int l = 0; l < 8; l++) {
-                int i = 2 * l, j = 2 * l + 16;
-                int32_t isum = v[i] * p[i] + v[i + 1] * p[i + 1] + v[j] * p[j] + v[j + 1] * p[j + 1];
-                lane[l] = lane[l] + (float)isum * d;
-            }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) {
+            float lane[DBF_LANES] = { 0 };
+            for (int k = 0; k < cols; k++)
+                lane[k % DBF_LANES] = lane[k % DBF_LANES] + w[(size_t)r * cols + k] * x[(size_t)i * cols + k];
+            y[(size_t)i * rows + r] = lanes_sum(lane);
         }
-        y[r] = lanes_sum(lane) * scale;
-    }
+}
+
+static void gemv_f16(float *y, const uint16_t *w, const float *x, int n, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) {
+            float lane[DBF_LANES] = { 0 };
+            for (int k = 0; k < cols; k++)
+                lane[k % DBF_LANES] =
+                    lane[k % DBF_LANES] + f32_from_f16(w[(size_t)r * cols + k]) * x[(size_t)i * cols + k];
+            y[(size_t)i * rows + r] = lanes_sum(lane);
+        }
+}
+
+/* gemv_q4_0 and gemv_q8_0 differ in their blocks only */
+static void gemv_blocks(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols,
+                        int (*value)(const uint8_t *block, int i), int bytes)
+{
+    int blocks = cols / 32;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) {
+            float lane[DBF_LANES] = { 0 };
+            for (int b = 0; b < blocks; b++) {
+                const uint8_t *block = w + ((size_t)r * blocks + b) * bytes;
+                const int16_t *p = q + (size_t)i * cols + b * 32;
+                float d = f32_at(block);
+                for (int l = 0; l < 8; l++) {
+                    int k = 2 * l;
+                    int32_t isum = value(block, k) * p[k] + value(block, k + 1) * p[k + 1]
+                                 + value(block, k + 16) * p[k + 16] + value(block, k + 17) * p[k + 17];
+                    lane[l] = lane[l] + (float)isum * d;
+                }
+            }
+            y[(size_t)i * rows + r] = lanes_sum(lane) * scale[i];
+        }
+}
+
+static void gemv_q4_0(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    gemv_blocks(y, w, q, scale, n, rows, cols, q4_0_value, DBF_Q4_0_BYTES);
+}
+
+static void gemv_q8_0(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    gemv_blocks(y, w, q, scale, n, rows, cols, q8_0_value, DBF_Q8_0_BYTES);
+}
+
+static void gemv_q6_k(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols)
+{
+    int blocks = cols / DBF_Q6_K_BLOCK;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) {
+            float lane[DBF_LANES] = { 0 };
+            for (int b = 0; b < blocks; b++) {
+                const uint8_t *block = w + ((size_t)r * blocks + b) * DBF_Q6_K_BYTES;
+                const int16_t *p = q + (size_t)i * cols + b * DBF_Q6_K_BLOCK;
+                const int8_t *s = (const int8_t *)block + Q6_K_SCALES;
+                float d = f32_at(block + Q6_K_D);
+                for (int l = 0; l < 8; l++) {
+                    int32_t isum = 0;
+                    for (int g = 0; g < DBF_Q6_K_BLOCK / DBF_Q6_K_GROUP; g++) {
+                        int k = g * DBF_Q6_K_GROUP + 2 * l;
+                        isum += s[g] * (q6_k_value(block, k) * p[k] + q6_k_value(block, k + 1) * p[k + 1]);
+                    }
+                    lane[l] = lane[l] + (float)isum * d;
+                }
+            }
+            y[(size_t)i * rows + r] = lanes_sum(lane) * scale[i];
+        }
 }
 
 /* ---- everything else -------------------------------------------------------------------------------------- */
@@ -192,12 +232,25 @@ static void to_q8_0(uint8_t *y, const float *x, int n)
     }
 }
 
+static void from_q4_0(float *y, const uint8_t *x, int n)
+{
+    for (int b = 0; b < n; b += DBF_Q4_0_BLOCK, x += DBF_Q4_0_BYTES)
+        for (int i = 0; i < DBF_Q4_0_BLOCK; i++) y[b + i] = f32_at(x) * (float)q4_0_value(x, i);
+}
+
 static void from_q8_0(float *y, const uint8_t *x, int n)
 {
-    for (int i = 0; i < n; i++) {
-        const uint8_t *block = x + i / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES;
-        y[i] = q8_0_scale(block) * (float)(int8_t)block[2 + i % DBF_Q8_0_BLOCK];
-    }
+    for (int b = 0; b < n; b += DBF_Q8_0_BLOCK, x += DBF_Q8_0_BYTES)
+        for (int i = 0; i < DBF_Q8_0_BLOCK; i++) y[b + i] = f32_at(x) * (float)q8_0_value(x, i);
+}
+
+static void from_q6_k(float *y, const uint8_t *x, int n)
+{
+    for (int b = 0; b < n; b += DBF_Q6_K_BLOCK, x += DBF_Q6_K_BYTES)
+        for (int i = 0; i < DBF_Q6_K_BLOCK; i++) {
+            float s = (float)(int8_t)x[Q6_K_SCALES + i / DBF_Q6_K_GROUP];
+            y[b + i] = (f32_at(x + Q6_K_D) * s) * (float)q6_k_value(x, i);
+        }
 }
 
 const kernels_t kernels_ref = {
@@ -212,7 +265,9 @@ const kernels_t kernels_ref = {
     .sign_gemv = sign_gemv,
     .gemv_f32 = gemv_f32,
     .gemv_f16 = gemv_f16,
+    .gemv_q4_0 = gemv_q4_0,
     .gemv_q8_0 = gemv_q8_0,
+    .gemv_q6_k = gemv_q6_k,
     .rmsnorm = rmsnorm,
     .rope = rope,
     .scores = scores,
@@ -223,5 +278,7 @@ const kernels_t kernels_ref = {
     .to_f16 = to_f16,
     .from_f16 = from_f16,
     .to_q8_0 = to_q8_0,
+    .from_q4_0 = from_q4_0,
     .from_q8_0 = from_q8_0,
+    .from_q6_k = from_q6_k,
 };

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "model.h"
 
+#include "dense.h"
+
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -47,9 +49,7 @@ static int config_ok(const dbf_config *c)
 
 static int dense_ok(const dbf_dense *d, int rows, int cols)
 {
-    if (!d->data || d->rows != rows || d->cols != cols) return 0;
-    if (d->type == DBF_Q8_0) return cols % DBF_Q8_0_BLOCK == 0;
-    return d->type == DBF_F32 || d->type == DBF_F16;
+    return d->data && d->rows == rows && d->cols == cols && dense_row_bytes(d->type, cols) > 0;
 }
 
 static int linear_ok(const dbf_linear *l, int rows, int cols)
@@ -273,16 +273,14 @@ static size_t lay_out_session(dbf_session *s)
 int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type)
 {
     if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX || (!rope && model->config.rope_dims > 0)
-        || (kv_type != DBF_F16 && kv_type != DBF_Q8_0)
-        || (kv_type == DBF_Q8_0 && model->config.head_dim % DBF_Q8_0_BLOCK))
+        || (kv_type != DBF_F16 && kv_type != DBF_Q8_0) || !dense_row_bytes(kv_type, model->config.head_dim))
         return DBF_EINVAL;
     dbf_session *s = calloc(1, sizeof *s);
     if (!s) return DBF_ENOMEM;
     s->model = model;
     s->n_ctx = n_ctx;
     s->kv_type = kv_type;
-    s->kv_bytes = kv_type == DBF_F16 ? (size_t)model->config.head_dim * sizeof(uint16_t)
-                                     : (size_t)model->config.head_dim / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES;
+    s->kv_bytes = dense_row_bytes(kv_type, model->config.head_dim);
     s->scratch = calloc((size_t)pool_threads(model->pool), sizeof *s->scratch);
     size_t bytes = s->scratch ? lay_out_session(s) : 0;
     s->arena = bytes ? aligned_alloc(ALIGN, bytes) : NULL;
@@ -439,16 +437,30 @@ int dbf_quantize(int16_t *q, float *scale, const float *x, int n)
     return DBF_OK;
 }
 
-int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x)
+int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x, int n)
 {
-    if (!y || !w || !x || w->rows < 1 || !dim_ok(w->cols) || !dense_ok(w, w->rows, w->cols)) return DBF_EINVAL;
+    if (!y || !w || !x || w->rows < 1 || !dim_ok(w->cols) || !dense_ok(w, w->rows, w->cols) || n < 1 || n > MAX_DIM)
+        return DBF_EINVAL;
     const kernels_t *k = dbf_kernels_active();
     if (!k) return DBF_EISA;
-    int16_t *q = malloc((size_t)w->cols * sizeof *q);
-    if (!q) return DBF_ENOMEM;
-    if (w->type == DBF_F32) k->gemv_f32(y, w->data, x, w->rows, w->cols);
-    if (w->type == DBF_F16) k->gemv_f16(y, w->data, x, w->rows, w->cols);
-    if (w->type == DBF_Q8_0) k->gemv_q8_0(y, w->data, q, k->quantize(q, x, w->cols), w->rows, w->cols);
+    size_t cols = (size_t)w->cols;
+    int16_t *q = malloc((size_t)n * cols * sizeof *q);
+    float *scale = malloc((size_t)n * sizeof *scale);
+    if (q && scale) {
+        for (int i = 0; i < n; i++) scale[i] = k->quantize(q + i * cols, x + i * cols, w->cols);
+        dense_gemv(k, y, w, 0, w->rows, x, q, scale, n);
+    }
+    int code = q && scale ? DBF_OK : DBF_ENOMEM;
     free(q);
+    free(scale);
+    return code;
+}
+
+int dbf_dense_row(float *y, const dbf_dense *w, int r)
+{
+    if (!y || !w || r < 0 || r >= w->rows || !dim_ok(w->cols) || !dense_ok(w, w->rows, w->cols)) return DBF_EINVAL;
+    const kernels_t *k = dbf_kernels_active();
+    if (!k) return DBF_EISA;
+    dense_row(k, y, w, r);
     return DBF_OK;
 }

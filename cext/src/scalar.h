@@ -87,10 +87,34 @@ static inline float quantize_scale(uint32_t magnitude, float *inverse)
     return scale_to((float)DBF_QMAX, magnitude, inverse);
 }
 
-/* the scale of a Q8_0 block */
-static inline float q8_0_scale(const uint8_t *block)
+/* the float16 at p, at any address */
+static inline float f32_at(const uint8_t *p)
 {
-    return f32_from_f16((uint16_t)(block[0] | block[1] << 8));
+    return f32_from_f16((uint16_t)(p[0] | p[1] << 8));
+}
+
+/* the integers of GGML's blocks */
+static inline int q4_0_value(const uint8_t *block, int i)
+{
+    return (block[2 + i % 16] >> (i < 16 ? 0 : 4) & 15) - 8;
+}
+
+static inline int q8_0_value(const uint8_t *block, int i)
+{
+    return (int8_t)block[2 + i];
+}
+
+/* each half of a Q6_K block: 128 weights, 64 bytes of nibbles (the low ones come first), 32 bytes of two bits more */
+#define Q6_K_HIGH 128
+#define Q6_K_SCALES 192
+#define Q6_K_D 208
+
+static inline int q6_k_value(const uint8_t *block, int i)
+{
+    int half = i / 128, quarter = i % 128 / 32, j = i % 32;
+    int low = block[half * 64 + quarter % 2 * 32 + j] >> (quarter < 2 ? 0 : 4) & 15;
+    int high = block[Q6_K_HIGH + half * 32 + j] >> 2 * quarter & 3;
+    return (low | high << 4) - 32;
 }
 
 #endif

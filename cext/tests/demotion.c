@@ -45,12 +45,17 @@ WRONG(descale, (float *y, const int32_t *isum, float scale, const uint16_t *s, c
       (y, isum, scale, s, bias, n), flip(&y[n - 1]))
 WRONG(sign_gemv, (int32_t *isum, const uint8_t *w, const void *table, int rows, int cols),
       (isum, w, table, rows, cols), isum[rows - 1]++)
-WRONG(gemv_f32, (float *y, const float *w, const float *x, int rows, int cols), (y, w, x, rows, cols),
-      flip(&y[rows - 1]))
-WRONG(gemv_f16, (float *y, const uint16_t *w, const float *x, int rows, int cols), (y, w, x, rows, cols),
-      flip(&y[rows - 1]))
-WRONG(gemv_q8_0, (float *y, const uint8_t *w, const int16_t *q, float scale, int rows, int cols),
-      (y, w, q, scale, rows, cols), flip(&y[rows - 1]))
+WRONG(gemv_f32, (float *y, const float *w, const float *x, int n, int rows, int cols), (y, w, x, n, rows, cols),
+      flip(&y[n * rows - 1]))
+WRONG(gemv_f16, (float *y, const uint16_t *w, const float *x, int n, int rows, int cols), (y, w, x, n, rows, cols),
+      flip(&y[n * rows - 1]))
+#define WRONG_GEMV(kernel)                                                                                        \
+    WRONG(kernel,                                                                                                 \
+          (float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols),          \
+          (y, w, q, scale, n, rows, cols), flip(&y[n * rows - 1]))
+WRONG_GEMV(gemv_q4_0)
+WRONG_GEMV(gemv_q8_0)
+WRONG_GEMV(gemv_q6_k)
 WRONG(rmsnorm, (float *y, const float *x, const float *w, float eps, int n), (y, x, w, eps, n), flip(&y[n - 1]))
 WRONG(scores, (float *y, const float *x, const float *k, float factor, int n, int dim), (y, x, k, factor, n, dim),
       flip(&y[n - 1]))
@@ -61,11 +66,13 @@ WRONG(to_f16, (uint16_t *y, const float *x, int n), (y, x, n), y[n - 1] ^= 1)
 WRONG(from_f16, (float *y, const uint16_t *x, int n), (y, x, n), flip(&y[n - 1]))
 
 WRONG(to_q8_0, (uint8_t *y, const float *x, int n), (y, x, n), y[n - 1] ^= 1)
+WRONG(from_q4_0, (float *y, const uint8_t *x, int n), (y, x, n), flip(&y[n - 1]))
+WRONG(from_q6_k, (float *y, const uint8_t *x, int n), (y, x, n), flip(&y[n - 1]))
 WRONG(from_q8_0, (float *y, const uint8_t *x, int n), (y, x, n), flip(&y[n - 1]))
 
 #define KERNELS(X) \
-    X(quantize) X(scale) X(descale) X(sign_gemv) X(gemv_f32) X(gemv_f16) X(gemv_q8_0) X(rmsnorm) X(scores) \
-    X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16) X(to_q8_0) X(from_q8_0)
+    X(quantize) X(scale) X(descale) X(sign_gemv) X(gemv_f32) X(gemv_f16) X(gemv_q4_0) X(gemv_q8_0) X(gemv_q6_k) X(rmsnorm) X(scores) \
+    X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16) X(to_q8_0) X(from_q4_0) X(from_q8_0) X(from_q6_k)
 
 enum { NONE,
 #define NUMBER(kernel) WRONG_##kernel,

@@ -216,54 +216,118 @@ static void test_sign_gemv(const kernels_t *k, int cols)
 
 static void test_gemv(const kernels_t *k, int cols)
 {
-    for (int rows = 1; rows <= 67; rows += cols < 100 ? 11 : 4) {
+    for (int rows = 1, n = 1; rows <= 67; rows += cols < 100 ? 11 : 4, n = n % 7 + 1) {
         if (cols >= 100 && rows > 5) break;
-        size_t n = (size_t)rows * (size_t)cols;
-        float *y = take((size_t)rows, sizeof *y), *x = floats((size_t)cols, 2.0f), *w = floats(n, 1.0f);
-        float *y16 = take((size_t)rows, sizeof *y);
-        uint16_t *h = halves(n);
-        k->gemv_f32(y, w, x, rows, cols);
-        ref->gemv_f32(want_f, w, x, rows, cols);
-        SAME(y, want_f, rows, "gemv_f32");
-        k->gemv_f16(y16, h, x, rows, cols);
-        ref->gemv_f16(want_f, h, x, rows, cols);
-        SAME(y16, want_f, rows, "gemv_f16");
-        for (int r = 0; r < rows; r++) {
-            double sum = 0.0, sum16 = 0.0, size = 0.0, size16 = 0.0;
-            for (int i = 0; i < cols; i++) {
-                double term = (double)w[r * cols + i] * x[i], term16 = of_half(h[r * cols + i]) * x[i];
-                sum += term, size += fabs(term), sum16 += term16, size16 += fabs(term16);
+        size_t weights = (size_t)rows * (size_t)cols, results = (size_t)(n * rows);
+        float *y = take(results, sizeof *y), *x = floats((size_t)n * (size_t)cols, 2.0f), *w = floats(weights, 1.0f);
+        float *y16 = take(results, sizeof *y);
+        uint16_t *h = halves(weights);
+        k->gemv_f32(y, w, x, n, rows, cols);
+        ref->gemv_f32(want_f, w, x, n, rows, cols);
+        SAME(y, want_f, results, "gemv_f32");
+        k->gemv_f16(y16, h, x, n, rows, cols);
+        ref->gemv_f16(want_f, h, x, n, rows, cols);
+        SAME(y16, want_f, results, "gemv_f16");
+        for (int v = 0; v < n; v++)
+            for (int r = 0; r < rows; r++) {
+                double sum = 0.0, sum16 = 0.0, size = 0.0, size16 = 0.0;
+                for (int i = 0; i < cols; i++) {
+                    double xi = x[v * cols + i], term = w[r * cols + i] * xi, term16 = of_half(h[r * cols + i]) * xi;
+                    sum += term, size += fabs(term), sum16 += term16, size16 += fabs(term16);
+                }
+                NEAR(y[v * rows + r], sum, (cols / 16.0 + 6.0) * U * size, "gemv_f32", cols);
+                NEAR(y16[v * rows + r], sum16, (cols / 16.0 + 6.0) * U * size16, "gemv_f16", cols);
             }
-            NEAR(y[r], sum, (cols / 16.0 + 6.0) * U * size, "gemv_f32", cols);
-            NEAR(y16[r], sum16, (cols / 16.0 + 6.0) * U * size16, "gemv_f16", cols);
-        }
         give_back(k->name, "gemv", cols);
     }
 }
 
-static void test_gemv_q8_0(const kernels_t *k, int blocks)
+/* weight i of a block, as GGML's documentation has it: d, or d * s, and the integer */
+static double q4_0(const uint8_t *b, int i, int *v)
 {
-    int cols = blocks * DBF_Q8_0_BLOCK;
-    for (int rows = 1; rows <= 67; rows += rows < 9 ? 1 : 29) {
-        float *y = take((size_t)rows, sizeof *y), scale = 3e-4f;
-        uint8_t *w = bytes((size_t)rows * (size_t)blocks * DBF_Q8_0_BYTES);
-        for (int b = 0; b < rows * blocks; b++) w[b * DBF_Q8_0_BYTES + 1] = (uint8_t)((next() & 0x80) | 0x2c);
-        int16_t *q = take((size_t)cols, sizeof *q);
-        for (int i = 0; i < cols; i++) q[i] = (int16_t)((int)(next() % (2 * DBF_QMAX + 1)) - DBF_QMAX);
-        k->gemv_q8_0(y, w, q, scale, rows, cols);
-        ref->gemv_q8_0(want_f, w, q, scale, rows, cols);
-        SAME(y, want_f, rows, "gemv_q8_0");
-        for (int r = 0; r < rows; r++) {
-            double sum = 0.0, size = 0.0;
-            for (int i = 0; i < cols; i++) {
-                const uint8_t *block = w + (r * blocks + i / DBF_Q8_0_BLOCK) * DBF_Q8_0_BYTES;
-                double d = of_half((uint16_t)(block[0] | block[1] << 8));
-                double term = d * (int8_t)block[2 + i % DBF_Q8_0_BLOCK] * q[i] * (double)scale;
-                sum += term, size += fabs(term);
-            }
-            NEAR(y[r], sum, (cols / 32.0 + 6.0) * U * size, "gemv_q8_0", cols);
+    *v = (i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4) - 8;
+    return of_half((uint16_t)(b[0] | b[1] << 8));
+}
+
+static double q8_0(const uint8_t *b, int i, int *v)
+{
+    *v = (int8_t)b[2 + i];
+    return of_half((uint16_t)(b[0] | b[1] << 8));
+}
+
+static double q6_k(const uint8_t *b, int i, int *v)
+{
+    const uint8_t *low = b + i / 128 * 64, *high = b + 128 + i / 128 * 32;
+    int j = i % 32;
+    switch (i % 128 / 32) {
+    case 0: *v = (low[j] & 15) + 16 * (high[j] & 3) - 32; break;
+    case 1: *v = (low[j + 32] & 15) + 16 * (high[j] >> 2 & 3) - 32; break;
+    case 2: *v = (low[j] >> 4) + 16 * (high[j] >> 4 & 3) - 32; break;
+    default: *v = (low[j + 32] >> 4) + 16 * (high[j] >> 6) - 32; break;
+    }
+    return of_half((uint16_t)(b[208] | b[209] << 8)) * (int8_t)b[192 + i / 16];
+}
+
+typedef struct block_type {
+    const char *name;
+    int block, bytes, d; /* d: where the float16 is */
+    double (*weight)(const uint8_t *block, int i, int *v);
+    size_t gemv, from; /* offsets in kernels_t */
+    double adds;       /* error of gemv: (cols/block + adds) u .. */
+} block_type_t;
+
+static const block_type_t block_types[] = {
+    { "q4_0", 32, 18, 0, q4_0, offsetof(kernels_t, gemv_q4_0), offsetof(kernels_t, from_q4_0), 6.0 },
+    { "q8_0", 32, 34, 0, q8_0, offsetof(kernels_t, gemv_q8_0), offsetof(kernels_t, from_q8_0), 6.0 },
+    { "q6_k", 256, 210, 208, q6_k, offsetof(kernels_t, gemv_q6_k), offsetof(kernels_t, from_q6_k), 7.0 },
+};
+
+typedef void gemv_t(float *y, const uint8_t *w, const int16_t *q, const float *scale, int n, int rows, int cols);
+typedef void from_t(float *y, const uint8_t *x, int n);
+#define KERNEL(k, type, at) (*(type *const *)((const char *)(k) + (at)))
+
+/* extreme: the largest integers that there are, all of one sign */
+static void test_blocks(const kernels_t *k, const block_type_t *t, int blocks, int extreme)
+{
+    int cols = blocks * t->block;
+    for (int rows = 1, n = 1; rows <= 66; rows += rows < 9 ? 1 : 28, n = n % 7 + 1) {
+        size_t results = (size_t)(n * rows), count = (size_t)(rows * blocks);
+        float *y = take(results, sizeof *y), *scale = floats((size_t)n, 3e-4f), *row = take((size_t)cols, sizeof *row);
+        uint8_t *w = bytes(count * (size_t)t->bytes);
+        int16_t *q = take((size_t)(n * cols), sizeof *q);
+        if (extreme) memset(w, t->weight == q8_0 ? 0x80 : 0, count * (size_t)t->bytes);
+        for (size_t b = 0; b < count; b++) {
+            uint8_t *block = w + b * (size_t)t->bytes;
+            if (extreme && t->weight == q6_k) memset(block + 192, 0x80, 16);
+            block[t->d + 1] = (uint8_t)((next() & 0x80) | 0x2c);
         }
-        give_back(k->name, "gemv_q8_0", cols);
+        for (int i = 0; i < n * cols; i++)
+            q[i] = extreme ? -DBF_QMAX : (int16_t)((int)(next() % (2 * DBF_QMAX + 1)) - DBF_QMAX);
+        KERNEL(k, gemv_t, t->gemv)(y, w, q, scale, n, rows, cols);
+        KERNEL(ref, gemv_t, t->gemv)(want_f, w, q, scale, n, rows, cols);
+        SAME(y, want_f, results, t->name);
+        for (int v = 0; v < n; v++)
+            for (int r = 0; r < rows; r++) {
+                double sum = 0.0, size = 0.0;
+                for (int i = 0; i < cols; i++) {
+                    int integer;
+                    const uint8_t *block = w + (r * blocks + i / t->block) * t->bytes;
+                    double d = t->weight(block, i % t->block, &integer);
+                    double term = d * integer * q[v * cols + i] * (double)scale[v];
+                    sum += term, size += fabs(term);
+                }
+                NEAR(y[v * rows + r], sum, (blocks + t->adds) * U * size, t->name, cols);
+            }
+        const uint8_t *last = w + (size_t)(rows - 1) * (size_t)(blocks * t->bytes);
+        KERNEL(k, from_t, t->from)(row, last, cols);
+        KERNEL(ref, from_t, t->from)(want_f, last, cols);
+        SAME(row, want_f, cols, t->name);
+        for (int i = 0; i < cols; i++) {
+            int integer;
+            double d = t->weight(last + i / t->block * t->bytes, i % t->block, &integer);
+            NEAR(row[i], d * integer, t->weight == q6_k ? U * fabs(d * integer) : 0.0, t->name, cols);
+        }
+        give_back(k->name, t->name, cols);
     }
 }
 
@@ -494,7 +558,8 @@ int main(void)
                 test_descale(k, n);
                 test_sign_gemv(k, n);
                 test_gemv(k, n);
-                if (n < 100) test_gemv_q8_0(k, n);
+                for (int type = 0; type < 3; type++)
+                    if (n < (block_types[type].block < 100 ? 64 : 8)) test_blocks(k, &block_types[type], n, n % 4 == 2);
                 test_rmsnorm(k, n);
                 test_rope(k, n);
                 test_attention(k, n);
