@@ -394,6 +394,15 @@ class Core:
         self._ensure(code, f"sign product {rows} x {cols} x {batch}")
         return float(out[0])
 
+    def dense_gemv_seconds(
+        self, kind: int, rows: int, cols: int, batch: int, footprint: int, duration: float
+    ) -> float:
+        """Least time of a product with a dense matrix: dbf_bench_dense_gemv of dbf.h."""
+        out = self._ffi.new("double *")
+        code = self._lib.dbf_bench_dense_gemv(out, kind, rows, cols, batch, footprint, duration)
+        self._ensure(code, f"product {rows} x {cols} x {batch} of type {kind}")
+        return float(out[0])
+
     def read_seconds(self, nbytes: int, n_threads: int, duration: float) -> float:
         """Least time in which n_threads read nbytes of memory: dbf_bench_read of dbf.h."""
         out = self._ffi.new("double *")

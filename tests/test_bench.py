@@ -382,16 +382,22 @@ def test_synthetic_program(
 
 @needs_c
 def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--kernels", "--shapes", "16x24,67x100", "--batch", "1,3", "--seconds", "0.001")
+    options = ("--kernels", "--shapes", "16x24,67x100", "--heads", "70x256,9x32", "--batch", "1,3")
+    options += ("--seconds", "0.001")
     assert run(*options, "-o", "json") == 0
     rows = json.loads(capsys.readouterr().out)
     core = machine.find_core()
     assert core is not None
     assert core.isas[0] == "scalar"
+    work = {("sign_gemv", 16, 24): 16 * 3, ("sign_gemv", 67, 100): 67 * 13}
+    work |= {("head f16", 70, 256): 70 * 512, ("head f16", 9, 32): 9 * 64}
+    work |= {("head q8_0", 70, 256): 70 * 8 * 34, ("head q8_0", 9, 32): 9 * 34}
+    work |= {("head q6_k", 70, 256): 70 * 210}
+    work |= {("head q4_0", 70, 256): 70 * 8 * 18, ("head q4_0", 9, 32): 9 * 18}
     wanted = [
-        (isa, "sign_gemv", *shape, batch, where)
+        (isa, *kernel, batch, where)
         for isa in core.isas
-        for shape in ((16, 24), (67, 100))
+        for kernel in work
         for batch in (1, 3)
         for where in ("cache", "dram")
     ]
@@ -400,7 +406,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         rate = row["rows"] * row["cols"] * row["batch"] / row["seconds"] / 1e9
         assert row["gsigns_per_s"] == pytest.approx(rate, abs=1e-3)
-        nbytes = row["rows"] * math.ceil(row["cols"] / 8)
+        nbytes = work[row["kernel"], row["rows"], row["cols"]]
         share = nbytes / row["seconds"] / row["read_bandwidth"]
         assert row["share_of_read_bandwidth"] == pytest.approx(share, rel=1e-3, abs=1e-4)
     assert run(*options) == 0
@@ -422,16 +428,20 @@ def test_kernels_leave_the_active_set_alone() -> None:
 @needs_c
 def test_a_matrix_beyond_the_caches_has_no_cache_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "last_level_cache", lambda: 100)
-    rows = list(kernels.bench([(16, 24), (67, 100)], [1], 0.001, 1 << 16))
-    assert {(r["rows"], r["where"]) for r in rows} == {(16, "cache"), (16, "dram"), (67, "dram")}
+    rows = list(kernels.bench([(16, 24), (67, 100)], [(2, 32)], [1], 0.001, 1 << 16))
+    wanted = {("sign_gemv", "cache"), ("sign_gemv", "dram"), ("head q8_0", "cache"), ("head q8_0", "dram")}
+    wanted |= {("head q4_0", "cache"), ("head q4_0", "dram"), ("head f16", "dram")}
+    assert {(r["kernel"], r["where"]) for r in rows if r["rows"] != 67} == wanted
+    assert {r["where"] for r in rows if r["rows"] == 67} == {"dram"}
 
 
 @needs_c
 def test_kernel_options_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--kernels", "--shapes", "0x8", "--seconds", "0") == 1
+    assert run("--kernels", "--shapes", "8x8", "--heads", "0x32", "--seconds", "0") == 1
     assert run("--kernels", "--batch", "0", "--shapes", "8x8", "--seconds", "0") == 1
     assert run("--kernels", "--seconds", "nan") == 1
-    assert capsys.readouterr().err.count("error: ") == 3
+    assert capsys.readouterr().err.count("error: ") == 4
 
 
 # ---- llama.cpp ---------------------------------------------------------------------------------------------
@@ -633,7 +643,7 @@ def test_bandwidth_without_c(monkeypatch: pytest.MonkeyPatch, n_threads: int) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cext", None)
         with pytest.raises(BackendError, match="the C core is not built"):
-            list(kernels.bench([(8, 8)], [1], 0.0))
+            list(kernels.bench([(8, 8)], [], [1], 0.0))
 
 
 def test_peak_rss() -> None:

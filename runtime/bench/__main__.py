@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--synthetic", choices=tuple(synthetic.SHAPES), help="a model of this shape with random weights"
     )
-    what.add_argument("--kernels", action="store_true", help="the sign product of each instruction set")
+    what.add_argument("--kernels", action="store_true", help="single kernels of each instruction set")
     what.add_argument("--info", action="store_true", help="nothing: show this machine, and what was chosen")
 
     p.add_argument("-p", "--n-prompt", type=numbers, default="128", metavar="N,...", help="prompts; 0: none")
@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     single = p.add_argument_group("with --kernels")
     shapes = ",".join(f"{rows}x{cols}" for rows, cols in kernels.SHAPES)
     single.add_argument("--shapes", type=sizes, default=shapes, metavar="RxC,...", help="rows x columns")
+    heads = ",".join(f"{rows}x{cols}" for rows, cols in kernels.HEADS)
+    single.add_argument("--heads", type=sizes, default=heads, metavar="RxC,...", help="the same of heads")
     batches = ",".join(map(str, kernels.BATCHES))
     single.add_argument("--batch", type=numbers, default=batches, metavar="N,...", help="vectors per product")
     single.add_argument("--seconds", type=float, default=0.3, metavar="X", help="time of each measurement")
@@ -94,7 +96,7 @@ def bench(args: argparse.Namespace) -> int:
             found = machine.machine()
             print(json.dumps(asdict(found), indent=2) if args.output == "json" else machine.describe(found))
         elif args.kernels:
-            _print(args, kernels.COLUMNS, kernels.bench(args.shapes, args.batch, args.seconds))
+            _print(args, kernels.COLUMNS, kernels.bench(args.shapes, args.heads, args.batch, args.seconds))
         else:
             _bench_model(args)
     finally:
