@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dbf2gguf.recipe import DEFAULT_PRESET, PRESETS
+from dbf2gguf.recipe import DEFAULT_PRESET, EMBED_TYPES, PRESETS
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
 from runtime.errors import BackendError
@@ -39,7 +39,7 @@ def convert_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text for the quality receipt; without it, rows held out of the calibration text",
     )
-    add("--embed-type", choices=["f16", "q8_0"], default="q8_0", help="type of the embedding and the head")
+    add("--embed-type", choices=EMBED_TYPES, default="q8_0", help="type of the embedding and the head")
     add(
         "--carrier",
         choices=["dbf1", "i8"],

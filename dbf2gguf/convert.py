@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +26,13 @@ from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.progress import Stage
-from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
+from dbf2gguf.recipe import DEFAULT_PRESET, EMBED_TYPES, Recipe, find_recipe
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.write import (
     CARRIERS,
-    EMBED_TYPES,
-    Q8_0_BLOCK,
     dequantized,
+    ggml_type,
     head_is_tied,
     verify,
     write_gguf,
@@ -335,15 +335,24 @@ def _skeleton(source: Source) -> nn.Module:
 
 
 def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:
-    """Q8_0 needs rows of whole blocks; where they are not, say so and take F16."""
+    """Rows must be whole blocks; where they are not, say so and take the next larger type that they fit."""
     width = skeleton.get_input_embeddings().weight.shape[1]
-    if embed_type == "q8_0" and width % Q8_0_BLOCK:
+    fitting = embed_type
+    while width % _block(fitting)[0]:
+        fitting = "q8_0" if fitting == "q6_k" else "f16"
+    if fitting != embed_type:
         print(
-            f"note: embedding rows of {width} are no multiple of {Q8_0_BLOCK}: stored as f16, not q8_0",
+            f"note: embedding rows of {width} are no multiple of {_block(embed_type)[0]}: "
+            f"stored as {fitting}, not {embed_type}",
             file=sys.stderr,
         )
-        return "f16"
-    return embed_type
+    return fitting
+
+
+def _block(embed_type: str) -> tuple[int, int]:
+    """Weights and bytes of a block."""
+    size: tuple[int, int] = gguf.GGML_QUANT_SIZES[ggml_type(embed_type)]
+    return size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,8 +367,8 @@ def _file_size(plan: Plan, skeleton: nn.Module, embed_type: str) -> int:
     """Bytes of tensor data, close to the file's size but for metadata."""
     factored = plan.weights
     dense = _count_weights(skeleton) - factored
-    per_weight = 2.0 if embed_type == "f16" else 34 / 32
-    return plan.bits // 8 + int(dense * per_weight)
+    block, nbytes = _block(embed_type)
+    return plan.bits // 8 + dense * nbytes // block
 
 
 def _peak_rss() -> int:

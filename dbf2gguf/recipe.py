@@ -7,6 +7,9 @@ from typing import Any
 
 from runtime.errors import OptionError
 
+EMBED_TYPES = ("f16", "q8_0", "q6_k", "q4_0")
+"""Types of the embedding and the head, as `--embed-type` names them."""
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import ArchSpec, permute_rope
 from dbf2gguf.factorize import Factors, signs
+from dbf2gguf.q6_k import quantize_q6_k
 from dbf2gguf.source import Source, decoder_layers
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
@@ -24,8 +25,10 @@ from runtime.pretokenizers import find_pre
 CARRIERS = ("dbf1", "i8")
 """Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
 
-EMBED_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-Q8_0_BLOCK = 32
+
+def ggml_type(embed_type: str) -> gguf.GGMLQuantizationType:
+    """What GGUF calls one of EMBED_TYPES."""
+    return gguf.GGMLQuantizationType[embed_type.upper()]
 
 
 def write_gguf(
@@ -112,8 +115,11 @@ def _compare(where: str, stored: NDArray[Any], wanted: Tensor) -> None:
 
 def quantized(weight: Tensor, embed_type: str) -> tuple[NDArray[Any], gguf.GGMLQuantizationType]:
     """A matrix in the type of the embedding and the head: (rows, bytes) uint8 or (rows, cols) float16."""
-    kind = EMBED_TYPES[embed_type]
-    return gguf.quants.quantize(weight.detach().float().cpu().numpy(), kind), kind
+    kind = ggml_type(embed_type)
+    values = weight.detach().float().cpu().numpy()
+    if kind == gguf.GGMLQuantizationType.Q6_K:
+        return quantize_q6_k(values), kind
+    return gguf.quants.quantize(values, kind), kind
 
 
 def dequantized(weight: Tensor, embed_type: str) -> Tensor:

@@ -124,22 +124,45 @@ def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
     assert len(tokens[0]) > 1
 
 
-def test_quantized_embedding(tmp_path: Path) -> None:
-    """Q8_0, separate head: both as stored."""
-    case = Case(tmp_path, {"tie_word_embeddings": False}, "q8_0")
+@pytest.mark.parametrize(("embed_type", "width"), [("q8_0", 32), ("q6_k", 256), ("q4_0", 32)])
+def test_quantized_embedding(tmp_path: Path, embed_type: str, width: int) -> None:
+    """Separate head: both as stored."""
+    sizes = {"tie_word_embeddings": False, "hidden_size": width, "num_hidden_layers": 1}
+    case = Case(tmp_path, sizes, embed_type)
     with runtime.load(case.out, backend="c", n_threads=1) as model:
         assert_close(model.logits(IDS), case.twin_logits(IDS))
     with GgufFile(case.out) as file:
-        assert file.tensors["token_embd.weight"].type_name == "Q8_0"
-        assert file.tensors["output.weight"].type_name == "Q8_0"
+        assert file.tensors["token_embd.weight"].type_name == embed_type.upper()
+        assert file.tensors["output.weight"].type_name == embed_type.upper()
+        tensors = sum(t.nbytes for t in file.tensors.values())
+    plan = convert(case.folder, case.out, embed_type=embed_type, dry_run=True, **tiny_hf.QUICK)
+    assert plan.file_bytes == pytest.approx(tensors, rel=0.05)  # norms count as embedding there
 
 
-def test_rows_of_no_whole_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows of 36 fit no Q8_0: the embedding is stored as F16, and the user is told."""
-    case = Case(tmp_path, MODELS["odd-sizes"], "q8_0")
-    assert "stored as f16, not q8_0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("embed_type", "sizes", "stored", "block"),
+    [
+        ("q8_0", MODELS["odd-sizes"], "f16", 32),
+        ("q4_0", MODELS["odd-sizes"], "f16", 32),
+        ("q6_k", MODELS["odd-sizes"], "f16", 256),
+        ("q6_k", {}, "q8_0", 256),
+    ],
+)
+def test_rows_of_no_whole_block(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    embed_type: str,
+    sizes: dict[str, Any],
+    stored: str,
+    block: int,
+) -> None:
+    """Rows that are no whole blocks: the embedding is stored as another type, and the user is told."""
+    case = Case(tmp_path, {**sizes, "num_hidden_layers": 1}, embed_type)
+    width = sizes.get("hidden_size", 32)
+    note = f"embedding rows of {width} are no multiple of {block}: stored as {stored}, not {embed_type}\n"
+    assert note in capsys.readouterr().err
     with GgufFile(case.out) as file:
-        assert file.tensors["token_embd.weight"].type_name == "F16"
+        assert file.tensors["token_embd.weight"].type_name == stored.upper()
 
 
 # What the file holds --------------------------------------------------------------------------------------
