@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"{FOLDER.name} or {FILE.name} is not here; `make demo` makes them",
 )
 
-TOLERANCE_RMS, TOLERANCE_MAX = (1.5e-2, 0.15) if "DBF_TEST_GGUF" in os.environ else (5e-3, 6e-2)
+TOLERANCE_RMS, TOLERANCE_MAX = (3e-2, 0.3) if "DBF_TEST_GGUF" in os.environ else (5e-3, 6e-2)
 """Difference of the logits over their standard deviation: root mean square, and largest of all.
 
 Each linear's inputs are rounded to 14 bits a vector (see test_convert.py): 420 roundings of 1e-4 to 1e-3 of
