@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from dbf2gguf.recipe import DEFAULT_PRESET, EMBED_TYPES, PRESETS
+from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, PRESETS
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
 from runtime.errors import BackendError
@@ -42,7 +43,7 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--embed-type", choices=EMBED_TYPES, default="q8_0", help="type of the embedding and the head")
     add(
         "--carrier",
-        choices=["dbf1", "i8"],
+        choices=CARRIERS,
         default="dbf1",
         help="tensor type of the sign matrices; i8: the same bytes, which every GGUF reader can list",
     )
@@ -97,6 +98,16 @@ def main(argv: list[str] | None = None) -> int:
     return run(work, parser().parse_args(rest))
 
 
+def _unless_interrupted(work: Callable[[], object]) -> int:
+    """Call work(); after Ctrl-C, say what that means for the file."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from dbf2gguf.inspect import inspect
 
@@ -107,12 +118,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from dbf2gguf.export import export
 
-    try:
-        export(args.file, args.out, outtype=args.outtype, quiet=args.quiet)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return _unless_interrupted(lambda: export(args.file, args.out, outtype=args.outtype, quiet=args.quiet))
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -123,12 +129,7 @@ def _convert(args: argparse.Namespace) -> int:
             f"conversion needs the package {error.name}; run: pip install 'dbf2gguf[convert]'"
         ) from error
     options = {key: value for key, value in vars(args).items() if key != "debug"}
-    try:
-        convert(**options)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return _unless_interrupted(lambda: convert(**options))
 
 
 if __name__ == "__main__":

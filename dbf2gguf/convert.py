@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import resource
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,17 +25,17 @@ from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.progress import Stage
-from dbf2gguf.recipe import DEFAULT_PRESET, EMBED_TYPES, Recipe, find_recipe
+from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, Recipe, find_recipe
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.write import (
-    CARRIERS,
     dequantized,
     ggml_type,
     head_is_tied,
     verify,
     write_gguf,
 )
+from runtime.cli import peak_rss
 from runtime.errors import FormatError, OptionError
 
 GRADIENT_BATCH = 4
@@ -143,7 +142,7 @@ def convert(
         if not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
         if dry_run:
-            return Report(plan, None, size, _count_weights(skeleton), None, {}, _peak_rss())
+            return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
         check_space(out, size)
         return _run(source, out, plan, options)
 
@@ -193,7 +192,7 @@ def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
         )
         verify(temporary, source, factors)
     seconds = {s.name: s.seconds for s in stages}
-    report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, _peak_rss())
+    report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, peak_rss())
     if not options.quiet:
         print(describe_report(report), file=sys.stderr)
     return report
@@ -369,11 +368,6 @@ def _file_size(plan: Plan, skeleton: nn.Module, embed_type: str) -> int:
     dense = _count_weights(skeleton) - factored
     block, nbytes = _block(embed_type)
     return plan.bits // 8 + dense * nbytes // block
-
-
-def _peak_rss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _notes(

@@ -195,10 +195,9 @@ def distill(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             recent = history[-8:]
-            stage.step(note=f"KL {float(sum(recent)) / len(recent):.3f}")
-    for p in student.parameters():
-        p.requires_grad_(False)
-    return [float(kl) for kl in history]
+            stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
+    student.requires_grad_(False)
+    return history
 
 
 @contextmanager
@@ -214,7 +213,7 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
+def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> float:
     """Gradients of the mean KL on tokens (batch, tokens); returns it."""
     bf16 = torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)
     with bf16:
@@ -238,7 +237,7 @@ def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradien
     if head_gradient is not None:
         head_gradient /= len(flat)
         head.grad = head_gradient if head.grad is None else head.grad + head_gradient
-    return total / len(flat)
+    return float(total) / len(flat)
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ from runtime.errors import OptionError
 EMBED_TYPES = ("f16", "q8_0", "q6_k", "q4_0")
 """Types of the embedding and the head, as `--embed-type` names them."""
 
+CARRIERS = ("dbf1", "i8")
+"""Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -22,9 +22,6 @@ from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
 from runtime.model import load_model_file
 from runtime.pretokenizers import find_pre
 
-CARRIERS = ("dbf1", "i8")
-"""Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
-
 
 def ggml_type(embed_type: str) -> gguf.GGMLQuantizationType:
     """What GGUF calls one of EMBED_TYPES."""
@@ -48,7 +45,7 @@ def write_gguf(
     model    the original
     student  norms, biases, embedding and head are taken from it
     factors  GGUF name ("blk.0.attn_q") -> factors, scales already float16 values
-    carrier  one of CARRIERS
+    carrier  one of recipe.CARRIERS
     notes    further metadata: full key -> str, int, float, bool
     """
     arch = source.arch

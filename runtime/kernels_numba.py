@@ -128,6 +128,19 @@ def q6_k_value(block: Any, i: int) -> Any:
 
 
 @njit(cache=True)
+def add_block(lane: Any, d: Any, v: Any, p: Any) -> None:
+    """lane[m] += d * isum,  isum = sum of v[k] * p[k] over the columns 2m, 2m + 1, 2m + 16, 2m + 17.
+
+    v, p  (32,) integers: a block's weights, and the vector's numbers that they multiply
+    """
+    for m in range(8):
+        k = 2 * m
+        isum = v[k] * np.int32(p[k]) + v[k + 1] * np.int32(p[k + 1])
+        isum += v[k + 16] * np.int32(p[k + 16]) + v[k + 17] * np.int32(p[k + 17])
+        lane[m] = lane[m] + f32(isum) * d
+
+
+@njit(cache=True)
 def lanes_sum(lane: Any) -> Any:
     """The order in which every float sum ends; overwrites lane (LANES,) float32."""
     half = LANES // 2
@@ -257,18 +270,13 @@ def gemv_q4_0(y: Array, w: Array, q: Array, scale: Array, n: int, rows: int, col
     """
     for r in prange(rows):
         for i in range(n):
-            lane = np.zeros(LANES, np.float32)
+            lane, v = np.zeros(LANES, np.float32), np.empty(Q4_0_BLOCK, np.int32)
             for b in range(cols // Q4_0_BLOCK):
                 block = w[r, b * Q4_0_BYTES : (b + 1) * Q4_0_BYTES]
                 p = q[i, b * Q4_0_BLOCK : (b + 1) * Q4_0_BLOCK]
-                d = f32_at(block, 0)
-                for m in range(8):
-                    k = 2 * m
-                    isum = q4_0_value(block, k) * np.int32(p[k])
-                    isum += q4_0_value(block, k + 1) * np.int32(p[k + 1])
-                    isum += q4_0_value(block, k + 16) * np.int32(p[k + 16])
-                    isum += q4_0_value(block, k + 17) * np.int32(p[k + 17])
-                    lane[m] = lane[m] + f32(isum) * d
+                for k in range(Q4_0_BLOCK):
+                    v[k] = q4_0_value(block, k)
+                add_block(lane, f32_at(block, 0), v, p)
             y[i, r] = lanes_sum(lane) * scale[i]
 
 
@@ -285,18 +293,13 @@ def gemv_q8_0(y: Array, w: Array, q: Array, scale: Array, n: int, rows: int, col
     """
     for r in prange(rows):
         for i in range(n):
-            lane = np.zeros(LANES, np.float32)
+            lane, v = np.zeros(LANES, np.float32), np.empty(Q8_0_BLOCK, np.int32)
             for b in range(cols // Q8_0_BLOCK):
                 block = w[r, b * Q8_0_BYTES : (b + 1) * Q8_0_BYTES]
                 p = q[i, b * Q8_0_BLOCK : (b + 1) * Q8_0_BLOCK]
-                d = f32_at(block, 0)
-                for m in range(8):
-                    k = 2 * m
-                    isum = q8_0_value(block, k) * np.int32(p[k])
-                    isum += q8_0_value(block, k + 1) * np.int32(p[k + 1])
-                    isum += q8_0_value(block, k + 16) * np.int32(p[k + 16])
-                    isum += q8_0_value(block, k + 17) * np.int32(p[k + 17])
-                    lane[m] = lane[m] + f32(isum) * d
+                for k in range(Q8_0_BLOCK):
+                    v[k] = q8_0_value(block, k)
+                add_block(lane, f32_at(block, 0), v, p)
             y[i, r] = lanes_sum(lane) * scale[i]
 
 

@@ -183,6 +183,11 @@ class Run:
     kv_bytes_per_token: int
 
 
+def context_of(cases: Sequence[Case]) -> int:
+    """Positions that the KV cache needs."""
+    return max(case.n_depth + case.tokens for case in cases)
+
+
 def run(
     path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, backend: str, kv_type: str
 ) -> Run:
@@ -192,7 +197,7 @@ def run(
     """
     progress("loading the model")
     file_size = machine.read_through(path)
-    n_ctx = max(case.n_depth + case.tokens for case in cases)
+    n_ctx = context_of(cases)
     start = time.perf_counter()
     with runtime.load(path, backend=backend, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type) as model:
         load_seconds = time.perf_counter() - start

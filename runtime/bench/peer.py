@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 import runtime
 from runtime.bench import machine
-from runtime.bench.decode import Case, Runner, facts, progress
+from runtime.bench.decode import Case, Runner, context_of, facts, progress
 from runtime.bench.report import Row, median, ratio_of_medians
 from runtime.bench.synthetic import Q1_0, Shape, write_ggml
 from runtime.errors import BackendError, OptionError
@@ -177,7 +177,7 @@ def bench(
 
 
 def _both(peer: Peer, dbf: Path, cases: Sequence[Case], n_threads: int | None, repeats: int) -> Iterator[Row]:
-    n_ctx = max(case.n_depth + case.tokens for case in cases)
+    n_ctx = context_of(cases)
     with runtime.load(dbf, backend="c", n_threads=n_threads, n_ctx=n_ctx) as model:
         about, n_vocab = facts(model.file), model.file.config.n_vocab
         n = model.backend.n_threads

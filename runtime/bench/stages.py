@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import runtime
 from runtime.backend import Backend
 from runtime.bench import machine
-from runtime.bench.decode import Case, Runner, progress
+from runtime.bench.decode import Case, Runner, context_of, progress
 from runtime.bench.report import Row
 
 OUTSIDE = "outside the C core"
@@ -30,7 +30,7 @@ def bench(
     Raises BackendError if the backend has no stages.
     """
     core = machine.find_core()
-    n_ctx = max(case.n_depth + case.tokens for case in cases)
+    n_ctx = context_of(cases)
     for n in threads:
         progress("loading the model")
         with runtime.load(path, backend=backend, n_threads=n, n_ctx=n_ctx, kv_type=kv_type) as model:
