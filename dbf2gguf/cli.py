@@ -52,6 +52,11 @@ def convert_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
     add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
     add(
+        "--chat-share",
+        type=float,
+        help="share of chat questions among the model's own prompts, 0 to 1 (default: the preset's)",
+    )
+    add(
         "--distill-steps",
         type=int,
         help="optimizer steps of distillation, 0 for none (default: the preset's)",

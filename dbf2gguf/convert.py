@@ -213,7 +213,7 @@ def _text(
         stage.step(n=rows.numel())
     written = wanted - len(rows)
     if written:
-        own = self_written_rows(model, tokenizer, written, length, seed, stage)
+        own = self_written_rows(model, tokenizer, written, length, recipe.chat_share, seed, stage)
         order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
         rows = torch.cat([rows, own])[order]
     if options.eval_text:
@@ -299,6 +299,8 @@ def _check_options(options: Options, threads: int | None) -> None:
         value = getattr(recipe, name)
         if value < minimum:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
+    if not 0 <= recipe.chat_share <= 1:
+        raise OptionError(f"--chat-share is {recipe.chat_share}; wanted 0 to 1")
     if threads is not None and threads < 1:
         raise OptionError(f"--threads is {threads}; wanted 1 or more")
     if not 0 <= seed < MAX_SEED:

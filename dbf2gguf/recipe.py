@@ -20,6 +20,7 @@ class Recipe:
 
     row_tokens: int = 512
     text_rows: int = 80  # distinct rows of calibration text; distillation runs over them in turn
+    chat_share: float = 0.5  # of the prompts that the model writes from, as far as it knows chat
     correct_rows: int = 64  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
     eval_rows: int = 8  # held-out rows of the receipt; no other stage sees them
@@ -41,10 +42,11 @@ PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
         text_rows=240,
-        correct_rows=128,
+        chat_share=0.25,
+        correct_rows=240,
         gradient_rows=16,
         eval_rows=16,
-        distill_steps=64,
+        distill_steps=56,
         warmup_steps=10,
     ),
     "best": Recipe(

@@ -25,7 +25,6 @@ CONTEXT = 256  # tokens that the model writes before it starts over: bounds the 
 TEMPERATURE = 1.0
 BATCH_TOKENS = 32768  # tokens of KV cache that one core fills at a time
 GPU_BATCH_TOKENS = 16 * BATCH_TOKENS
-TURNS = ("opening", "chat")  # docs/ABLATIONS.md has other mixes
 
 
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
@@ -109,12 +108,19 @@ def _is_turn(message: Any) -> bool:
 
 @torch.no_grad()
 def self_written_rows(
-    model: nn.Module, tokenizer: Any, rows: int, row_tokens: int, seed: int, stage: Stage
+    model: nn.Module,
+    tokenizer: Any,
+    rows: int,
+    row_tokens: int,
+    chat_share: float,
+    seed: int,
+    stage: Stage,
 ) -> Tensor:
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
     and chat questions, where the tokenizer has a chat template.
 
-    ->  (rows, row_tokens) int64
+    chat_share  chat questions among the prompts, 0 to 1
+    ->          (rows, row_tokens) int64
 
     `stage` gets one step for each token. When the model ends a text, the next prompt follows in its place.
     """
@@ -128,7 +134,7 @@ def self_written_rows(
         """Rows whose numbers `block` holds; the first of them is the seed."""
         generator = torch.Generator().manual_seed(seed * rows + int(block[0]))
         shape = (len(block) * pieces, row_tokens // pieces)
-        turns = _by_turns(prompts, generator)
+        turns = _by_turns(prompts, chat_share, generator)
         return _sample_block(model, ends, turns, shape, generator, stage).view(-1, row_tokens)
 
     return torch.cat(list(map(write, blocks) if on_gpu else map_on_cores(write, blocks)))
@@ -187,12 +193,16 @@ def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
     return kinds
 
 
-def _by_turns(prompts: dict[str, list[list[int]]], generator: torch.Generator) -> Iterator[list[int]]:
-    """Prompts without end, their kinds by turns as TURNS says, each kind in random order."""
+def _by_turns(
+    prompts: dict[str, list[list[int]]], chat_share: float, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Prompts without end: chat questions spread evenly among openings, each kind in random order."""
     streams = {kind: _shuffled(some, generator) for kind, some in prompts.items()}
-    for kind in itertools.cycle(TURNS):
-        if kind in streams:
-            yield next(streams[kind])
+    if "chat" not in streams:
+        chat_share = 0.0
+    for turn in itertools.count():
+        is_chat = int((turn + 1) * chat_share) > int(turn * chat_share)
+        yield next(streams["chat" if is_chat else "opening"])
 
 
 def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:

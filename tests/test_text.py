@@ -13,7 +13,6 @@ import torch
 
 from dbf2gguf.progress import Stage
 from dbf2gguf.text import (
-    TURNS,
     _by_turns,
     _end_ids,
     _prompts,
@@ -169,7 +168,7 @@ def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> 
     if not template:
         tokenizer.chat_template = None
     stage = Stage("text", rows, quiet=True)
-    return self_written_rows(tiny_hf.model(), tokenizer, rows, length, seed, stage)
+    return self_written_rows(tiny_hf.model(), tokenizer, rows, length, 0.5, seed, stage)
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -200,16 +199,27 @@ def test_self_written_is_the_models_text() -> None:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     made.model.embed_tokens.weight.fill_(1.0)
-    rows = self_written_rows(made, TOKENIZER, 2, 120, 0, Stage("text", 2, quiet=True))
+    rows = self_written_rows(made, TOKENIZER, 2, 120, 0.5, 0, Stage("text", 2, quiet=True))
     assert (rows[:, -10:] == 77).all()
 
 
 def test_prompts_are_text_of_the_tokenizer() -> None:
     prompts = _prompts(TOKENIZER)
-    assert set(prompts) == set(TURNS)
-    for prompt in itertools.islice(_by_turns(prompts, torch.Generator().manual_seed(0)), 20):
+    assert set(prompts) == {"opening", "chat"}
+    for prompt in itertools.islice(_by_turns(prompts, 0.5, torch.Generator().manual_seed(0)), 20):
         assert prompt
         assert all(isinstance(i, int) and 0 <= i < tiny_hf.N_VOCAB for i in prompt)
+
+
+@pytest.mark.parametrize(
+    ("share", "turns"), [(0.0, "oooooooo"), (0.25, "ooocoooc"), (0.5, "ococococ"), (1.0, "cccccccc")]
+)
+def test_chat_share(share: float, turns: str) -> None:
+    prompts = {"opening": [[1]], "chat": [[2]]}
+    stream = _by_turns(prompts, share, torch.Generator().manual_seed(0))
+    assert "".join(" oc"[prompt[0]] for prompt in itertools.islice(stream, 8)) == turns
+    stream = _by_turns({"opening": [[1]]}, share, torch.Generator().manual_seed(0))
+    assert next(stream) == [1]
 
 
 def test_what_ends_a_text() -> None:
