@@ -19,14 +19,14 @@ class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
 
     row_tokens: int = 512
-    text_rows: int = 80  # distinct rows of calibration text; distillation runs over them in turn
+    text_rows: int = 72  # distinct rows of calibration text; distillation runs over them in turn
     chat_share: float = 0.5  # of the prompts that the model writes from, as far as it knows chat
     correct_rows: int = 64  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
     eval_rows: int = 8  # held-out rows of the receipt; no other stage sees them
     admm_iterations: int = 25
     damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
-    distill_steps: int = 20
+    distill_steps: int = 18
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
     sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
@@ -41,9 +41,9 @@ class Recipe:
 PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
-        text_rows=240,
+        text_rows=224,
         chat_share=0.25,
-        correct_rows=240,
+        correct_rows=128,
         gradient_rows=16,
         eval_rows=16,
         distill_steps=56,
