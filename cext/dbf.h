@@ -102,6 +102,9 @@ int dbf_isa_use(const char *name);  /* NULL: the fastest */
  * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 */
 int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols);
 
+/* The same for n vectors: isum[n][rows], q[n][cols]. Blocks of 32 or 64 of them share what they can. */
+int dbf_sign_gemm(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int n);
+
 /* scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)))
  * q[n], scale[1], x[n] */
 int dbf_quantize(int16_t *q, float *scale, const float *x, int n);

@@ -5,8 +5,8 @@ every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
 logits = Head RMSNorm(x)
 
-C divides panels of rows among threads and lets a chunk of tokens pass through a layer together; here numba
-divides the rows of a product, and tokens pass one by one. The arithmetic, and so every bit, is the same.
+C divides panels of rows among threads; here numba divides the rows of a product. Both let a chunk of tokens
+pass through a layer together. The arithmetic, and so every bit, is the same.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ FROM_BLOCKS = {Q4_0: kernels.from_q4_0, Q8_0: kernels.from_q8_0, Q6_K: kernels.f
 GEMV_BLOCKS = {Q4_0: kernels.gemv_q4_0, Q8_0: kernels.gemv_q8_0, Q6_K: kernels.gemv_q6_k}
 """Kernels of the types that are blocks of integers."""
 
+CHUNK = 64
+"""Tokens that go through a layer together."""
+
 
 def _f16(array: NDArray[np.float16]) -> NDArray[np.uint16]:
     return np.ascontiguousarray(array).view(np.uint16)
@@ -55,8 +58,8 @@ class _Linear:
         self.bias = None if w.bias is None else np.ascontiguousarray(w.bias)
 
 
-def linear(w: _Linear, x: Floats) -> Floats:
-    """y = s_out * A(s_mid * B(s_in * x)) + bias"""
+def linear_one(w: _Linear, x: Floats) -> Floats:
+    """y = s_out * A(s_mid * B(s_in * x)) + bias of one token: (cols,) -> (rows,)"""
     scaled, mid, y = (np.empty(n, np.float32) for n in (w.cols, w.rank, w.rows))
 
     q, isum = np.empty(w.cols, np.int16), np.empty(w.rank, np.int32)
@@ -70,6 +73,43 @@ def linear(w: _Linear, x: Floats) -> Floats:
     kernels.sign_gemv(isum, w.a, q, w.rows, w.rank)
     kernels.descale(y, isum, np.float32(scale), w.s_out, w.bias, w.rows)
     return y
+
+
+def linear_many(w: _Linear, x: Floats) -> Floats:
+    """The same of many tokens, side by side: (n, cols) -> (n, rows)"""
+    n = x.shape[0]
+    wide = -(-n // kernels.STRIP) * kernels.STRIP
+    columns, mid = np.zeros((w.cols, wide), np.float32), np.empty((w.rank, wide), np.float32)
+    y = np.empty((w.rows, wide), np.float32)
+    columns[:, :n] = x.T
+
+    q, scale = _quantize_strips(columns, w.s_in)
+    isum = np.empty((w.rank, wide), np.int32)
+    kernels.sign_gemm(isum, w.b, q, None, w.rank, w.cols, wide)
+    kernels.descale_many(mid, isum, scale, w.s_mid, None, w.rank, wide)
+
+    q, scale = _quantize_strips(mid, None)
+    isum = np.empty((w.rows, wide), np.int32)
+    kernels.sign_gemm(isum, w.a, q, None, w.rows, w.rank, wide)
+    kernels.descale_many(y, isum, scale, w.s_out, w.bias, w.rows, wide)
+    return np.ascontiguousarray(y[:, :n].T)
+
+
+def _quantize_strips(x: Floats, s: NDArray[np.uint16] | None) -> tuple[NDArray[np.int16], Floats]:
+    cols, wide = x.shape
+    q, scale = np.empty((cols, wide), np.int16), np.empty(wide, np.float32)
+    for i in range(0, wide, kernels.STRIP):
+        kernels.quantize_many(q[:, i:], scale[i:], x[:, i:], s, cols, wide, wide)
+    return q, scale
+
+
+def linear(w: _Linear, x: Floats) -> Floats:
+    """y = s_out * A(s_mid * B(s_in * x)) + bias of every token: (n, cols) -> (n, rows)"""
+    return linear_many(w, x) if x.shape[0] > 1 else linear_one(w, x[0])[None]
+
+
+def _add(x: Floats, y: Floats) -> None:
+    kernels.add(x.reshape(-1), y.reshape(-1), x.size)
 
 
 def dense_row(w: Dense, r: int) -> Floats:
@@ -128,11 +168,12 @@ class NumbaBackend(Backend):
         numba.set_num_threads(self.n_threads)
         logits = np.empty((n_logits, self._config.n_vocab), np.float32)
         first = ids.size - n_logits
-        for i, token in enumerate(ids.tolist()):
-            x = self._token(self._weights, token, pos + i)
-            if i >= first:
-                logits[i - first] = head_logits(self._weights.head, self._rmsnorm(x, self._weights.out_norm))
-            self._held = pos + i + 1
+        for begin in range(0, ids.size, CHUNK):
+            x = self._chunk(self._weights, ids[begin : begin + CHUNK].tolist(), pos + begin)
+            for i in range(max(first - begin, 0), x.shape[0]):
+                norm = self._rmsnorm(x[i], self._weights.out_norm)
+                logits[begin + i - first] = head_logits(self._weights.head, norm)
+            self._held = pos + begin + x.shape[0]
         return logits
 
     def close(self) -> None:
@@ -145,31 +186,33 @@ class NumbaBackend(Backend):
         kernels.rmsnorm(y, x, w, np.float32(self._config.norm_eps), x.size)
         return y
 
-    def _token(self, weights: Weights, token: int, pos: int) -> Floats:
-        """The residual stream of one token after the last layer; keys and values go to the cache."""
-        c = self._config
+    def _chunk(self, weights: Weights, tokens: list[int], pos: int) -> Floats:
+        """The residual streams of some tokens after the last layer; keys and values go to the cache."""
+        c, n = self._config, len(tokens)
 
         # embedding
-        x = dense_row(weights.embed, token)
+        x = np.stack([dense_row(weights.embed, token) for token in tokens])
 
         for i, (layer, w) in enumerate(zip(weights.layers, self._linears, strict=True)):
             # queries, keys, values
-            n = self._rmsnorm(x, layer.attn_norm)
-            q = linear(w["q"], n).reshape(c.n_heads, c.head_dim)
-            k = linear(w["k"], n).reshape(c.n_kv_heads, c.head_dim)
-            v = linear(w["v"], n).reshape(c.n_kv_heads, c.head_dim)
+            h = np.stack([self._rmsnorm(row, layer.attn_norm) for row in x])
+            q = linear(w["q"], h).reshape(n, c.n_heads, c.head_dim)
+            k = linear(w["k"], h).reshape(n, c.n_kv_heads, c.head_dim)
+            v = linear(w["v"], h).reshape(n, c.n_kv_heads, c.head_dim)
 
             # RoPE, KV cache
-            self._rotate_and_store(q, k, v, i, pos)
+            for j in range(n):
+                self._rotate_and_store(q[j], k[j], v[j], i, pos + j)
 
             # attention, added to the residual stream
-            kernels.add(x, linear(w["o"], self._attention(q, i, pos)), c.d_model)
+            attended = np.stack([self._attention(q[j], i, pos + j) for j in range(n)])
+            _add(x, linear(w["o"], attended))
 
             # feed-forward, added to the residual stream
-            n = self._rmsnorm(x, layer.ffn_norm)
-            gate, up = linear(w["gate"], n), linear(w["up"], n)
-            kernels.silu_mul(gate, gate, up, c.d_ff)
-            kernels.add(x, linear(w["down"], gate), c.d_model)
+            h = np.stack([self._rmsnorm(row, layer.ffn_norm) for row in x])
+            gate, up = linear(w["gate"], h), linear(w["up"], h)
+            kernels.silu_mul(gate.reshape(-1), gate.reshape(-1), up.reshape(-1), gate.size)
+            _add(x, linear(w["down"], gate))
         return x
 
     def _rotate_and_store(self, q: Any, k: Any, v: Any, layer: int, pos: int) -> None:

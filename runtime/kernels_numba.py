@@ -1,8 +1,8 @@
 """The kernels of cext/src/kernels_ref.c in Python: same names, parameters, order and bits.
 
 What the numbers are is said in cext/src/kernels.h. float16 arrays are passed as uint16. The kernels of
-kernels.h that only lay out memory (sign_pack, sign_table and their sizes) have no mirror: here, as in the
-scalar C, the layout is DBF1 itself and a table is q itself.
+kernels.h that only lay out memory (sign_pack, sign_table and their sizes, to_columns, to_rows) have no
+mirror: here, as in the scalar C, the layout is DBF1 itself and a table is q itself, and numpy turns arrays.
 
 numba never contracts a * b + c nor reorders a sum (no fastmath), and `prange` runs over output rows only.
 """
@@ -27,6 +27,7 @@ else:
 
 LANES = 16
 QMAX = 8191
+STRIP = 16
 Q4_0_BLOCK, Q4_0_BYTES = BLOCKS[Q4_0]
 Q8_0_BLOCK, Q8_0_BYTES = BLOCKS[Q8_0]
 Q6_K_BLOCK, Q6_K_BYTES = BLOCKS[Q6_K]
@@ -218,6 +219,70 @@ def sign_gemv(isum: Array, w: Array, table: Array, rows: int, cols: int) -> None
             bit = (w[r, k >> 3] >> (k & 7)) & 1
             total += np.int32(table[k]) if bit else -np.int32(table[k])
         isum[r] = total
+
+
+# ---- sign products of many tokens --------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def quantize_many(
+    q: Array, scale: Array, x: Array, s: Array | None, cols: int, wide: int, stride: int
+) -> None:
+    """scale[i], q[k * wide + i] = those of quantize, for z[k] = x[k * stride + i] * s[k],  k < cols,
+    i < DBF_STRIP
+
+    q      (cols, wide)    int16, columns i < STRIP overwritten
+    scale  (STRIP,)        float32, overwritten
+    x      (cols, stride)  float32
+    s      (cols,)         float16 as uint16, or None
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(STRIP):
+        z = np.empty(cols, np.float32)
+        for k in range(cols):
+            z[k] = x[k, i] if s is None else x[k, i] * f32_from_f16(s[k])
+        column = np.empty(cols, np.int16)
+        scale[i] = quantize(column, z, cols)
+        for k in range(cols):
+            q[k, i] = column[k]
+
+
+@njit(cache=True, parallel=True)
+def sign_gemm(isum: Array, w: Array, q: Array, work: Array | None, rows: int, cols: int, wide: int) -> None:
+    """isum[r * wide + i] = sum_k s[r,k] * q[k * wide + i],  s = +1 where bit k of row r is set, else -1
+
+    isum  (rows, wide)         int32, overwritten
+    w     (rows, pad8(cols)/8) uint8, DBF1
+    q     (cols, wide)         int16
+    work  None: work space of the SIMD kernels
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for r in prange(rows):
+        for i in range(wide):
+            isum[r, i] = 0
+        for k in range(cols):
+            bit = (w[r, k >> 3] >> (k & 7)) & 1
+            for i in range(wide):
+                isum[r, i] += np.int32(q[k, i]) if bit else -np.int32(q[k, i])
+
+
+@njit(cache=True)
+def descale_many(
+    y: Array, isum: Array, scale: Array, s: Array, bias: Array | None, rows: int, wide: int
+) -> None:
+    """y[r * wide + i] = (isum[r * wide + i] * scale[i]) * s[r] + bias[r],  s float16, bias may be NULL
+
+    y      (rows, wide)  float32, overwritten
+    isum   (rows, wide)  int32
+    scale  (wide,)       float32
+    s      (rows,)       float16 as uint16
+    bias   (rows,)       float32, or None
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for r in range(rows):
+        for i in range(wide):
+            v = (f32(isum[r, i]) * scale[i]) * f32_from_f16(s[r])
+            y[r, i] = v if bias is None else v + bias[r]
 
 
 # ---- unfactorized matrices ---------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_threads_are_identical_on_every_instruction_set(name):
         lib.dbf_isa_use(ffi.NULL)
 
 
-@pytest.mark.parametrize("step", [1, 2, 7, 63, 64, 65])
+@pytest.mark.parametrize("step", [1, 2, 7, 18, 19, 32, 33, 50, 51, 63, 64, 65])
 def test_batches_are_identical(model, step):
     config, weights, ids, logits = model
     assert_same(run(config, weights, ids, step=step, n_threads=2), logits)

@@ -86,6 +86,43 @@ def test_sign_gemv_extremes(isa, value, byte):
         np.testing.assert_array_equal(sign_gemv(bits, q, cols), oracle.sign_gemv(bits, q.astype(int), cols))
 
 
+def sign_gemm(bits, q):
+    (rows, _), (n, cols) = bits.shape, q.shape
+    w, x, out = guarded(bits, 3), guarded(q), Guarded(np.int32, n * rows)
+    code = lib.dbf_sign_gemm(
+        out.pointer("int32_t *"), w.pointer("uint8_t *"), x.pointer("int16_t *"), rows, cols, n
+    )
+    assert code == lib.DBF_OK
+    out.check()
+    return out.array.reshape(n, rows)
+
+
+@pytest.mark.parametrize("cols", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 97, 576, 1023, 2047, 2048, 2049, 4100])
+def test_sign_gemm_is_exact(isa, cols):
+    rng = np.random.default_rng(cols)
+    for rows, n in ((1, 1), (8, 31), (63, 32), (64, 33), (65, 64), (131, 65)):
+        bits = rng.integers(0, 256, (rows, (cols + 7) // 8), dtype=np.uint8)
+        q = rng.integers(-8191, 8192, (n, cols), dtype=np.int16)
+        np.testing.assert_array_equal(sign_gemm(bits, q), oracle.sign_gemv(bits, q.T.astype(int), cols).T)
+
+
+def test_sign_gemm_of_many_rows(isa):
+    rng = np.random.default_rng(0)
+    bits, q = rng.integers(0, 256, (1351, 3), dtype=np.uint8), rng.integers(-8191, 8192, (130, 24), np.int16)
+    np.testing.assert_array_equal(sign_gemm(bits, q), oracle.sign_gemv(bits, q.T.astype(int), 24).T)
+
+
+@pytest.mark.parametrize("value", [8191, -8191])
+@pytest.mark.parametrize("byte", [0, 255, 0x55])
+def test_sign_gemm_extremes(isa, value, byte):
+    """All sums as large as they get, for every carry of the two u16 that stand for them."""
+    for cols in (2048, 2056, 5000):
+        bits = np.full((3, (cols + 7) // 8), byte, np.uint8)
+        q = np.full((40, cols), value, np.int16)
+        q[1:] -= np.arange(39, dtype=np.int16)[:, None] * np.int16(value // 8191)
+        np.testing.assert_array_equal(sign_gemm(bits, q), oracle.sign_gemv(bits, q.T.astype(int), cols).T)
+
+
 def quantize(x):
     out, scale = Guarded(np.int16, x.size), ffi.new("float *")
     assert (
@@ -196,6 +233,8 @@ def test_bad_arguments():
         (out, bits, q, 0, 8), (out, bits, q, 1, 0), (out, bits, q, -1, 8), (out, bits, q, 1, 131073),
     ]:  # fmt: skip
         assert lib.dbf_sign_gemv(*args) == lib.DBF_EINVAL
+        assert lib.dbf_sign_gemm(*args, 1) == lib.DBF_EINVAL
+    assert lib.dbf_sign_gemm(out, bits, q, 1, 8, 0) == lib.DBF_EINVAL
     for code in range(-5, 1):
         assert ffi.string(lib.dbf_strerror(code)) != b"unknown error"
     assert ffi.string(lib.dbf_strerror(-99)) == b"unknown error"

@@ -14,15 +14,17 @@ from runtime import config as cfg
 
 ROOT = Path(__file__).parents[1]
 KERNELS_H = (ROOT / "cext/src/kernels.h").read_text(encoding="utf-8")
-LAYOUT_ONLY = {"sign_pack_bytes", "sign_table_bytes", "sign_pack", "sign_table"}
-"""Kernels that move no number: kernels_numba.py has none of them, see there."""
+LAYOUT_ONLY = {"sign_pack_bytes", "sign_table_bytes", "sign_pack", "sign_table", "to_columns", "to_rows"}
+"""Kernels that only lay out memory: kernels_numba.py has none of them, see there."""
 
 
 def parse(text):
     """The C source as pycparser sees it, without comments and preprocessor lines."""
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
-    types = "".join(f"typedef int {t};" for t in ("size_t", "uint8_t", "uint16_t", "int16_t", "int32_t"))
+    types = "".join(
+        f"typedef int {t};" for t in ("size_t", "uint8_t", "uint16_t", "uint32_t", "int16_t", "int32_t")
+    )
     return c_parser.CParser().parse(types + text)
 
 
@@ -68,7 +70,7 @@ def test_constants():
     scalar_h = (ROOT / "cext/src/scalar.h").read_text(encoding="utf-8")
     c = dict(re.findall(r"^#define (\w+) (-?[\d.e+-]+)f?\b", KERNELS_H + scalar_h, flags=re.MULTILINE))
     blocks = [f"{kind}_{what}" for kind in ("Q4_0", "Q8_0", "Q6_K") for what in ("BLOCK", "BYTES")]
-    for name in ("LANES", "QMAX", "Q6_K_GROUP", *blocks):
+    for name in ("LANES", "QMAX", "STRIP", "Q6_K_GROUP", *blocks):
         assert getattr(mirror, name) == int(c[f"DBF_{name}"])
     for name in ("Q6_K_HIGH", "Q6_K_SCALES", "Q6_K_D"):
         assert getattr(mirror, name) == int(c[name])

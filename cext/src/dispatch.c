@@ -58,6 +58,9 @@ enum { ROWS = 64, COLS = 1091, DIM = 215, HELD = 19 }; /* COLS: more than 128 gr
 /* rows and vectors (4 + 2 + 1) of dense products; columns of F32 and F16, of Q4_0 and Q8_0, of Q6_K */
 enum { DENSE = 7, BATCH = 7, FLOATS = 145, BLOCKS = 96, SUPER = 512 };
 
+/* rows and tokens of sign_gemm and what is around it */
+enum { SOME = 9, TOKENS = 7, WIDE = DBF_BLOCK / 2 };
+
 typedef struct golden { /* input, and after it the output, of every kernel that may be replaced */
     uint8_t bits[ROWS * ((COLS + 7) / 8)];
     uint8_t q4[DENSE * BLOCKS / DBF_Q4_0_BLOCK * DBF_Q4_0_BYTES], q8[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
@@ -73,12 +76,32 @@ typedef struct golden { /* input, and after it the output, of every kernel that 
         from_q6_k[DENSE * SUPER];
     uint16_t narrowed[COLS];
     uint8_t to_q8_0[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
+    int16_t q_many[COLS * WIDE];
+    int32_t isum_many[2][SOME * DBF_BLOCK];
+    float strip[COLS * DBF_STRIP], scale_many[DBF_BLOCK], descaled_many[SOME * DBF_BLOCK], turned[TOKENS * SOME];
 } golden_t;
 
 static uint32_t next(uint32_t *state)
 {
     *state = *state * 1664525u + 1013904223u;
     return *state >> 8;
+}
+
+/* the products of 32 tokens, then of 64 with half the columns; packed has room for ROWS * COLS signs */
+static void run_many(golden_t *g, const kernels_t *k, uint8_t *packed, uint32_t *work)
+{
+    int pack = k->sign_pack_bytes(SOME, COLS) > 0;
+    const uint8_t *w = pack ? packed : g->bits;
+    k->to_columns(g->strip, g->w, COLS, TOKENS, DBF_STRIP, COLS);
+    for (int i = 0; i < WIDE; i += DBF_STRIP)
+        k->quantize_many(g->q_many + i, g->scale_many + i, g->strip, i ? g->h : NULL, COLS, WIDE, DBF_STRIP);
+    if (pack) k->sign_pack(packed, g->bits, SOME, COLS);
+    k->sign_gemm(g->isum_many[0], w, g->q_many, work, SOME, COLS, WIDE);
+    if (pack) k->sign_pack(packed, g->bits, SOME, COLS / 2);
+    k->sign_gemm(g->isum_many[1], w, g->q_many, work, SOME, COLS / 2, 2 * WIDE);
+    k->descale_many(g->descaled_many, g->isum_many[1], g->scale_many, g->h, g->w, SOME, 2 * WIDE);
+    for (int add = 0; add < 2; add++)
+        k->to_rows(g->turned, g->descaled_many, SOME, TOKENS, 2 * WIDE, SOME, add);
 }
 
 /* random blocks of `bytes`, with a finite float16 whose second byte is number `at` */
@@ -104,14 +127,17 @@ static int run_all(golden_t *g, const kernels_t *k)
     g->scale = k->quantize(g->q, g->x, COLS);
     size_t bytes = k->sign_pack_bytes(ROWS, COLS);
     uint8_t *packed = malloc(bytes + 1), *table = malloc(k->sign_table_bytes(COLS));
-    if (packed && table) {
+    uint32_t *work = malloc((DBF_GEMM_ROWS + 2) * DBF_BLOCK * sizeof *work);
+    if (packed && table && work) {
         if (bytes) k->sign_pack(packed, g->bits, ROWS, COLS);
         k->sign_table(table, g->q, COLS);
         k->sign_gemv(g->isum, bytes ? packed : g->bits, table, ROWS, COLS);
+        run_many(g, k, packed, work);
     }
     free(packed);
     free(table);
-    if (!packed || !table) return 0;
+    free(work);
+    if (!packed || !table || !work) return 0;
 
     k->scale(g->scaled, g->x, g->h, COLS);
     k->descale(g->descaled, g->isum, g->scale, g->h, g->w, DBF_PANEL - 1);

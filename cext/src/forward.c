@@ -6,8 +6,8 @@
  * logits = Head RMSNorm(x)
  *
  * All threads run forward() side by side and meet at barriers. Rows of matrices are divided among them, in panels.
- * What precedes a product (norm, quantization, table) is divided by tokens; for a single token every thread does
- * it for itself, which costs less than waiting for one that does it for all. */
+ * Norms and the like are divided by tokens; for a single token every thread does them for itself, which costs less
+ * than waiting for one that does them for all. */
 #include <math.h>
 #include <string.h>
 
@@ -24,158 +24,9 @@ typedef struct job {
     int first; /* the first of the n tokens whose logits are wanted */
 } job_t;
 
-/* y = linear(x), or y += linear(x) */
-typedef struct apply {
-    const linear_t *w;
-    const float *x; /* [n][cols] */
-    float *y;       /* [n][rows] */
-    int add;
-} apply_t;
-
-/* what thread 0 did since the last lap belongs to `stage` */
-static inline void lap(dbf_session *s, int thread, int stage)
-{
-    if (thread != 0 || !s->timed) return;
-    int64_t now = clock_ns();
-    s->spent[stage] += now - s->lap;
-    s->lap = now;
-}
-
-/* the barrier at the end of `stage` */
-static void meet(dbf_session *s, int thread, int stage)
-{
-    lap(s, thread, stage);
-    pool_barrier(s->model->pool);
-    lap(s, thread, BARRIERS);
-}
-
 static int min_of(int a, int b)
 {
     return a < b ? a : b;
-}
-
-static int panels_of(int rows)
-{
-    return (rows + DBF_PANEL - 1) / DBF_PANEL;
-}
-
-static size_t panel_bytes(int cols)
-{
-    return (size_t)DBF_PANEL * (size_t)((cols + 7) / 8);
-}
-
-/* table = the quantized s * x (s may be NULL); returns the scale */
-static float prepare(const kernels_t *k, scratch_t *own, void *table, const float *x, const uint16_t *s, int cols)
-{
-    if (s) {
-        k->scale(own->scaled, x, s, cols);
-        x = own->scaled;
-    }
-    float scale = k->quantize(own->q, x, cols);
-    k->sign_table(table, own->q, cols);
-    return scale;
-}
-
-/* mid = s_mid * B(table), rows of one panel */
-static void panel_b(const kernels_t *k, const linear_t *w, int panel, const void *table, float scale, float *mid)
-{
-    int32_t isum[DBF_PANEL];
-    int r = panel * DBF_PANEL, rows = w->rank - r < DBF_PANEL ? w->rank - r : DBF_PANEL;
-    k->sign_gemv(isum, w->b + panel * panel_bytes(w->cols), table, rows, w->cols);
-    k->descale(mid + r, isum, scale, w->s_mid + r, NULL, rows);
-}
-
-/* y = s_out * A(table) + bias, rows of one panel */
-static void panel_a(const kernels_t *k, const apply_t *p, int panel, const void *table, float scale, float *y)
-{
-    int32_t isum[DBF_PANEL];
-    float out[DBF_PANEL];
-    const linear_t *w = p->w;
-    int r = panel * DBF_PANEL, rows = w->rows - r < DBF_PANEL ? w->rows - r : DBF_PANEL;
-    k->sign_gemv(isum, w->a + panel * panel_bytes(w->rank), table, rows, w->rank);
-    k->descale(p->add ? out : y + r, isum, scale, w->s_out + r, w->bias ? w->bias + r : NULL, rows);
-    if (p->add) k->add(y + r, out, rows);
-}
-
-/* several linears of one token: their panels are divided as one list, so that two barriers serve all of them */
-static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
-{
-    const dbf_model *m = s->model;
-    const kernels_t *k = m->kernels;
-    scratch_t *own = &s->scratch[thread];
-    int total[2] = { 0, 0 };
-    for (int i = 0; i < count; i++) {
-        total[0] += panels_of(p[i].w->rank);
-        total[1] += panels_of(p[i].w->rows);
-    }
-    for (int phase = 0; phase < 2; phase++) {
-        int begin, end, first = 0, stage = phase == 0 ? SIGNS_B : SIGNS_A;
-        pool_split(m->pool, thread, total[phase], &begin, &end);
-        for (int i = 0; i < count; i++) {
-            const linear_t *w = p[i].w;
-            float *mid = s->mid + (size_t)i * m->max_rank, scale = 0.0f;
-            int panels = panels_of(phase == 0 ? w->rank : w->rows), ready = 0;
-            for (int panel = 0; panel < panels; panel++) {
-                if (first + panel < begin || first + panel >= end) continue;
-                if (!ready) {
-                    lap(s, thread, stage);
-                    scale = phase == 0 ? prepare(k, own, own->table, p[i].x, w->s_in, w->cols)
-                                       : prepare(k, own, own->table, mid, NULL, w->rank);
-                    lap(s, thread, TABLES);
-                    ready = 1;
-                }
-                if (phase == 0)
-                    panel_b(k, w, panel, own->table, scale, mid);
-                else
-                    panel_a(k, &p[i], panel, own->table, scale, p[i].y);
-            }
-            first += panels;
-        }
-        meet(s, thread, stage);
-    }
-}
-
-/* one linear of n tokens: a panel of weights stays in the L1 cache while the tokens pass */
-static void linear_many(dbf_session *s, int thread, const apply_t *p, int n)
-{
-    const dbf_model *m = s->model;
-    const kernels_t *k = m->kernels;
-    const linear_t *w = p->w;
-    scratch_t *own = &s->scratch[thread];
-    int begin, end;
-
-    pool_split(m->pool, thread, n, &begin, &end);
-    for (int i = begin; i < end; i++)
-        s->in_scale[i] =
-            prepare(k, own, s->tables + i * s->table_bytes, p->x + (size_t)i * w->cols, w->s_in, w->cols);
-    meet(s, thread, TABLES);
-
-    pool_split(m->pool, thread, panels_of(w->rank), &begin, &end);
-    for (int panel = begin; panel < end; panel++)
-        for (int i = 0; i < n; i++)
-            panel_b(k, w, panel, s->tables + i * s->table_bytes, s->in_scale[i], s->mid + (size_t)i * m->max_rank);
-    meet(s, thread, SIGNS_B);
-
-    pool_split(m->pool, thread, n, &begin, &end);
-    for (int i = begin; i < end; i++)
-        s->in_scale[i] =
-            prepare(k, own, s->tables + i * s->table_bytes, s->mid + (size_t)i * m->max_rank, NULL, w->rank);
-    meet(s, thread, TABLES);
-
-    pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
-    for (int panel = begin; panel < end; panel++)
-        for (int i = 0; i < n; i++)
-            panel_a(k, p, panel, s->tables + i * s->table_bytes, s->in_scale[i], p->y + (size_t)i * w->rows);
-    meet(s, thread, SIGNS_A);
-}
-
-static void linears(dbf_session *s, int thread, const apply_t *p, int count, int n)
-{
-    if (n == 1) {
-        linears_one(s, thread, p, count);
-        return;
-    }
-    for (int i = 0; i < count; i++) linear_many(s, thread, &p[i], n);
 }
 
 /* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */

@@ -17,6 +17,9 @@
 
 #define DBF_LANES 16
 #define DBF_PANEL 64           /* rows that one call of sign_gemv computes at most */
+#define DBF_STRIP 16           /* tokens that are turned and quantized together */
+#define DBF_BLOCK 64           /* tokens that are multiplied together, at most */
+#define DBF_GEMM_ROWS 640      /* rows that one call of sign_gemm computes at most */
 #define DBF_QMAX 8191          /* activations of a sign product lie in -8191 .. 8191 */
 #define DBF_MAX_COLS 131072    /* 2 * 8191 * cols < 2^31 */
 #define DBF_BATCH 4            /* vectors that one pass of a gemv over its weights serves at most */
@@ -58,6 +61,26 @@ typedef struct kernels {
     /* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
      * one panel: rows <= DBF_PANEL; isum has room for DBF_PANEL;  error: none */
     void (*sign_gemv)(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols);
+
+    /* ---- sign products of many tokens: number k of token i is x[k * wide + i], wide 32 or 64 ------------ */
+
+    /* y[k * wide + i] = x[i * stride + k],  k < cols, i < n;  0 for the other i < DBF_STRIP */
+    void (*to_columns)(float *y, const float *x, size_t stride, int n, int wide, int cols);
+
+    /* y[i * stride + r] = x[r * wide + i], or += where add is set,  r < rows, i < n */
+    void (*to_rows)(float *y, const float *x, size_t stride, int n, int wide, int rows, int add);
+
+    /* scale[i], q[k * wide + i] = those of quantize, for z[k] = x[k * stride + i] * s[k],  k < cols, i < DBF_STRIP
+     * s float16, NULL for z[k] = x[k * stride + i] */
+    void (*quantize_many)(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride);
+
+    /* isum[r * wide + i] = sum_k s[r,k] * q[k * wide + i],  s = +1 where bit k of row r is set, else -1
+     * rows <= DBF_GEMM_ROWS, from the start of a panel; work[(DBF_GEMM_ROWS + 2) * wide] is work space */
+    void (*sign_gemm)(int32_t *isum, const uint8_t *w, const int16_t *q, uint32_t *work, int rows, int cols, int wide);
+
+    /* y[r * wide + i] = (isum[r * wide + i] * scale[i]) * s[r] + bias[r],  s float16, bias may be NULL */
+    void (*descale_many)(float *y, const int32_t *isum, const float *scale, const uint16_t *s, const float *bias,
+                         int rows, int wide);
 
     /* ---- unfactorized matrices, with n vectors at once ------------------------------------------------- */
 

@@ -26,6 +26,8 @@ typedef __m256i vi;
 #define vf_abs_bits(x) _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff))
 #define vi_max _mm256_max_epi32
 #define vi_store(p, v) _mm256_storeu_si256((__m256i *)(p), v)
+#define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
+#define vf_and(x, mask) _mm256_and_ps(x, _mm256_castsi256_ps(mask))
 
 static inline vf vf_pow2(vf n)
 {
@@ -60,6 +62,12 @@ static inline vf sums_of(const vf *v)
 }
 
 #include "float_simd.h"
+
+#define VH_BYTES 32
+#define vh_avg(a, b) ((vh)_mm256_avg_epu16((__m256i)(a), (__m256i)(b)))
+#define PANEL_STEP 1
+#include "turn_x86.h"
+#include "gemm_simd.h"
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
@@ -285,6 +293,7 @@ void kernels_avx2(kernels_t *k)
     k->gemv_q8_0 = gemv_q8_0_avx2;
     k->gemv_q6_k = gemv_q6_k_avx2;
     set_float_kernels(k);
+    set_gemm_kernels(k);
 }
 
 #else

@@ -32,6 +32,8 @@ typedef __m512i vi;
 #define vf_abs_bits(x) _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff))
 #define vi_max _mm512_max_epi32
 #define vi_store _mm512_storeu_si512
+#define vi_load _mm512_loadu_si512
+#define vf_and(x, mask) _mm512_and_ps(x, _mm512_castsi512_ps(mask))
 
 static inline vf vf_pow2(vf n)
 {
@@ -64,6 +66,12 @@ static inline vf sums_of(const vf *v)
 }
 
 #include "float_simd.h"
+
+#define VH_BYTES 64
+#define vh_avg(a, b) ((vh)_mm512_avg_epu16((__m512i)(a), (__m512i)(b)))
+#define PANEL_STEP 4 /* sign_pack_avx512 */
+#include "turn_x86.h"
+#include "gemm_simd.h"
 
 /* ---- layouts ---------------------------------------------------------------------------------------------- */
 
@@ -395,6 +403,7 @@ void kernels_avx512(kernels_t *k)
     k->gemv_q8_0 = gemv_q8_0_avx512;
     k->gemv_q6_k = gemv_q6_k_avx512;
     set_float_kernels(k);
+    set_gemm_kernels(k);
     k->quantize = quantize_avx512;
     k->scale = scale_avx512;
     k->descale = descale_avx512;

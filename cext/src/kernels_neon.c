@@ -25,6 +25,8 @@ typedef int32x4_t vi;
 #define vf_abs_bits(x) vandq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(0x7fffffff))
 #define vi_max vmaxq_s32
 #define vi_store vst1q_s32
+#define vi_load vld1q_s32
+#define vf_and(x, mask) vreinterpretq_f32_s32(vandq_s32(vreinterpretq_s32_f32(x), mask))
 
 static inline vf vf_pow2(vf n)
 {
@@ -67,6 +69,26 @@ static inline vf sums_of(const vf *v)
 }
 
 #include "float_simd.h"
+
+#define VH_BYTES 16
+#define vh_avg(a, b) ((vh)vrhaddq_u16((uint16x8_t)(a), (uint16x8_t)(b)))
+#define PANEL_STEP 1
+#define VT 4
+typedef float32x4_t vt;
+#define vt_load vld1q_f32
+#define vt_store vst1q_f32
+#define vt_gather(p, stride) vld1q_f32(p)
+#define vt_scatter(p, stride, v) vst1q_f32(p, v)
+#define vt_turn(a, b, c, d)                                                                           \
+    do {                                                                                              \
+        float32x4x2_t ab_ = vtrnq_f32(a, b), cd_ = vtrnq_f32(c, d);                                   \
+        a = vcombine_f32(vget_low_f32(ab_.val[0]), vget_low_f32(cd_.val[0]));                         \
+        b = vcombine_f32(vget_low_f32(ab_.val[1]), vget_low_f32(cd_.val[1]));                         \
+        c = vcombine_f32(vget_high_f32(ab_.val[0]), vget_high_f32(cd_.val[0]));                       \
+        d = vcombine_f32(vget_high_f32(ab_.val[1]), vget_high_f32(cd_.val[1]));                       \
+    } while (0)
+
+#include "gemm_simd.h"
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
@@ -273,6 +295,7 @@ void kernels_neon(kernels_t *k)
     k->gemv_q8_0 = gemv_q8_0_neon;
     k->gemv_q6_k = gemv_q6_k_neon;
     set_float_kernels(k);
+    set_gemm_kernels(k);
 }
 
 #else

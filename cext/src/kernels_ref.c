@@ -66,6 +66,65 @@ static void sign_gemv(int32_t *isum, const uint8_t *w, const void *table, int ro
     }
 }
 
+/* ---- sign products of many tokens ------------------------------------------------------------------------- */
+
+static void to_columns(float *y, const float *x, size_t stride, int n, int wide, int cols)
+{
+    for (int k = 0; k < cols; k++)
+        for (int i = 0; i < DBF_STRIP; i++) y[(size_t)k * wide + i] = i < n ? x[i * stride + k] : 0.0f;
+}
+
+static void to_rows(float *y, const float *x, size_t stride, int n, int wide, int rows, int add)
+{
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < rows; r++) {
+            float v = x[(size_t)r * wide + i];
+            y[i * stride + r] = add ? y[i * stride + r] + v : v;
+        }
+}
+
+static void quantize_many(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride)
+{
+    for (int i = 0; i < DBF_STRIP; i++) {
+        uint32_t magnitude = 0;
+        for (int k = 0; k < cols; k++) {
+            float z = x[(size_t)k * stride + i];
+            uint32_t m = bits_of(s ? z * f32_from_f16(s[k]) : z) & 0x7fffffffu;
+            magnitude = m > magnitude ? m : magnitude;
+        }
+        float inverse;
+        scale[i] = quantize_scale(magnitude, &inverse);
+        for (int k = 0; k < cols; k++) {
+            float z = x[(size_t)k * stride + i];
+            z = s ? z * f32_from_f16(s[k]) : z;
+            q[(size_t)k * wide + i] = inverse > 0.0f ? (int16_t)rintf(z * inverse) : 0;
+        }
+    }
+}
+
+static void sign_gemm(int32_t *isum, const uint8_t *w, const int16_t *q, uint32_t *work, int rows, int cols, int wide)
+{
+    (void)work;
+    int row_bytes = (cols + 7) / 8;
+    for (int r = 0; r < rows; r++, isum += wide) {
+        for (int i = 0; i < wide; i++) isum[i] = 0;
+        for (int k = 0; k < cols; k++) {
+            int bit = w[r * row_bytes + (k >> 3)] >> (k & 7) & 1;
+            for (int i = 0; i < wide; i++) isum[i] += bit ? q[k * wide + i] : -q[k * wide + i];
+        }
+    }
+}
+
+static void descale_many(float *y, const int32_t *isum, const float *scale, const uint16_t *s, const float *bias,
+                         int rows, int wide)
+{
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < wide; i++) {
+            float v = ((float)isum[r * wide + i] * scale[i]) * f32_from_f16(s[r]);
+            y[r * wide + i] = bias ? v + bias[r] : v;
+        }
+}
+
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
 
 static void gemv_f32(float *y, const float *w, const float *x, int n, int rows, int cols)
@@ -263,6 +322,11 @@ const kernels_t kernels_ref = {
     .sign_table = sign_table,
     .sign_pack = sign_pack,
     .sign_gemv = sign_gemv,
+    .to_columns = to_columns,
+    .to_rows = to_rows,
+    .quantize_many = quantize_many,
+    .sign_gemm = sign_gemm,
+    .descale_many = descale_many,
     .gemv_f32 = gemv_f32,
     .gemv_f16 = gemv_f16,
     .gemv_q4_0 = gemv_q4_0,

@@ -253,11 +253,13 @@ static size_t lay_out_session(dbf_session *s)
     s->v_heads = part(s, &used, CHUNK * kv * f);
     s->gate = part(s, &used, (size_t)CHUNK * c->d_ff * f);
     s->up = part(s, &used, (size_t)CHUNK * c->d_ff * f);
-    s->mid = part(s, &used, (size_t)CHUNK * m->max_rank * f);
-    s->tables = part(s, &used, CHUNK * s->table_bytes);
+    s->mid = part(s, &used, (size_t)TOGETHER * CHUNK * m->max_rank * f);
+    size_t together = (size_t)TOGETHER * (size_t)max_of(c->d_model, m->max_rank), one = (size_t)m->max_dim;
+    s->q_many = part(s, &used, CHUNK * (together > one ? together : one) * sizeof *s->q_many);
+    s->in_scale = part(s, &used, TOGETHER * CHUNK * f);
+    s->tables = part(s, &used, FEW * s->table_bytes);
     s->q_out = part(s, &used, (size_t)CHUNK * c->d_model * sizeof *s->q_out);
     s->q_scale = part(s, &used, CHUNK * f);
-    s->in_scale = part(s, &used, CHUNK * f);
     for (int t = 0; t < pool_threads(m->pool); t++) {
         scratch_t *own = &s->scratch[t];
         own->x = part(s, &used, wide * f);
@@ -266,6 +268,9 @@ static size_t lay_out_session(dbf_session *s)
         own->score = part(s, &used, (size_t)QUERIES * s->n_ctx * f);
         own->q = part(s, &used, wide * sizeof *own->q);
         own->table = part(s, &used, s->table_bytes);
+        own->strip = part(s, &used, (size_t)m->max_dim * DBF_STRIP * f);
+        own->isum = part(s, &used, DBF_GEMM_ROWS * DBF_BLOCK * sizeof *own->isum);
+        own->work = part(s, &used, (DBF_GEMM_ROWS + 2) * DBF_BLOCK * sizeof *own->work);
     }
     return used;
 }
@@ -426,6 +431,38 @@ int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows
     }
     free(p.memory);
     return DBF_OK;
+}
+
+/* one block: q[k][wide] from columns, isum[r][wide] to rows, DBF_GEMM_ROWS at a time */
+static void multiply_block(const kernels_t *k, int32_t *isum, const uint8_t *w, const int16_t *q, void *memory,
+                           int rows, int cols, int n)
+{
+    int wide = n > DBF_BLOCK / 2 ? DBF_BLOCK : DBF_BLOCK / 2;
+    uint32_t *work = memory;
+    int32_t *sums = (int32_t *)(work + (DBF_GEMM_ROWS + 2) * DBF_BLOCK);
+    int16_t *side = (int16_t *)(sums + DBF_GEMM_ROWS * DBF_BLOCK);
+    for (int c = 0; c < cols; c++)
+        for (int i = 0; i < wide; i++) side[c * wide + i] = i < n ? q[(size_t)i * cols + c] : 0;
+    for (int r = 0; r < rows; r += DBF_GEMM_ROWS) {
+        int some = rows - r < DBF_GEMM_ROWS ? rows - r : DBF_GEMM_ROWS;
+        k->sign_gemm(sums, w + (size_t)r * ((cols + 7) / 8), side, work, some, cols, wide);
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < some; j++) isum[(size_t)i * rows + r + j] = sums[j * wide + i];
+    }
+}
+
+int dbf_sign_gemm(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int n)
+{
+    product_t p;
+    int code = isum && n >= 1 && n <= MAX_CTX ? product_new(&p, bits, q, rows, cols) : DBF_EINVAL;
+    if (code) return code;
+    void *memory = malloc((2 * DBF_GEMM_ROWS + 2) * DBF_BLOCK * sizeof *isum + (size_t)cols * DBF_BLOCK * sizeof *q);
+    for (int i = 0; memory && i < n; i += DBF_BLOCK)
+        multiply_block(p.k, isum + (size_t)i * rows, p.bits, q + (size_t)i * cols, memory, rows, cols,
+                       n - i < DBF_BLOCK ? n - i : DBF_BLOCK);
+    free(memory);
+    free(p.memory);
+    return memory ? DBF_OK : DBF_ENOMEM;
 }
 
 int dbf_quantize(int16_t *q, float *scale, const float *x, int n)

@@ -1,13 +1,16 @@
-/* model.h - what dbf_model and dbf_session are made of. Private to model.c and forward.c. */
+/* model.h - what dbf_model and dbf_session are made of. Private to model.c, forward.c and linear.c. */
 #ifndef DBF_MODEL_H
 #define DBF_MODEL_H
 
 #include "../dbf.h"
+#include "clock.h"
 #include "kernels.h"
 #include "pool.h"
 
-#define CHUNK 64   /* tokens that go through a layer together */
-#define QUERIES 16 /* queries of one KV head that pass over its keys and values together */
+#define CHUNK DBF_BLOCK /* tokens that go through a layer together */
+#define TOGETHER 3      /* linear layers that are computed together: q, k, v */
+#define FEW 18          /* tokens that go through a linear layer one by one: a half block takes as long as 18 of them */
+#define QUERIES 16      /* queries of one KV head that pass over its keys and values together */
 
 /* positions whose keys or values are float32 at a time: 16 KiB of them, and whole groups of DBF_LANES */
 static inline int tile_rows(int head_dim)
@@ -49,6 +52,9 @@ typedef struct scratch {
     float *score;      /* [QUERIES][n_ctx] */
     int16_t *q;        /* [max of max_dim, max_rank] */
     uint8_t *table;
+    float *strip;      /* [max_dim][DBF_STRIP] the input of a product of many tokens */
+    int32_t *isum;     /* [DBF_GEMM_ROWS][DBF_BLOCK] its sums */
+    uint32_t *work;    /* [DBF_GEMM_ROWS + 2][DBF_BLOCK] */
 } scratch_t;
 
 /* the stages of dbf.h; model.c has their names */
@@ -68,11 +74,14 @@ struct dbf_session {
     float *q_heads, *attended;  /* [n_heads * head_dim] */
     float *k_heads, *v_heads;   /* [n_kv_heads * head_dim] */
     float *gate, *up;           /* [d_ff] */
-    float *mid;                 /* [max_rank] between B and A; for one token [3][max_rank] */
-    uint8_t *tables;            /* [table_bytes] */
     int16_t *q_out;             /* [d_model] the head's input, and its scales */
     float *q_scale;             /* [1] */
-    float *in_scale;            /* [1] scales of what the tables hold */
+
+    /* between B and A, and what is quantized, of the linears that are computed together: linear.c */
+    float *mid;                 /* [TOGETHER][CHUNK][max_rank] */
+    int16_t *q_many;            /* [TOGETHER][CHUNK][max of d_model, max_rank], or [CHUNK][max_dim] */
+    float *in_scale;            /* [TOGETHER][CHUNK] */
+    uint8_t *tables;            /* [FEW][table_bytes] */
     size_t table_bytes;
     scratch_t *scratch;         /* [threads] */
     uint8_t *arena;             /* all of the above */
@@ -81,6 +90,39 @@ struct dbf_session {
     int64_t lap;                /* when the last stage ended */
     int64_t spent[DBF_STAGES];
 };
+
+/* what thread 0 did since the last lap belongs to `stage` */
+static inline void lap(dbf_session *s, int thread, int stage)
+{
+    if (thread != 0 || !s->timed) return;
+    int64_t now = clock_ns();
+    s->spent[stage] += now - s->lap;
+    s->lap = now;
+}
+
+/* the barrier at the end of `stage` */
+static inline void meet(dbf_session *s, int thread, int stage)
+{
+    lap(s, thread, stage);
+    pool_barrier(s->model->pool);
+    lap(s, thread, BARRIERS);
+}
+
+/* y = w(x), or y += w(x) */
+typedef struct apply {
+    const linear_t *w;
+    const float *x; /* [n][cols] */
+    float *y;       /* [n][rows] */
+    int add;
+} apply_t;
+
+/* count <= TOGETHER linear layers of n tokens; all threads call it and leave it together */
+void linears(dbf_session *s, int thread, const apply_t *p, int count, int n);
+
+static inline int panels_of(int rows)
+{
+    return (rows + DBF_PANEL - 1) / DBF_PANEL;
+}
 
 int dbf_forward(dbf_session *session, const int32_t *tokens, int n, int pos, float *logits, int n_logits);
 
