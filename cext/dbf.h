@@ -69,8 +69,11 @@ int dbf_model_new(dbf_model **out, const dbf_config *config, const dbf_weights *
 void dbf_model_free(dbf_model *model);
 
 /* rope: f32 [n_ctx][rope_dims/2][2], cos and sin; copied
- * kv_type: of the keys and values held, DBF_F16 or, if head_dim % 32 == 0, DBF_Q8_0 */
-int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type);
+ * kv_type: of the keys and values held, DBF_F16 or, if head_dim % 32 == 0, DBF_Q8_0
+ * activation_bits: of what enters a sign product, a vector with one scale: 16 (-8191 .. 8191) or, for speed,
+ * 8 (-126 .. 126) */
+int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type,
+                    int activation_bits);
 void dbf_session_free(dbf_session *session);
 
 /* Run n tokens at positions pos .. pos+n-1, overwriting the KV cache from pos on (pos <= tokens held), and
@@ -99,10 +102,10 @@ int dbf_isa_use(const char *name);  /* NULL: the fastest */
 /* Single kernels of the active instruction set, for tests and benchmarks (and, last, the memory). */
 
 /* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
- * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 */
-int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols);
+ * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 or, where activation_bits are 8, |q| <= 126 */
+int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int activation_bits);
 
-/* The same for n vectors: isum[n][rows], q[n][cols]. Blocks of 32 or 64 of them share what they can. */
+/* The same for n vectors of either kind: isum[n][rows], q[n][cols]. Blocks of 32 or 64 of them share what they can. */
 int dbf_sign_gemm(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int n);
 
 /* scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)))

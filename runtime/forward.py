@@ -58,24 +58,23 @@ class _Linear:
         self.bias = None if w.bias is None else np.ascontiguousarray(w.bias)
 
 
-def linear_one(w: _Linear, x: Floats) -> Floats:
+def linear_one(w: _Linear, x: Floats, qmax: int) -> Floats:
     """y = s_out * A(s_mid * B(s_in * x)) + bias of one token: (cols,) -> (rows,)"""
     scaled, mid, y = (np.empty(n, np.float32) for n in (w.cols, w.rank, w.rows))
 
     q, isum = np.empty(w.cols, np.int16), np.empty(w.rank, np.int32)
-    kernels.scale(scaled, x, w.s_in, w.cols)
-    scale = kernels.quantize(q, scaled, w.cols)
+    scale = kernels.quantize_scaled(q, scaled, x, w.s_in, w.cols, qmax)
     kernels.sign_gemv(isum, w.b, q, w.rank, w.cols)
     kernels.descale(mid, isum, np.float32(scale), w.s_mid, None, w.rank)
 
     q, isum = np.empty(w.rank, np.int16), np.empty(w.rows, np.int32)
-    scale = kernels.quantize(q, mid, w.rank)
+    scale = kernels.quantize_scaled(q, scaled, mid, None, w.rank, qmax)
     kernels.sign_gemv(isum, w.a, q, w.rows, w.rank)
     kernels.descale(y, isum, np.float32(scale), w.s_out, w.bias, w.rows)
     return y
 
 
-def linear_many(w: _Linear, x: Floats) -> Floats:
+def linear_many(w: _Linear, x: Floats, qmax: int) -> Floats:
     """The same of many tokens, side by side: (n, cols) -> (n, rows)"""
     n = x.shape[0]
     wide = -(-n // kernels.STRIP) * kernels.STRIP
@@ -83,29 +82,31 @@ def linear_many(w: _Linear, x: Floats) -> Floats:
     y = np.empty((w.rows, wide), np.float32)
     columns[:, :n] = x.T
 
-    q, scale = _quantize_strips(columns, w.s_in)
+    q, scale = _quantize_strips(columns, w.s_in, qmax)
     isum = np.empty((w.rank, wide), np.int32)
     kernels.sign_gemm(isum, w.b, q, None, w.rank, w.cols, wide)
     kernels.descale_many(mid, isum, scale, w.s_mid, None, w.rank, wide)
 
-    q, scale = _quantize_strips(mid, None)
+    q, scale = _quantize_strips(mid, None, qmax)
     isum = np.empty((w.rows, wide), np.int32)
     kernels.sign_gemm(isum, w.a, q, None, w.rows, w.rank, wide)
     kernels.descale_many(y, isum, scale, w.s_out, w.bias, w.rows, wide)
     return np.ascontiguousarray(y[:, :n].T)
 
 
-def _quantize_strips(x: Floats, s: NDArray[np.uint16] | None) -> tuple[NDArray[np.int16], Floats]:
+def _quantize_strips(
+    x: Floats, s: NDArray[np.uint16] | None, qmax: int
+) -> tuple[NDArray[np.int16], Floats]:
     cols, wide = x.shape
     q, scale = np.empty((cols, wide), np.int16), np.empty(wide, np.float32)
     for i in range(0, wide, kernels.STRIP):
-        kernels.quantize_many(q[:, i:], scale[i:], x[:, i:], s, cols, wide, wide)
+        kernels.quantize_many(q[:, i:], scale[i:], x[:, i:], s, cols, wide, wide, qmax)
     return q, scale
 
 
-def linear(w: _Linear, x: Floats) -> Floats:
+def linear(w: _Linear, x: Floats, qmax: int) -> Floats:
     """y = s_out * A(s_mid * B(s_in * x)) + bias of every token: (n, cols) -> (n, rows)"""
-    return linear_many(w, x) if x.shape[0] > 1 else linear_one(w, x[0])[None]
+    return linear_many(w, x, qmax) if x.shape[0] > 1 else linear_one(w, x[0], qmax)[None]
 
 
 def _add(x: Floats, y: Floats) -> None:

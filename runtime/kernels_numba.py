@@ -1,8 +1,9 @@
 """The kernels of cext/src/kernels_ref.c in Python: same names, parameters, order and bits.
 
 What the numbers are is said in cext/src/kernels.h. float16 arrays are passed as uint16. The kernels of
-kernels.h that only lay out memory (sign_pack, sign_table and their sizes, to_columns, to_rows) have no
-mirror: here, as in the scalar C, the layout is DBF1 itself and a table is q itself, and numpy turns arrays.
+kernels.h that only lay out memory (sign_pack, sign_table, sign_table8 and their sizes, to_columns, to_rows) have
+no mirror: here, as in the scalar C, the layout is DBF1 itself and a table is q itself, so that sign_gemv8 is
+sign_gemv; and numpy turns arrays.
 
 numba never contracts a * b + c nor reorders a sum (no fastmath), and `prange` runs over output rows only.
 """
@@ -27,6 +28,7 @@ else:
 
 LANES = 16
 QMAX = 8191
+QMAX8 = 126
 STRIP = 16
 Q4_0_BLOCK, Q4_0_BYTES = BLOCKS[Q4_0]
 Q8_0_BLOCK, Q8_0_BYTES = BLOCKS[Q8_0]
@@ -156,13 +158,8 @@ def lanes_sum(lane: Any) -> Any:
 
 
 @njit(cache=True)
-def quantize(q: Array, x: Array, n: int) -> Any:
-    """scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)));  returns scale
-
-    q  (n,)  int16, overwritten; all 0 where absmax(x) < 2^-100 or is no finite number
-    x  (n,)  float32
-    Mirror: cext/src/kernels_ref.c.
-    """
+def quantize_to(qmax: int, q: Array, x: Array, n: int) -> Any:
+    """quantize, with qmax in place of 8191."""
     # the largest |x| as an integer: the bits of non-negative floats are ordered, and NaN comes last
     magnitude = np.int64(0)
     for i in range(n):
@@ -170,23 +167,39 @@ def quantize(q: Array, x: Array, n: int) -> Any:
         magnitude = m if m > magnitude else magnitude
     absmax = float_of(magnitude)
     usable = magnitude >= 0x0D800000 and magnitude < 0x7F800000  # 2^-100 <= absmax < infinity
-    inverse = f32(QMAX) / absmax if usable else ZERO
+    inverse = f32(qmax) / absmax if usable else ZERO
     for i in range(n):
         q[i] = np.int16(np.rint(x[i] * inverse)) if usable else np.int16(0)
-    return absmax / f32(QMAX)
+    return absmax / f32(qmax)
 
 
 @njit(cache=True)
-def scale(y: Array, x: Array, s: Array, n: int) -> None:
-    """y[i] = x[i] * s[i],  s float16
+def quantize(q: Array, x: Array, n: int) -> Any:
+    """scale = absmax(x) / 8191,  q[i] = rint(x[i] * (8191 / absmax(x)));  returns scale
 
-    y  (n,)  float32, overwritten
+    q  (n,)  int16, overwritten; all 0 where absmax(x) < 2^-100 or is no finite number
     x  (n,)  float32
-    s  (n,)  float16 as uint16
     Mirror: cext/src/kernels_ref.c.
     """
+    return quantize_to(QMAX, q, x, n)
+
+
+@njit(cache=True)
+def quantize_scaled(q: Array, z: Array, x: Array, s: Array | None, n: int, qmax: int) -> Any:
+    """z[i] = x[i] * s[i],  scale = absmax(z) / qmax,  q[i] = rint(z[i] * (qmax / absmax(z)));  returns scale
+
+    q     (n,)  int16, overwritten; as in quantize
+    z     (n,)  float32, overwritten
+    x     (n,)  float32
+    s     (n,)  float16 as uint16, or None for z = x, of which nothing is written
+    qmax        QMAX or QMAX8
+    Mirror: cext/src/kernels_ref.c.
+    """
+    if s is None:
+        return quantize_to(qmax, q, x, n)
     for i in range(n):
-        y[i] = x[i] * f32_from_f16(s[i])
+        z[i] = x[i] * f32_from_f16(s[i])
+    return quantize_to(qmax, q, z, n)
 
 
 @njit(cache=True)
@@ -226,10 +239,9 @@ def sign_gemv(isum: Array, w: Array, table: Array, rows: int, cols: int) -> None
 
 @njit(cache=True)
 def quantize_many(
-    q: Array, scale: Array, x: Array, s: Array | None, cols: int, wide: int, stride: int
+    q: Array, scale: Array, x: Array, s: Array | None, cols: int, wide: int, stride: int, qmax: int
 ) -> None:
-    """scale[i], q[k * wide + i] = those of quantize, for z[k] = x[k * stride + i] * s[k],  k < cols,
-    i < DBF_STRIP
+    """scale[i], q[k * wide + i] = those of quantize_scaled for x[k * stride + i] * s[k],  k < cols, i < DBF_STRIP
 
     q      (cols, wide)    int16, columns i < STRIP overwritten
     scale  (STRIP,)        float32, overwritten
@@ -238,11 +250,8 @@ def quantize_many(
     Mirror: cext/src/kernels_ref.c.
     """
     for i in range(STRIP):
-        z = np.empty(cols, np.float32)
-        for k in range(cols):
-            z[k] = x[k, i] if s is None else x[k, i] * f32_from_f16(s[k])
-        column = np.empty(cols, np.int16)
-        scale[i] = quantize(column, z, cols)
+        column, z = np.empty(cols, np.int16), np.empty(cols, np.float32)
+        scale[i] = quantize_scaled(column, z, np.ascontiguousarray(x[:, i]), s, cols, qmax)
         for k in range(cols):
             q[k, i] = column[k]
 

@@ -14,8 +14,11 @@ from runtime import config as cfg
 
 ROOT = Path(__file__).parents[1]
 KERNELS_H = (ROOT / "cext/src/kernels.h").read_text(encoding="utf-8")
-LAYOUT_ONLY = {"sign_pack_bytes", "sign_table_bytes", "sign_pack", "sign_table", "to_columns", "to_rows"}
-"""Kernels that only lay out memory: kernels_numba.py has none of them, see there."""
+LAYOUT_ONLY = {
+    "sign_pack_bytes", "sign_table_bytes", "sign_pack", "sign_table", "sign_table8", "sign_gemv8", "to_columns",
+    "to_rows",
+}  # fmt: skip
+"""Kernels that only lay out memory, or differ in that alone: kernels_numba.py has none of them, see there."""
 
 
 def parse(text):
@@ -70,7 +73,7 @@ def test_constants():
     scalar_h = (ROOT / "cext/src/scalar.h").read_text(encoding="utf-8")
     c = dict(re.findall(r"^#define (\w+) (-?[\d.e+-]+)f?\b", KERNELS_H + scalar_h, flags=re.MULTILINE))
     blocks = [f"{kind}_{what}" for kind in ("Q4_0", "Q8_0", "Q6_K") for what in ("BLOCK", "BYTES")]
-    for name in ("LANES", "QMAX", "STRIP", "Q6_K_GROUP", *blocks):
+    for name in ("LANES", "QMAX", "QMAX8", "STRIP", "Q6_K_GROUP", *blocks):
         assert getattr(mirror, name) == int(c[f"DBF_{name}"])
     for name in ("Q6_K_HIGH", "Q6_K_SCALES", "Q6_K_D"):
         assert getattr(mirror, name) == int(c[name])

@@ -69,11 +69,12 @@ typedef struct golden { /* input, and after it the output, of every kernel that 
     float x[COLS], w[8 * COLS];
     uint16_t h[HELD * COLS];
     int32_t isum[DBF_PANEL];
-    int16_t q[COLS];
-    float scale, scaled[COLS], descaled[DBF_PANEL], f32[BATCH * DENSE], f16[BATCH * DENSE], q4_0[BATCH * DENSE],
-        q8_0[BATCH * DENSE], q6_k[BATCH * DENSE], norm[COLS], scores[3 * HELD], weights[COLS], sum, attended[DIM],
-        gated[COLS], added[COLS], widened[COLS], from_q4_0[DENSE * BLOCKS], from_q8_0[DENSE * BLOCKS],
-        from_q6_k[DENSE * SUPER];
+    int32_t isum8[2][DBF_PANEL];
+    int16_t q[COLS], small[COLS];
+    float scale, scale8, scaled[COLS], descaled[DBF_PANEL], f32[BATCH * DENSE], f16[BATCH * DENSE],
+        q4_0[BATCH * DENSE], q8_0[BATCH * DENSE], q6_k[BATCH * DENSE], norm[COLS], scores[3 * HELD], weights[COLS],
+        sum, attended[DIM], gated[COLS], added[COLS], widened[COLS], from_q4_0[DENSE * BLOCKS],
+        from_q8_0[DENSE * BLOCKS], from_q6_k[DENSE * SUPER];
     uint16_t narrowed[COLS];
     uint8_t to_q8_0[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
     int16_t q_many[COLS * WIDE];
@@ -94,7 +95,8 @@ static void run_many(golden_t *g, const kernels_t *k, uint8_t *packed, uint32_t 
     const uint8_t *w = pack ? packed : g->bits;
     k->to_columns(g->strip, g->w, COLS, TOKENS, DBF_STRIP, COLS);
     for (int i = 0; i < WIDE; i += DBF_STRIP)
-        k->quantize_many(g->q_many + i, g->scale_many + i, g->strip, i ? g->h : NULL, COLS, WIDE, DBF_STRIP);
+        k->quantize_many(g->q_many + i, g->scale_many + i, g->strip, i ? g->h : NULL, COLS, WIDE, DBF_STRIP,
+                         i ? DBF_QMAX8 : DBF_QMAX);
     if (pack) k->sign_pack(packed, g->bits, SOME, COLS);
     k->sign_gemm(g->isum_many[0], w, g->q_many, work, SOME, COLS, WIDE);
     if (pack) k->sign_pack(packed, g->bits, SOME, COLS / 2);
@@ -132,6 +134,14 @@ static int run_all(golden_t *g, const kernels_t *k)
         if (bytes) k->sign_pack(packed, g->bits, ROWS, COLS);
         k->sign_table(table, g->q, COLS);
         k->sign_gemv(g->isum, bytes ? packed : g->bits, table, ROWS, COLS);
+        for (int i = 0; i < 2; i++) { /* few groups that must be divided, then many */
+            for (int j = 0; j < COLS; j++) {
+                int most = i == 0 && j % 64 > 9 ? 31 : DBF_QMAX8;
+                g->small[j] = (int16_t)((int)(next(&s) % (2u * (unsigned)most + 1)) - most);
+            }
+            k->sign_table8(table, g->small, COLS);
+            k->sign_gemv8(g->isum8[i], bytes ? packed : g->bits, table, ROWS, COLS);
+        }
         run_many(g, k, packed, work);
     }
     free(packed);
@@ -139,7 +149,7 @@ static int run_all(golden_t *g, const kernels_t *k)
     free(work);
     if (!packed || !table || !work) return 0;
 
-    k->scale(g->scaled, g->x, g->h, COLS);
+    g->scale8 = k->quantize_scaled(g->small, g->scaled, g->x, g->h, COLS, DBF_QMAX8);
     k->descale(g->descaled, g->isum, g->scale, g->h, g->w, DBF_PANEL - 1);
     k->gemv_f32(g->f32, g->w, g->x, BATCH, DENSE, FLOATS);
     k->gemv_f16(g->f16, g->h, g->x, BATCH, DENSE, FLOATS);

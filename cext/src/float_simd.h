@@ -36,34 +36,41 @@ static inline vf vf_exp(vf x)
         sum = lanes_sum(lane_);                                              \
     } while (0)
 
-static float quantize_simd(int16_t *q, const float *x, int n)
+static inline float quantize_scaled_simd(int16_t *q, float *z, const float *x, const uint16_t *s, int n, int qmax)
 {
     int i = 0;
     vi top = { 0 };
-    for (; i + VW <= n; i += VW) top = vi_max(top, vf_abs_bits(vf_load(x + i)));
+    for (; i + VW <= n; i += VW) {
+        vf v = vf_load(x + i);
+        if (s) {
+            v = v * vf_f16(s + i);
+            vf_store(z + i, v);
+        }
+        top = vi_max(top, vf_abs_bits(v));
+    }
     int32_t tops[VW];
     vi_store(tops, top);
     uint32_t magnitude = 0;
     for (int l = 0; l < VW; l++) magnitude = (uint32_t)tops[l] > magnitude ? (uint32_t)tops[l] : magnitude;
     for (; i < n; i++) {
-        uint32_t m = bits_of(x[i]) & 0x7fffffffu;
+        float v = s ? (z[i] = x[i] * f32_from_f16(s[i])) : x[i];
+        uint32_t m = bits_of(v) & 0x7fffffffu;
         magnitude = m > magnitude ? m : magnitude;
     }
-    float inverse, scale = quantize_scale(magnitude, &inverse);
+    float inverse, scale = scale_to((float)qmax, magnitude, &inverse);
     if (!(inverse > 0.0f)) {
         memset(q, 0, (size_t)n * sizeof *q);
         return scale;
     }
+    x = s ? z : x;
     for (i = 0; i + VW <= n; i += VW) vf_store_i16(q + i, vf_load(x + i) * vf_set1(inverse));
     for (; i < n; i++) q[i] = (int16_t)rintf(x[i] * inverse);
     return scale;
 }
 
-static void scale_simd(float *y, const float *x, const uint16_t *s, int n)
+static float quantize_simd(int16_t *q, const float *x, int n)
 {
-    int i = 0;
-    for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(x + i) * vf_f16(s + i));
-    for (; i < n; i++) y[i] = x[i] * f32_from_f16(s[i]);
+    return quantize_scaled_simd(q, NULL, x, NULL, n, DBF_QMAX);
 }
 
 static void descale_simd(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n)
@@ -308,7 +315,7 @@ static void from_q8_0_simd(float *y, const uint8_t *x, int n)
 static void set_float_kernels(kernels_t *k)
 {
     k->quantize = quantize_simd;
-    k->scale = scale_simd;
+    k->quantize_scaled = quantize_scaled_simd;
     k->descale = descale_simd;
     k->gemv_f32 = gemv_f32_simd;
     k->gemv_f16 = gemv_f16_simd;

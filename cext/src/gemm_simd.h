@@ -225,7 +225,7 @@ static inline void scales_at(float *to, const uint16_t *s, int n)
 }
 
 static void quantize_many_simd(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide,
-                               int stride)
+                               int stride, int qmax)
 {
     float sk[DBF_LANES], inverse[DBF_STRIP];
     vi top[ACCS] = { { 0 } }, usable[ACCS];
@@ -242,7 +242,7 @@ static void quantize_many_simd(int16_t *q, float *scale, const float *x, const u
         int32_t tops[VW], mask[VW];
         vi_store(tops, top[a]);
         for (int l = 0; l < VW; l++) {
-            scale[a * VW + l] = quantize_scale((uint32_t)tops[l], &inverse[a * VW + l]);
+            scale[a * VW + l] = scale_to((float)qmax, (uint32_t)tops[l], &inverse[a * VW + l]);
             mask[l] = inverse[a * VW + l] > 0.0f ? -1 : 0;
         }
         by[a] = vf_load(inverse + a * VW);

@@ -21,6 +21,7 @@
 #define DBF_BLOCK 64           /* tokens that are multiplied together, at most */
 #define DBF_GEMM_ROWS 640      /* rows that one call of sign_gemm computes at most */
 #define DBF_QMAX 8191          /* activations of a sign product lie in -8191 .. 8191 */
+#define DBF_QMAX8 126          /* or, where 8 bits are asked for, in -126 .. 126 */
 #define DBF_MAX_COLS 131072    /* 2 * 8191 * cols < 2^31 */
 #define DBF_BATCH 4            /* vectors that one pass of a gemv over its weights serves at most */
 
@@ -42,8 +43,10 @@ typedef struct kernels {
      * all q = 0 where absmax(x) < 2^-100 or is no finite number;  error: 0.501 of q, u of scale */
     float (*quantize)(int16_t *q, const float *x, int n);
 
-    /* y[i] = x[i] * s[i],  s float16;  error: u |y| */
-    void (*scale)(float *y, const float *x, const uint16_t *s, int n);
+    /* z[i] = x[i] * s[i],  scale = absmax(z) / qmax,  q[i] = rint(z[i] * (qmax / absmax(z)));  returns scale
+     * s float16, NULL for z = x, of which nothing is written; qmax DBF_QMAX or DBF_QMAX8; else as quantize
+     * error: u |z|; 0.501 of q and u of scale, of that z */
+    float (*quantize_scaled)(int16_t *q, float *z, const float *x, const uint16_t *s, int n, int qmax);
 
     /* y[i] = (isum[i] * scale) * s[i] + bias[i],  s float16, bias may be NULL;  error: u (4 |y - bias| + |y|) */
     void (*descale)(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n);
@@ -62,23 +65,30 @@ typedef struct kernels {
      * one panel: rows <= DBF_PANEL; isum has room for DBF_PANEL;  error: none */
     void (*sign_gemv)(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols);
 
+    /* the same for |q| <= DBF_QMAX8, faster: its table, which fits where sign_table's does, and its product;
+     * error: none */
+    void (*sign_table8)(void *table, const int16_t *q, int cols);
+    void (*sign_gemv8)(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols);
+
     /* ---- sign products of many tokens: number k of token i is x[k * wide + i], wide 32 or 64 ------------ */
 
-    /* y[k * wide + i] = x[i * stride + k],  k < cols, i < n;  0 for the other i < DBF_STRIP */
+    /* y[k * wide + i] = x[i * stride + k],  k < cols, i < n;  0 for the other i < DBF_STRIP;  error: none */
     void (*to_columns)(float *y, const float *x, size_t stride, int n, int wide, int cols);
 
-    /* y[i * stride + r] = x[r * wide + i], or += where add is set,  r < rows, i < n */
+    /* y[i * stride + r] = x[r * wide + i], or += where add is set,  r < rows, i < n;  error: u |y| of += */
     void (*to_rows)(float *y, const float *x, size_t stride, int n, int wide, int rows, int add);
 
-    /* scale[i], q[k * wide + i] = those of quantize, for z[k] = x[k * stride + i] * s[k],  k < cols, i < DBF_STRIP
-     * s float16, NULL for z[k] = x[k * stride + i] */
-    void (*quantize_many)(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride);
+    /* scale[i], q[k * wide + i] = those of quantize_scaled for x[k * stride + i] * s[k],  k < cols, i < DBF_STRIP
+     * s float16 or NULL;  error: that of quantize_scaled */
+    void (*quantize_many)(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride,
+                          int qmax);
 
     /* isum[r * wide + i] = sum_k s[r,k] * q[k * wide + i],  s = +1 where bit k of row r is set, else -1
-     * rows <= DBF_GEMM_ROWS, from the start of a panel; work[(DBF_GEMM_ROWS + 2) * wide] is work space */
+     * rows <= DBF_GEMM_ROWS, from the start of a panel; work[(rows + 2) * wide] is work space;  error: none */
     void (*sign_gemm)(int32_t *isum, const uint8_t *w, const int16_t *q, uint32_t *work, int rows, int cols, int wide);
 
-    /* y[r * wide + i] = (isum[r * wide + i] * scale[i]) * s[r] + bias[r],  s float16, bias may be NULL */
+    /* y[r * wide + i] = (isum[r * wide + i] * scale[i]) * s[r] + bias[r],  s float16, bias may be NULL
+     * error: that of descale */
     void (*descale_many)(float *y, const int32_t *isum, const float *scale, const uint16_t *s, const float *bias,
                          int rows, int wide);
 

@@ -86,10 +86,9 @@ static inline __m128i tables_of_8(uint8_t *out, __m128i q)
     const __m128i zero = _mm_setzero_si128();
     __m128i plus = _mm_max_epi16(q, zero), minus = _mm_max_epi16(_mm_sub_epi16(zero, q), zero);
     __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
-    __m256i e0 = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)),
-                                  _mm256_add_epi16(SHUFFLE(0, 2), SHUFFLE(0, 3)));
-    __m256i e8 = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(8, 0), SHUFFLE(8, 1)),
-                                  _mm256_add_epi16(SHUFFLE(8, 2), SHUFFLE(8, 3)));
+    /* the entries 8-15 differ from 0-7 in column 3 only */
+    __m256i three = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
+    __m256i e0 = _mm256_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm256_add_epi16(three, SHUFFLE(8, 3));
     const __m256i byte = _mm256_set1_epi16(255);
     __m256i low = _mm256_packus_epi16(_mm256_and_si256(e0, byte), _mm256_and_si256(e8, byte));
     __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(e0, 8), _mm256_srli_epi16(e8, 8));
@@ -114,6 +113,39 @@ static void sign_table_avx2(void *table, const int16_t *q, int cols)
     sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1));
     int32_t l1 = _mm_cvtsi128_si32(sums);
     memcpy(table, &l1, sizeof l1);
+}
+
+/* the same with one plane; returns the sums of |q| of the columns 0-3 and 4-7 in the two int64 of a register */
+static inline __m128i tables8_of_8(uint8_t *out, __m128i q)
+{
+    const __m128i zero = _mm_setzero_si128();
+    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_max_epi16(_mm_sub_epi16(zero, q), zero);
+    __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
+    __m256i three = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
+    __m256i e0 = _mm256_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm256_add_epi16(three, SHUFFLE(8, 3));
+    _mm256_storeu_si256((__m256i *)out, _mm256_packus_epi16(e0, e8));
+    return _mm_sad_epu8(_mm_add_epi16(plus, minus), zero);
+}
+
+static void make_tables8(uint8_t *out, const int16_t *q)
+{
+    tables8_of_8(out, _mm_loadu_si128((const __m128i *)q));
+}
+
+static void sign_table8_avx2(void *table, const int16_t *q, int cols)
+{
+    lut8_t t = lut8_open(table, cols);
+    t.l1 = t.extras = 0;
+    for (int g = 0; g < (cols + 7) / 8; g++) {
+        int16_t rest[8] = { 0 };
+        const int16_t *from = q + 8 * g;
+        if (cols - 8 * g < 8) from = memcpy(rest, from, (size_t)(cols - 8 * g) * sizeof *q);
+        __m128i sums = tables8_of_8(t.group + g * LUT8_GROUP, _mm_loadu_si128((const __m128i *)from));
+        int32_t low = _mm_cvtsi128_si32(sums), high = _mm_extract_epi16(sums, 4);
+        t.l1 += low + high;
+        if ((low | high) > 255) lut8_divide(&t, g, q, cols, make_tables8);
+    }
+    lut8_close(table, &t);
 }
 
 /* isum[32] += even and odd bytes' sums of the low plane + 256 * those of the high plane */
@@ -171,6 +203,49 @@ static void sign_gemv_avx2(int32_t *isum, const uint8_t *w, const void *table, i
     int32_t l1;
     memcpy(&l1, table, sizeof l1);
     for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - l1;
+}
+
+/* look up 32 rows x 8 columns in tables with one plane */
+#define LOOK_UP8(bytes, sum, odd)                                                                             \
+    do {                                                                                                      \
+        __m256i w_ = _mm256_loadu_si256((const __m256i *)(bytes));                                            \
+        __m256i a_ = _mm256_and_si256(w_, nibble), b_ = _mm256_and_si256(_mm256_srli_epi16(w_, 4), nibble);   \
+        __m256i s_ = _mm256_shuffle_epi8(a, a_), t_ = _mm256_shuffle_epi8(b, b_);                             \
+        sum = _mm256_add_epi16(sum, _mm256_add_epi16(s_, t_));                                                \
+        odd = _mm256_add_epi16(odd, _mm256_srli_epi16(s_, 8));                                                \
+        odd = _mm256_add_epi16(odd, _mm256_srli_epi16(t_, 8));                                                \
+    } while (0)
+
+/* isum += what n <= LUT16_GROUPS tables give; extras: table i is that of group lut8_at(extras, first + i) */
+static inline void look_up_all8(int32_t *isum, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
+                                int n)
+{
+    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    __m256i s0 = zero, s0_odd = zero, s1 = zero, s1_odd = zero;
+    for (int i = first; i < first + n; i++) {
+        const __m128i *t = (const __m128i *)(table + (size_t)i * LUT8_GROUP);
+        const uint8_t *bytes = w + (extras ? lut8_at(extras, i) : (size_t)i) * DBF_PANEL;
+        __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(t));
+        __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
+        _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T0);
+        LOOK_UP8(bytes, s0, s0_odd);
+        LOOK_UP8(bytes + 32, s1, s1_odd);
+    }
+    flush(isum, s0, s0_odd, zero, zero);
+    flush(isum + 32, s1, s1_odd, zero, zero);
+}
+
+static void sign_gemv8_avx2(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
+{
+    lut8_t t = lut8_open(table, cols);
+    (void)rows;
+    int groups = (cols + 7) / 8;
+    memset(isum, 0, DBF_PANEL * sizeof *isum);
+    for (int g = 0; g < groups; g += LUT16_GROUPS)
+        look_up_all8(isum, w, t.group, NULL, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
+    for (int i = 0; i < t.extras; i += LUT16_GROUPS)
+        look_up_all8(isum, w, t.extra, &t, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
+    for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - t.l1;
 }
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
@@ -289,6 +364,8 @@ void kernels_avx2(kernels_t *k)
     k->sign_table = sign_table_avx2;
     k->sign_pack = lut16_pack;
     k->sign_gemv = sign_gemv_avx2;
+    k->sign_table8 = sign_table8_avx2;
+    k->sign_gemv8 = sign_gemv8_avx2;
     k->gemv_q4_0 = gemv_q4_0_avx2;
     k->gemv_q8_0 = gemv_q8_0_avx2;
     k->gemv_q6_k = gemv_q6_k_avx2;

@@ -81,11 +81,6 @@ static inline vf sums_of(const vf *v)
  * of all 32-bit words are 16 neighbouring rows. */
 #define PAIR 128 /* bytes of table for two groups of 8 columns */
 
-static size_t sign_table_bytes_avx512(int cols)
-{
-    return LUT16_HEAD + (size_t)((cols + 15) / 16) * PAIR;
-}
-
 static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols)
 {
     uint8_t order[DBF_PANEL];
@@ -135,6 +130,52 @@ static void sign_table_avx512(void *table, const int16_t *q, int cols)
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
     int32_t l1 = _mm_cvtsi128_si32(sum);
     memcpy(table, &l1, sizeof l1);
+}
+
+/* The same with one plane, in the order of the columns; returns, in the four int64 of a register, the sums of |q| of
+ * the columns 0-3, 4-7, 8-11, 12-15. */
+static inline __m256i tables8_of_16(uint8_t *out, __m256i q)
+{
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i plus = _mm256_max_epi16(q, zero), minus = _mm256_max_epi16(_mm256_sub_epi16(zero, q), zero);
+    __m512i parts = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi64(plus, minus)),
+                                       _mm256_unpackhi_epi64(plus, minus), 1);
+    parts = _mm512_shuffle_i64x2(parts, parts, 0xd8);
+    __m512i three = _mm512_add_epi16(_mm512_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
+    __m512i e0 = _mm512_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm512_add_epi16(three, SHUFFLE(8, 3));
+    _mm512_storeu_si512(out, _mm512_packus_epi16(e0, e8));
+    return _mm256_sad_epu8(_mm256_add_epi16(plus, minus), zero);
+}
+
+/* by itself: where gcc 12 sees that half of a vpackuswb is enough, it takes that of the first operand */
+static __attribute__((noinline)) void tables8_at(uint8_t *out, __m256i q)
+{
+    tables8_of_16(out, q);
+}
+
+static void make_tables8(uint8_t *out, const int16_t *q) /* of 8 columns */
+{
+    uint8_t both[2 * LUT8_GROUP];
+    tables8_at(both, _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)q)));
+    memcpy(out, both, LUT8_GROUP);
+}
+
+static void sign_table8_avx512(void *table, const int16_t *q, int cols)
+{
+    lut8_t t = lut8_open(table, cols);
+    __m256i l1 = _mm256_setzero_si256();
+    t.extras = 0;
+    for (int k = 0; k < cols; k += 16) {
+        __mmask16 some = cols - k < 16 ? (__mmask16)((1u << (cols - k)) - 1) : 0xffff;
+        __m256i sums = tables8_of_16(t.group + k / 8 * LUT8_GROUP, _mm256_maskz_loadu_epi16(some, q + k));
+        l1 = _mm256_add_epi64(l1, sums);
+        unsigned large = _mm256_cmpgt_epi64_mask(sums, _mm256_set1_epi64x(255));
+        if (large & 3) lut8_divide(&t, k / 8, q, cols, make_tables8);
+        if (large & 12) lut8_divide(&t, k / 8 + 1, q, cols, make_tables8);
+    }
+    __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(l1), _mm256_extracti128_si256(l1, 1));
+    t.l1 = _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
+    lut8_close(table, &t);
 }
 
 /* ---- products --------------------------------------------------------------------------------------------- */
@@ -201,47 +242,108 @@ static void sign_gemv_avx512(int32_t *isum, const uint8_t *w, const void *table,
     _mm512_storeu_si512(isum + 48, _mm512_sub_epi32(_mm512_slli_epi32(r48, 1), l1));
 }
 
+/* r[4] += what n <= LUT16_GROUPS tables with one plane give, for the rows from 0, 16, 32, 48 on; extras: table i is that
+ * of group lut8_at(extras, i) */
+static inline void look_up_all8(__m512i *r, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
+                                int n)
+{
+    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+    __m512i sum = zero, odd = zero;
+    for (int i = first; i < first + n; i++) {
+        const __m128i *t = (const __m128i *)(table + (size_t)i * LUT8_GROUP);
+        const uint8_t *bytes = w + (extras ? lut8_at(extras, i) : (size_t)i) * DBF_PANEL;
+        _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T0);
+        __m512i v = _mm512_loadu_si512(bytes);
+        __m512i a = _mm512_and_si512(v, nibble), b = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+        a = _mm512_shuffle_epi8(TABLE(t), a);
+        b = _mm512_shuffle_epi8(TABLE(t + 1), b);
+        sum = _mm512_add_epi16(sum, _mm512_add_epi16(a, b));
+        odd = _mm512_add_epi16(odd, _mm512_srli_epi16(a, 8));
+        odd = _mm512_add_epi16(odd, _mm512_srli_epi16(b, 8));
+    }
+    sum = _mm512_sub_epi16(sum, _mm512_slli_epi16(odd, 8));
+    r[0] = _mm512_add_epi32(r[0], lower(sum, zero));
+    r[1] = _mm512_add_epi32(r[1], lower(odd, zero));
+    r[2] = _mm512_add_epi32(r[2], upper(sum, zero));
+    r[3] = _mm512_add_epi32(r[3], upper(odd, zero));
+}
+
+static void sign_gemv8_avx512(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
+{
+    lut8_t t = lut8_open(table, cols);
+    (void)rows;
+    int groups = (cols + 7) / 8;
+    __m512i r[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
+    for (int g = 0; g < groups; g += LUT16_GROUPS)
+        look_up_all8(r, w, t.group, NULL, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
+    for (int i = 0; i < t.extras; i += LUT16_GROUPS)
+        look_up_all8(r, w, t.extra, &t, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
+    for (int i = 0; i < 4; i++)
+        _mm512_storeu_si512(isum + 16 * i, _mm512_sub_epi32(_mm512_slli_epi32(r[i], 1), _mm512_set1_epi32(t.l1)));
+}
+
 /* ---- around the sign products: as in float_simd.h, but the last elements, too, are a vector ---------------- */
+
+#define ALL ((__mmask16)0xffff)
 
 static inline __mmask16 first(int n)
 {
-    return n < 16 ? (__mmask16)((1u << n) - 1) : 0xffff;
+    return (__mmask16)((1u << n) - 1);
 }
 
-static float quantize_avx512(int16_t *q, const float *x, int n)
+/* z = x * s of 16; returns the bits of |z| */
+static inline __m512i scale_16(float *z, const float *x, const uint16_t *s, __mmask16 some)
+{
+    vf v = _mm512_maskz_loadu_ps(some, x);
+    if (s) {
+        v = v * _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s));
+        _mm512_mask_storeu_ps(z, some, v);
+    }
+    return vf_abs_bits(v);
+}
+
+static inline void quantize_16(int16_t *q, const float *x, vf inverse, __mmask16 some)
+{
+    __m512i v = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(some, x) * inverse);
+    _mm256_mask_storeu_epi16(q, some, _mm512_cvtepi32_epi16(v));
+}
+
+static inline float quantize_scaled_avx512(int16_t *q, float *z, const float *x, const uint16_t *s, int n, int qmax)
 {
     __m512i top = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 16) top = vi_max(top, vf_abs_bits(_mm512_maskz_loadu_ps(first(n - i), x + i)));
-    float inverse, scale = quantize_scale((uint32_t)_mm512_reduce_max_epi32(top), &inverse);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) top = vi_max(top, scale_16(s ? z + i : NULL, x + i, s ? s + i : NULL, ALL));
+    if (i < n) top = vi_max(top, scale_16(s ? z + i : NULL, x + i, s ? s + i : NULL, first(n - i)));
+    float inverse, scale = scale_to((float)qmax, (uint32_t)_mm512_reduce_max_epi32(top), &inverse);
     if (!(inverse > 0.0f)) {
         memset(q, 0, (size_t)n * sizeof *q);
         return scale;
     }
-    for (int i = 0; i < n; i += 16) {
-        vf v = _mm512_maskz_loadu_ps(first(n - i), x + i) * vf_set1(inverse);
-        _mm256_mask_storeu_epi16(q + i, first(n - i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
-    }
+    x = s ? z : x;
+    for (i = 0; i + 16 <= n; i += 16) quantize_16(q + i, x + i, vf_set1(inverse), ALL);
+    if (i < n) quantize_16(q + i, x + i, vf_set1(inverse), first(n - i));
     return scale;
 }
 
-static void scale_avx512(float *y, const float *x, const uint16_t *s, int n)
+static float quantize_avx512(int16_t *q, const float *x, int n)
 {
-    for (int i = 0; i < n; i += 16) {
-        __mmask16 some = first(n - i);
-        vf v = _mm512_maskz_loadu_ps(some, x + i) * _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s + i));
-        _mm512_mask_storeu_ps(y + i, some, v);
-    }
+    return quantize_scaled_avx512(q, NULL, x, NULL, n, DBF_QMAX);
+}
+
+static inline void descale_16(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias,
+                              __mmask16 some)
+{
+    vf v = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, isum)) * vf_set1(scale);
+    v = v * _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s));
+    if (bias) v = v + _mm512_maskz_loadu_ps(some, bias);
+    _mm512_mask_storeu_ps(y, some, v);
 }
 
 static void descale_avx512(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n)
 {
-    for (int i = 0; i < n; i += 16) {
-        __mmask16 some = first(n - i);
-        vf v = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, isum + i)) * vf_set1(scale);
-        v = v * _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s + i));
-        if (bias) v = v + _mm512_maskz_loadu_ps(some, bias + i);
-        _mm512_mask_storeu_ps(y + i, some, v);
-    }
+    int i = 0;
+    for (; i + 16 <= n; i += 16) descale_16(y + i, isum + i, scale, s + i, bias ? bias + i : NULL, ALL);
+    if (i < n) descale_16(y + i, isum + i, scale, s + i, bias ? bias + i : NULL, first(n - i));
 }
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
@@ -394,18 +496,20 @@ static void gemv_q6_k_avx512(float *y, const uint8_t *w, const int16_t *q, const
 void kernels_avx512(kernels_t *k)
 {
     k->name = "avx512";
-    k->sign_table_bytes = sign_table_bytes_avx512;
+    k->sign_table_bytes = lut16_table_bytes;
     k->sign_pack_bytes = lut16_pack_bytes;
     k->sign_table = sign_table_avx512;
     k->sign_pack = sign_pack_avx512;
     k->sign_gemv = sign_gemv_avx512;
+    k->sign_table8 = sign_table8_avx512;
+    k->sign_gemv8 = sign_gemv8_avx512;
     k->gemv_q4_0 = gemv_q4_0_avx512;
     k->gemv_q8_0 = gemv_q8_0_avx512;
     k->gemv_q6_k = gemv_q6_k_avx512;
     set_float_kernels(k);
     set_gemm_kernels(k);
     k->quantize = quantize_avx512;
-    k->scale = scale_avx512;
+    k->quantize_scaled = quantize_scaled_avx512;
     k->descale = descale_avx512;
 }
 

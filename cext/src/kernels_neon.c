@@ -125,6 +125,41 @@ static void sign_table_neon(void *table, const int16_t *q, int cols)
     memcpy(table, &l1, sizeof l1);
 }
 
+/* the same with one plane, of 8 columns */
+static void make_tables8(uint8_t *out, const int16_t *q)
+{
+    static const uint8_t number[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+    for (int half = 0; half < 2; half++, q += 4, out += 16) {
+        int32_t negative = 0;
+        for (int j = 0; j < 4; j++) negative -= q[j] < 0 ? q[j] : 0;
+        uint8x16_t e = vdupq_n_u8((uint8_t)negative);
+        for (int j = 0; j < 4; j++) {
+            uint8x16_t has = vtstq_u8(vld1q_u8(number), vdupq_n_u8((uint8_t)(1 << j)));
+            e = vaddq_u8(e, vandq_u8(has, vdupq_n_u8((uint8_t)q[j])));
+        }
+        vst1q_u8(out, e);
+    }
+}
+
+static void sign_table8_neon(void *table, const int16_t *q, int cols)
+{
+    lut8_t t = lut8_open(table, cols);
+    t.l1 = t.extras = 0;
+    for (int g = 0; g < (cols + 7) / 8; g++) {
+        int16_t rest[8] = { 0 };
+        const int16_t *from = q + 8 * g;
+        if (cols - 8 * g < 8) from = memcpy(rest, from, (size_t)(cols - 8 * g) * sizeof *q);
+        int16x8_t size = vabsq_s16(vld1q_s16(from));
+        int32_t low = vaddv_s16(vget_low_s16(size)), high = vaddv_s16(vget_high_s16(size));
+        t.l1 += low + high;
+        if ((low | high) > 255)
+            lut8_divide(&t, g, q, cols, make_tables8);
+        else
+            make_tables8(t.group + g * LUT8_GROUP, from);
+    }
+    lut8_close(table, &t);
+}
+
 /* look up 16 rows x 8 columns; the high plane's entries are < 128, so two of them fit in a byte */
 #define LOOK_UP(i)                                                                  \
     do {                                                                            \
@@ -175,6 +210,52 @@ static void sign_gemv_neon(int32_t *isum, const uint8_t *w, const void *table, i
     int32_t l1;
     memcpy(&l1, table, sizeof l1);
     for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - l1;
+}
+
+/* look up 16 rows x 8 columns in tables with one plane */
+#define LOOK_UP8(i)                                                             \
+    do {                                                                        \
+        uint8x16_t w_ = vld1q_u8(bytes + 16 * i);                               \
+        uint8x16_t s_ = vqtbl1q_u8(a, vandq_u8(w_, nibble));                    \
+        uint8x16_t t_ = vqtbl1q_u8(b, vshrq_n_u8(w_, 4));                       \
+        l##i = vaddw_u8(vaddw_u8(l##i, vget_low_u8(s_)), vget_low_u8(t_));      \
+        m##i = vaddw_high_u8(vaddw_high_u8(m##i, s_), t_);                      \
+    } while (0)
+
+/* isum += what n <= LUT16_GROUPS tables give; extras: table i is that of group lut8_at(extras, i) */
+static inline void look_up_all8(int32_t *isum, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
+                                int n)
+{
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    const uint16x8_t zero = vdupq_n_u16(0);
+    uint16x8_t l0 = zero, l1 = zero, l2 = zero, l3 = zero, m0 = zero, m1 = zero, m2 = zero, m3 = zero;
+    for (int i = first; i < first + n; i++) {
+        const uint8_t *t = table + (size_t)i * LUT8_GROUP;
+        const uint8_t *bytes = w + (extras ? lut8_at(extras, i) : (size_t)i) * DBF_PANEL;
+        uint8x16_t a = vld1q_u8(t), b = vld1q_u8(t + 16);
+        __builtin_prefetch(bytes + 1024);
+        LOOK_UP8(0);
+        LOOK_UP8(1);
+        LOOK_UP8(2);
+        LOOK_UP8(3);
+    }
+    flush(isum, l0, zero), flush(isum + 8, m0, zero);
+    flush(isum + 16, l1, zero), flush(isum + 24, m1, zero);
+    flush(isum + 32, l2, zero), flush(isum + 40, m2, zero);
+    flush(isum + 48, l3, zero), flush(isum + 56, m3, zero);
+}
+
+static void sign_gemv8_neon(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
+{
+    lut8_t t = lut8_open(table, cols);
+    (void)rows;
+    int groups = (cols + 7) / 8;
+    memset(isum, 0, DBF_PANEL * sizeof *isum);
+    for (int g = 0; g < groups; g += LUT16_GROUPS)
+        look_up_all8(isum, w, t.group, NULL, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
+    for (int i = 0; i < t.extras; i += LUT16_GROUPS)
+        look_up_all8(isum, w, t.extra, &t, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
+    for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - t.l1;
 }
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
@@ -291,6 +372,8 @@ void kernels_neon(kernels_t *k)
     k->sign_table = sign_table_neon;
     k->sign_pack = lut16_pack;
     k->sign_gemv = sign_gemv_neon;
+    k->sign_table8 = sign_table8_neon;
+    k->sign_gemv8 = sign_gemv8_neon;
     k->gemv_q4_0 = gemv_q4_0_neon;
     k->gemv_q8_0 = gemv_q8_0_neon;
     k->gemv_q6_k = gemv_q6_k_neon;

@@ -5,7 +5,7 @@
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
-static float quantize(int16_t *q, const float *x, int n)
+static float quantize_to(int qmax, int16_t *q, const float *x, int n)
 {
     /* the largest |x| as an integer: the bits of non-negative floats are ordered, and NaN comes last */
     uint32_t magnitude = 0;
@@ -13,14 +13,21 @@ static float quantize(int16_t *q, const float *x, int n)
         uint32_t m = bits_of(x[i]) & 0x7fffffffu;
         magnitude = m > magnitude ? m : magnitude;
     }
-    float inverse, scale = quantize_scale(magnitude, &inverse);
+    float inverse, scale = scale_to((float)qmax, magnitude, &inverse);
     for (int i = 0; i < n; i++) q[i] = inverse > 0.0f ? (int16_t)rintf(x[i] * inverse) : 0;
     return scale;
 }
 
-static void scale(float *y, const float *x, const uint16_t *s, int n)
+static float quantize(int16_t *q, const float *x, int n)
 {
-    for (int i = 0; i < n; i++) y[i] = x[i] * f32_from_f16(s[i]);
+    return quantize_to(DBF_QMAX, q, x, n);
+}
+
+static float quantize_scaled(int16_t *q, float *z, const float *x, const uint16_t *s, int n, int qmax)
+{
+    if (!s) return quantize_to(qmax, q, x, n);
+    for (int i = 0; i < n; i++) z[i] = x[i] * f32_from_f16(s[i]);
+    return quantize_to(qmax, q, z, n);
 }
 
 static void descale(float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n)
@@ -83,7 +90,8 @@ static void to_rows(float *y, const float *x, size_t stride, int n, int wide, in
         }
 }
 
-static void quantize_many(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride)
+static void quantize_many(int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride,
+                          int qmax)
 {
     for (int i = 0; i < DBF_STRIP; i++) {
         uint32_t magnitude = 0;
@@ -93,7 +101,7 @@ static void quantize_many(int16_t *q, float *scale, const float *x, const uint16
             magnitude = m > magnitude ? m : magnitude;
         }
         float inverse;
-        scale[i] = quantize_scale(magnitude, &inverse);
+        scale[i] = scale_to((float)qmax, magnitude, &inverse);
         for (int k = 0; k < cols; k++) {
             float z = x[(size_t)k * stride + i];
             z = s ? z * f32_from_f16(s[k]) : z;
@@ -315,13 +323,15 @@ static void from_q6_k(float *y, const uint8_t *x, int n)
 const kernels_t kernels_ref = {
     .name = "scalar",
     .quantize = quantize,
-    .scale = scale,
+    .quantize_scaled = quantize_scaled,
     .descale = descale,
     .sign_table_bytes = sign_table_bytes,
     .sign_pack_bytes = sign_pack_bytes,
     .sign_table = sign_table,
     .sign_pack = sign_pack,
     .sign_gemv = sign_gemv,
+    .sign_table8 = sign_table,
+    .sign_gemv8 = sign_gemv,
     .to_columns = to_columns,
     .to_rows = to_rows,
     .quantize_many = quantize_many,

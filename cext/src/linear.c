@@ -14,35 +14,41 @@ static size_t panel_bytes(int cols)
 
 /* ---- one token, and few ----------------------------------------------------------------------------------- */
 
-/* table = the quantized s * x (s may be NULL); returns the scale */
-static float prepare(const kernels_t *k, scratch_t *own, void *table, const float *x, const uint16_t *s, int cols)
+/* table = the quantized by * x (by may be NULL); returns the scale */
+static float prepare(const dbf_session *s, scratch_t *own, void *table, const float *x, const uint16_t *by, int cols)
 {
-    if (s) {
-        k->scale(own->scaled, x, s, cols);
-        x = own->scaled;
-    }
-    float scale = k->quantize(own->q, x, cols);
-    k->sign_table(table, own->q, cols);
+    const kernels_t *k = s->model->kernels;
+    float scale = k->quantize_scaled(own->q, own->scaled, x, by, cols, s->qmax);
+    (s->qmax == DBF_QMAX8 ? k->sign_table8 : k->sign_table)(table, own->q, cols);
     return scale;
 }
 
+/* one panel of w[][cols] times the table */
+static void sign_product(const dbf_session *s, int32_t *isum, const uint8_t *w, const void *table, int panel, int rows,
+                         int cols)
+{
+    const kernels_t *k = s->model->kernels;
+    (s->qmax == DBF_QMAX8 ? k->sign_gemv8 : k->sign_gemv)(isum, w + panel * panel_bytes(cols), table, rows, cols);
+}
+
 /* mid = s_mid * B(table), rows of one panel */
-static void panel_b(const kernels_t *k, const linear_t *w, int panel, const void *table, float scale, float *mid)
+static void panel_b(const dbf_session *s, const linear_t *w, int panel, const void *table, float scale, float *mid)
 {
     int32_t isum[DBF_PANEL];
     int r = panel * DBF_PANEL, rows = w->rank - r < DBF_PANEL ? w->rank - r : DBF_PANEL;
-    k->sign_gemv(isum, w->b + panel * panel_bytes(w->cols), table, rows, w->cols);
-    k->descale(mid + r, isum, scale, w->s_mid + r, NULL, rows);
+    sign_product(s, isum, w->b, table, panel, rows, w->cols);
+    s->model->kernels->descale(mid + r, isum, scale, w->s_mid + r, NULL, rows);
 }
 
 /* y = s_out * A(table) + bias, rows of one panel */
-static void panel_a(const kernels_t *k, const apply_t *p, int panel, const void *table, float scale, float *y)
+static void panel_a(const dbf_session *s, const apply_t *p, int panel, const void *table, float scale, float *y)
 {
+    const kernels_t *k = s->model->kernels;
     int32_t isum[DBF_PANEL];
     float out[DBF_PANEL];
     const linear_t *w = p->w;
     int r = panel * DBF_PANEL, rows = w->rows - r < DBF_PANEL ? w->rows - r : DBF_PANEL;
-    k->sign_gemv(isum, w->a + panel * panel_bytes(w->rank), table, rows, w->rank);
+    sign_product(s, isum, w->a, table, panel, rows, w->rank);
     k->descale(p->add ? out : y + r, isum, scale, w->s_out + r, w->bias ? w->bias + r : NULL, rows);
     if (p->add) k->add(y + r, out, rows);
 }
@@ -51,7 +57,6 @@ static void panel_a(const kernels_t *k, const apply_t *p, int panel, const void 
 static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
 {
     const dbf_model *m = s->model;
-    const kernels_t *k = m->kernels;
     scratch_t *own = &s->scratch[thread];
     int total[2] = { 0, 0 };
     for (int i = 0; i < count; i++) {
@@ -69,15 +74,15 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
                 if (first + panel < begin || first + panel >= end) continue;
                 if (!ready) {
                     lap(s, thread, stage);
-                    scale = phase == 0 ? prepare(k, own, own->table, p[i].x, w->s_in, w->cols)
-                                       : prepare(k, own, own->table, mid, NULL, w->rank);
+                    scale = phase == 0 ? prepare(s, own, own->table, p[i].x, w->s_in, w->cols)
+                                       : prepare(s, own, own->table, mid, NULL, w->rank);
                     lap(s, thread, TABLES);
                     ready = 1;
                 }
                 if (phase == 0)
-                    panel_b(k, w, panel, own->table, scale, mid);
+                    panel_b(s, w, panel, own->table, scale, mid);
                 else
-                    panel_a(k, &p[i], panel, own->table, scale, p[i].y);
+                    panel_a(s, &p[i], panel, own->table, scale, p[i].y);
             }
             first += panels;
         }
@@ -89,7 +94,6 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
 static void linear_few(dbf_session *s, int thread, const apply_t *p, int first, int n)
 {
     const dbf_model *m = s->model;
-    const kernels_t *k = m->kernels;
     const linear_t *w = p->w;
     scratch_t *own = &s->scratch[thread];
     int begin, end;
@@ -98,25 +102,25 @@ static void linear_few(dbf_session *s, int thread, const apply_t *p, int first, 
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++)
         s->in_scale[i] =
-            prepare(k, own, s->tables + i * s->table_bytes, p->x + (size_t)(first + i) * w->cols, w->s_in, w->cols);
+            prepare(s, own, s->tables + i * s->table_bytes, p->x + (size_t)(first + i) * w->cols, w->s_in, w->cols);
     meet(s, thread, TABLES);
 
     pool_split(m->pool, thread, panels_of(w->rank), &begin, &end);
     for (int panel = begin; panel < end; panel++)
         for (int i = 0; i < n; i++)
-            panel_b(k, w, panel, s->tables + i * s->table_bytes, s->in_scale[i], s->mid + (size_t)i * m->max_rank);
+            panel_b(s, w, panel, s->tables + i * s->table_bytes, s->in_scale[i], s->mid + (size_t)i * m->max_rank);
     meet(s, thread, SIGNS_B);
 
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++)
         s->in_scale[i] =
-            prepare(k, own, s->tables + i * s->table_bytes, s->mid + (size_t)i * m->max_rank, NULL, w->rank);
+            prepare(s, own, s->tables + i * s->table_bytes, s->mid + (size_t)i * m->max_rank, NULL, w->rank);
     meet(s, thread, TABLES);
 
     pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
     for (int panel = begin; panel < end; panel++)
         for (int i = 0; i < n; i++)
-            panel_a(k, p, panel, s->tables + i * s->table_bytes, s->in_scale[i],
+            panel_a(s, p, panel, s->tables + i * s->table_bytes, s->in_scale[i],
                     p->y + (size_t)(first + i) * w->rows);
     meet(s, thread, SIGNS_A);
 }
@@ -172,14 +176,14 @@ static void quantize_strips(dbf_session *s, int thread, const apply_t *p, int co
         int16_t *q = q_of(s, i, b, cols) + token - b.first;
         float *scale = scale_of(s, i, b) + token - b.first;
         if (phase == 1) {
-            k->quantize_many(q, scale, mid_of(s, i, b, cols) + token - b.first, NULL, cols, b.wide, b.wide);
+            k->quantize_many(q, scale, mid_of(s, i, b, cols) + token - b.first, NULL, cols, b.wide, b.wide, s->qmax);
             continue;
         }
         const float *x = p[i].x + (size_t)token * cols;
         int some = n - token < DBF_STRIP ? n - token : DBF_STRIP;
         if (x != turned) k->to_columns(strip, x, (size_t)cols, some, DBF_STRIP, cols);
         turned = x;
-        k->quantize_many(q, scale, strip, w->s_in, cols, b.wide, DBF_STRIP);
+        k->quantize_many(q, scale, strip, w->s_in, cols, b.wide, DBF_STRIP, s->qmax);
     }
     meet(s, thread, TABLES);
 }

@@ -9,6 +9,12 @@
  * Weights ("g64"): panels of 64 rows; in a panel, per group of 8 columns, the DBF1 bytes of the 64 rows. One linear
  * stream of bytes per thread.
  *
+ * Of activations of at most 126 there is a table with one plane, sign_table8's: a byte holds what agrees of 4 columns
+ * where the sum of their |q| is at most 255, as it nearly always is. A group where it is not is divided: each q is the
+ * sum of two halves, of which one stays and the other comes behind all groups, as an extra. Head: int32 l1, int32 number
+ * of extras; per group 2 x 16 bytes (the columns 0-3 and 4-7), then the same of every extra; then of every extra, as
+ * int32, its group.
+ *
  * A u16 accumulator of byte pairs (acc += s, odd += s >> 8; even = acc - (odd << 8)) holds 257 bytes of at most 255;
  * the low plane adds two a group, so sums move to int32 every LUT16_GROUPS groups. */
 #ifndef DBF_LUT16_H
@@ -21,11 +27,69 @@
 #define LUT16_HEAD 64
 #define LUT16_GROUP 64
 #define LUT16_GROUPS 128
+#define LUT8_GROUP 32
 
+/* groups of a table: AVX-512 makes those of two at once */
+static inline size_t lut16_groups(int cols)
+{
+    return (size_t)((cols + 15) / 16 * 2);
+}
+
+/* of the larger of the two tables */
 static inline size_t lut16_table_bytes(int cols)
 {
-    return LUT16_HEAD + (size_t)((cols + 7) / 8) * LUT16_GROUP;
+    return LUT16_HEAD + lut16_groups(cols) * (2 * LUT8_GROUP + sizeof(int32_t));
 }
+
+/* ---- tables of small activations -------------------------------------------------------------------------- */
+
+typedef struct lut8 {
+    uint8_t *group; /* [groups][LUT8_GROUP] */
+    uint8_t *extra; /* [extras][LUT8_GROUP] */
+    uint8_t *at;    /* int32 [extras] */
+    int32_t l1, extras;
+} lut8_t;
+
+static inline lut8_t lut8_open(const void *table, int cols)
+{
+    lut8_t t = { .group = (uint8_t *)table + LUT16_HEAD };
+    t.extra = t.group + lut16_groups(cols) * LUT8_GROUP;
+    t.at = t.extra + lut16_groups(cols) * LUT8_GROUP;
+    memcpy(&t.l1, table, sizeof t.l1);
+    memcpy(&t.extras, (const uint8_t *)table + sizeof t.l1, sizeof t.extras);
+    return t;
+}
+
+static inline void lut8_close(void *table, const lut8_t *t)
+{
+    memcpy(table, &t->l1, sizeof t->l1);
+    memcpy((uint8_t *)table + sizeof t->l1, &t->extras, sizeof t->extras);
+}
+
+/* the group of an extra */
+static inline size_t lut8_at(const lut8_t *t, int extra)
+{
+    int32_t g;
+    memcpy(&g, t->at + (size_t)extra * sizeof g, sizeof g);
+    return (size_t)g;
+}
+
+/* divide group g of q[cols]; make writes the tables of 8 columns */
+static inline void lut8_divide(lut8_t *t, int g, const int16_t *q, int cols, void (*make)(uint8_t *out, const int16_t *q))
+{
+    int16_t half[8] = { 0 }, other[8] = { 0 };
+    int32_t at = g;
+    for (int i = 0; i < 8 && 8 * g + i < cols; i++) {
+        half[i] = q[8 * g + i] / 2;
+        other[i] = (int16_t)(q[8 * g + i] - half[i]);
+    }
+    make(t->group + (size_t)g * LUT8_GROUP, half);
+    make(t->extra + (size_t)t->extras * LUT8_GROUP, other);
+    memcpy(t->at + (size_t)t->extras * sizeof at, &at, sizeof at);
+    t->extras++;
+}
+
+/* ---- weights ---------------------------------------------------------------------------------------------- */
 
 static inline size_t lut16_pack_bytes(int rows, int cols)
 {

@@ -275,10 +275,12 @@ static size_t lay_out_session(dbf_session *s)
     return used;
 }
 
-int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type)
+int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type,
+                    int activation_bits)
 {
     if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX || (!rope && model->config.rope_dims > 0)
-        || (kv_type != DBF_F16 && kv_type != DBF_Q8_0) || !dense_row_bytes(kv_type, model->config.head_dim))
+        || (kv_type != DBF_F16 && kv_type != DBF_Q8_0) || !dense_row_bytes(kv_type, model->config.head_dim)
+        || (activation_bits != 16 && activation_bits != 8))
         return DBF_EINVAL;
     dbf_session *s = calloc(1, sizeof *s);
     if (!s) return DBF_ENOMEM;
@@ -286,6 +288,7 @@ int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float 
     s->n_ctx = n_ctx;
     s->kv_type = kv_type;
     s->kv_bytes = dense_row_bytes(kv_type, model->config.head_dim);
+    s->qmax = activation_bits == 8 ? DBF_QMAX8 : DBF_QMAX;
     s->scratch = calloc((size_t)pool_threads(model->pool), sizeof *s->scratch);
     size_t bytes = s->scratch ? lay_out_session(s) : 0;
     s->arena = bytes ? aligned_alloc(ALIGN, bytes) : NULL;
@@ -414,19 +417,19 @@ static int product_new(product_t *p, const uint8_t *bits, const int16_t *q, int 
     p->table = p->memory + packed;
     p->bits = packed ? p->memory : bits;
     if (packed) p->k->sign_pack(p->memory, bits, rows, cols);
-    p->k->sign_table(p->table, q, cols);
     return DBF_OK;
 }
 
-int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols)
+int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int activation_bits)
 {
     product_t p;
-    int code = isum ? product_new(&p, bits, q, rows, cols) : DBF_EINVAL;
+    int small = activation_bits == 8, code = isum ? product_new(&p, bits, q, rows, cols) : DBF_EINVAL;
     if (code) return code;
+    (small ? p.k->sign_table8 : p.k->sign_table)(p.table, q, cols);
     size_t stride = (size_t)((cols + 7) / 8);
     for (int r = 0; r < rows; r += DBF_PANEL) {
         int some = rows - r < DBF_PANEL ? rows - r : DBF_PANEL;
-        p.k->sign_gemv(p.isum, p.bits + (size_t)r * stride, p.table, some, cols);
+        (small ? p.k->sign_gemv8 : p.k->sign_gemv)(p.isum, p.bits + (size_t)r * stride, p.table, some, cols);
         memcpy(isum + r, p.isum, (size_t)some * sizeof *isum);
     }
     free(p.memory);

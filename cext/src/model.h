@@ -63,6 +63,7 @@ enum { REST, TABLES, SIGNS_B, SIGNS_A, ATTENTION, HEAD, BARRIERS };
 struct dbf_session {
     dbf_model *model;
     int n_ctx, held;    /* positions there is room for; positions filled */
+    int qmax;           /* activations of sign products lie in -qmax .. qmax: DBF_QMAX or DBF_QMAX8 */
     float *rope;        /* [n_ctx][rope_dims/2][2] */
     int kv_type;
     size_t kv_bytes;    /* of one position of one KV head, its keys or its values */

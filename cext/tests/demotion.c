@@ -40,18 +40,26 @@ static float wrong_softmax(float *x, int n)
     return sum;
 }
 
-WRONG(scale, (float *y, const float *x, const uint16_t *s, int n), (y, x, s, n), flip(&y[n - 1]))
+static float wrong_quantize_scaled(int16_t *q, float *z, const float *x, const uint16_t *s, int n, int qmax)
+{
+    float scale = kernels_ref.quantize_scaled(q, z, x, s, n, qmax);
+    q[n - 1] ^= 1;
+    return scale;
+}
+
 WRONG(descale, (float *y, const int32_t *isum, float scale, const uint16_t *s, const float *bias, int n),
       (y, isum, scale, s, bias, n), flip(&y[n - 1]))
 WRONG(sign_gemv, (int32_t *isum, const uint8_t *w, const void *table, int rows, int cols),
+      (isum, w, table, rows, cols), isum[rows - 1]++)
+WRONG(sign_gemv8, (int32_t *isum, const uint8_t *w, const void *table, int rows, int cols),
       (isum, w, table, rows, cols), isum[rows - 1]++)
 WRONG(to_columns, (float *y, const float *x, size_t stride, int n, int wide, int cols), (y, x, stride, n, wide, cols),
       flip(&y[(size_t)wide * (cols - 1) + n - 1]))
 WRONG(to_rows, (float *y, const float *x, size_t stride, int n, int wide, int rows, int add),
       (y, x, stride, n, wide, rows, add), flip(&y[stride * (n - 1) + rows - 1]))
 WRONG(quantize_many,
-      (int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride),
-      (q, scale, x, s, cols, wide, stride), q[(size_t)wide * (cols - 1)] ^= 1)
+      (int16_t *q, float *scale, const float *x, const uint16_t *s, int cols, int wide, int stride, int qmax),
+      (q, scale, x, s, cols, wide, stride, qmax), q[(size_t)wide * (cols - 1)] ^= 1)
 WRONG(sign_gemm,
       (int32_t *isum, const uint8_t *w, const int16_t *q, uint32_t *work, int rows, int cols, int wide),
       (isum, w, q, work, rows, cols, wide), isum[rows * wide - 1]++)
@@ -84,9 +92,10 @@ WRONG(from_q6_k, (float *y, const uint8_t *x, int n), (y, x, n), flip(&y[n - 1])
 WRONG(from_q8_0, (float *y, const uint8_t *x, int n), (y, x, n), flip(&y[n - 1]))
 
 #define KERNELS(X) \
-    X(quantize) X(scale) X(descale) X(sign_gemv) X(to_columns) X(to_rows) X(quantize_many) X(sign_gemm) \
-    X(descale_many) X(gemv_f32) X(gemv_f16) X(gemv_q4_0) X(gemv_q8_0) X(gemv_q6_k) X(rmsnorm) X(scores) \
-    X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16) X(to_q8_0) X(from_q4_0) X(from_q8_0) X(from_q6_k)
+    X(quantize) X(quantize_scaled) X(descale) X(sign_gemv) X(sign_gemv8) X(to_columns) X(to_rows) \
+    X(quantize_many) X(sign_gemm) X(descale_many) X(gemv_f32) X(gemv_f16) X(gemv_q4_0) X(gemv_q8_0) \
+    X(gemv_q6_k) X(rmsnorm) X(scores) X(softmax) X(mix) X(silu_mul) X(add) X(to_f16) X(from_f16) X(to_q8_0) \
+    X(from_q4_0) X(from_q8_0) X(from_q6_k)
 
 enum { NONE,
 #define NUMBER(kernel) WRONG_##kernel,

@@ -138,15 +138,30 @@ static void test_quantize(const kernels_t *k, int n)
     }
 }
 
-static void test_scale(const kernels_t *k, int n)
+static void test_quantize_scaled(const kernels_t *k, int n)
 {
-    float *y = take((size_t)n, sizeof *y), *x = floats((size_t)n, 100.0f);
-    uint16_t *s = halves((size_t)n);
-    k->scale(y, x, s, n);
-    ref->scale(want_f, x, s, n);
-    SAME(y, want_f, n, "scale");
-    for (int i = 0; i < n; i++) NEAR(y[i], x[i] * of_half(s[i]), U * fabs(x[i] * of_half(s[i])), "scale", n);
-    give_back(k->name, "scale", n);
+    static int16_t want[MAX];
+    for (int kind = 0; kind < 6; kind++) { /* 16 or 8 bits; with and without scales; with an infinity */
+        int qmax = kind % 2 ? DBF_QMAX8 : DBF_QMAX;
+        int16_t *q = take((size_t)n, sizeof *q);
+        float *z = take((size_t)n, sizeof *z), *x = floats((size_t)n, 100.0f);
+        uint16_t *s = kind < 2 ? NULL : halves((size_t)n);
+        if (kind >= 4) x[next() % (uint32_t)n] = INFINITY;
+        float scale = k->quantize_scaled(q, z, x, s, n, qmax);
+        float scale_want = ref->quantize_scaled(want, want_f, x, s, n, qmax);
+        SAME(q, want, n, "quantize_scaled");
+        if (s) SAME(z, want_f, n, "z of quantize_scaled");
+        CHECK(scale == scale_want, "%s quantize_scaled %d: the scale is %g, not %g", k->name, n, scale, scale_want);
+        double top = 0.0;
+        for (int i = 0; i < n && kind < 4; i++) {
+            if (s) NEAR(z[i], x[i] * of_half(s[i]), U * fabs(x[i] * of_half(s[i])), "z of quantize_scaled", n);
+            if (!s) CHECK(((uint8_t *)z)[4 * i] == (GUARD ^ 0xff), "%s quantize_scaled wrote z", k->name);
+            top = larger(top, fabs((double)(s ? z[i] : x[i])));
+        }
+        if (kind < 4) NEAR(scale, top / qmax, U * top / qmax, "scale of quantize_scaled", n);
+        for (int i = 0; i < n && kind < 4; i++) NEAR(q[i], (s ? z[i] : x[i]) * qmax / top, 0.501, "quantize_scaled", n);
+        give_back(k->name, "quantize_scaled", n);
+    }
 }
 
 static void test_descale(const kernels_t *k, int n)
@@ -169,28 +184,29 @@ static void test_descale(const kernels_t *k, int n)
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
-/* alike: all signs and all activations are the same, which fills the sums to the brim */
-static void sign_product(const kernels_t *k, int rows, int cols, int alike)
+/* alike: all signs and all activations are the same, which fills the sums to the brim; qmax: that of q */
+static void sign_product(const kernels_t *k, int rows, int cols, int alike, int qmax)
 {
     size_t stride = (size_t)((cols + 7) / 8), packed = k->sign_pack_bytes(rows, cols);
     CHECK(packed == 0 || packed % PACKED == 0, "%s sign_pack_bytes", k->name);
     uint8_t *bits = bytes((size_t)rows * stride); /* filler bits too are random */
     int16_t *q = take((size_t)cols, sizeof *q);
-    for (int i = 0; i < cols; i++) q[i] = (int16_t)((int)(next() % (2 * DBF_QMAX + 1)) - DBF_QMAX);
+    int most = qmax == DBF_QMAX8 && next() % 2 ? 64 : qmax; /* 64: the sum over a group is sometimes above 255 */
+    for (int i = 0; i < cols; i++) q[i] = (int16_t)((int)(next() % (2 * (uint32_t)most + 1)) - most);
     if (alike) {
         memset(bits, next() % 2 ? 255 : 0, (size_t)rows * stride);
         int sign = next() % 2 ? 1 : -1;
-        for (int i = 0; i < cols; i++) q[i] = (int16_t)(sign * DBF_QMAX);
+        for (int i = 0; i < cols; i++) q[i] = (int16_t)(sign * qmax);
     }
     size_t table_bytes = k->sign_table_bytes(cols);
     uint8_t *table = table_bytes % PACKED ? take(table_bytes / 2, 2) : take(table_bytes / PACKED, PACKED);
     uint8_t *w = packed ? take(packed / PACKED, PACKED) : bits;
-    k->sign_table(table, q, cols);
+    (qmax == DBF_QMAX8 ? k->sign_table8 : k->sign_table)(table, q, cols);
     if (packed) k->sign_pack(w, bits, rows, cols);
     for (int r0 = 0; r0 < rows; r0 += DBF_PANEL) {
         int some = rows - r0 < DBF_PANEL ? rows - r0 : DBF_PANEL;
         int32_t *isum = take(DBF_PANEL, sizeof *isum);
-        k->sign_gemv(isum, w + (size_t)r0 * stride, table, some, cols);
+        (qmax == DBF_QMAX8 ? k->sign_gemv8 : k->sign_gemv)(isum, w + (size_t)r0 * stride, table, some, cols);
         for (int r = 0; r < some; r++) {
             int32_t sum = 0;
             for (int i = 0; i < cols; i++) {
@@ -208,8 +224,121 @@ static void test_sign_gemv(const kernels_t *k, int cols)
 {
     static const int rows[] = { 1, 7, 8, 15, 17, 33, 63, 64, 65, 131 };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        if (cols < 500 || i % 3 == 0) sign_product(k, rows[i], cols, 0);
-    for (int i = 0; i < 4; i++) sign_product(k, 65, cols, 1);
+        for (int qmax = DBF_QMAX8; qmax <= DBF_QMAX; qmax += DBF_QMAX - DBF_QMAX8)
+            if (cols < 500 || i % 3 == 0) sign_product(k, rows[i], cols, 0, qmax);
+    for (int i = 0; i < 4; i++) {
+        sign_product(k, 65, cols, 1, DBF_QMAX);
+        sign_product(k, 65, cols, 1, DBF_QMAX8);
+    }
+}
+
+/* ---- sign products of many tokens ------------------------------------------------------------------------- */
+
+static void test_turning(const kernels_t *k, int cols)
+{
+    static float want[DBF_BLOCK * MAX];
+    int n = 1 + (int)(next() % DBF_STRIP), wide = next() % 2 ? DBF_STRIP : DBF_BLOCK / 2;
+    size_t stride = (size_t)cols + next() % 3;
+    float *columns = take((size_t)cols * (size_t)wide, sizeof *columns);
+    float *rows = floats((size_t)(n - 1) * stride + (size_t)cols, 1.0f);
+    for (int i = 0; i < cols * wide; i++) columns[i] = 7.0f;
+    k->to_columns(columns, rows, stride, n, wide, cols);
+    for (int c = 0; c < cols; c++)
+        for (int i = 0; i < wide; i++) {
+            float x = i < n ? rows[(size_t)i * stride + (size_t)c] : i < DBF_STRIP ? 0.0f : 7.0f;
+            CHECK(columns[c * wide + i] == x, "%s to_columns %d: %d, %d", k->name, cols, c, i);
+        }
+    size_t length = (size_t)(n - 1) * stride + (size_t)cols;
+    for (int add = 0; add < 2; add++) {
+        for (size_t i = 0; i < length; i++) rows[i] = want[i] = uniform();
+        for (int i = 0; i < n; i++)
+            for (int c = 0; c < cols; c++) {
+                size_t at = (size_t)i * stride + (size_t)c;
+                want[at] = add ? want[at] + columns[c * wide + i] : columns[c * wide + i];
+            }
+        k->to_rows(rows, columns, stride, n, wide, cols, add);
+        SAME(rows, want, length, "to_rows");
+    }
+    give_back(k->name, "turning", cols);
+}
+
+static void test_quantize_many(const kernels_t *k, int cols)
+{
+    static float column[MAX], z[MAX];
+    static int16_t want[MAX];
+    int wide = DBF_BLOCK / 2, stride = DBF_STRIP + (int)(next() % 3) * 8, qmax = next() % 2 ? DBF_QMAX : DBF_QMAX8;
+    int16_t *q = take((size_t)cols * (size_t)wide, sizeof *q);
+    float *scale = take(DBF_STRIP, sizeof *scale), *x = floats((size_t)cols * (size_t)stride, 3.0f);
+    uint16_t *s = next() % 2 ? halves((size_t)cols) : NULL;
+    for (int c = 0; c < cols; c++) x[c * stride + 2] = 0.0f;
+    x[next() % (uint32_t)cols * (uint32_t)stride + 5] = INFINITY;
+    k->quantize_many(q, scale, x, s, cols, wide, stride, qmax);
+    for (int i = 0; i < DBF_STRIP; i++) {
+        for (int c = 0; c < cols; c++) column[c] = x[c * stride + i];
+        float scale_want = ref->quantize_scaled(want, z, column, s, cols, qmax);
+        CHECK(scale[i] == scale_want, "%s quantize_many %d: the scale is %g, not %g", k->name, cols, scale[i],
+              scale_want);
+        for (int c = 0; c < cols; c++)
+            CHECK(q[c * wide + i] == want[c], "%s quantize_many %d: %d, not %d", k->name, cols, q[c * wide + i],
+                  want[c]);
+    }
+    give_back(k->name, "quantize_many", cols);
+}
+
+static void sign_products(const kernels_t *k, int rows, int cols, int wide, int alike)
+{
+    size_t stride = (size_t)((cols + 7) / 8), packed = k->sign_pack_bytes(rows, cols);
+    uint8_t *bits = bytes((size_t)rows * stride), *w = packed ? take(packed / PACKED, PACKED) : bits;
+    int16_t *q = take((size_t)cols * (size_t)wide, sizeof *q);
+    for (int i = 0; i < cols * wide; i++) q[i] = (int16_t)((int)(next() % (2 * DBF_QMAX + 1)) - DBF_QMAX);
+    if (alike) {
+        memset(bits, next() % 2 ? 255 : 0, (size_t)rows * stride);
+        for (int i = 0; i < cols * wide; i++) q[i] = (int16_t)(i % wide % 2 ? DBF_QMAX : -DBF_QMAX);
+    }
+    int32_t *isum = take((size_t)rows * (size_t)wide, sizeof *isum);
+    uint32_t *work = take((size_t)(rows + 2) * (size_t)wide, sizeof *work);
+    if (packed) k->sign_pack(w, bits, rows, cols);
+    k->sign_gemm(isum, w, q, work, rows, cols, wide);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < wide; i++) {
+            int32_t sum = 0;
+            for (int c = 0; c < cols; c++) {
+                int bit = bits[(size_t)r * stride + (size_t)(c >> 3)] >> (c & 7) & 1;
+                sum += bit ? q[c * wide + i] : -q[c * wide + i];
+            }
+            CHECK(isum[r * wide + i] == sum, "%s sign_gemm %d x %d x %d: row %d, %d is %d, not %d", k->name, rows, cols,
+                  wide, r, i, isum[r * wide + i], sum);
+        }
+    give_back(k->name, "sign_gemm", cols);
+}
+
+static void test_sign_gemm(const kernels_t *k, int cols)
+{
+    for (int wide = DBF_BLOCK / 2; wide <= DBF_BLOCK; wide *= 2) {
+        sign_products(k, 1 + (int)(next() % 20), cols, wide, 0);
+        sign_products(k, 3, cols, wide, 1);
+        if (cols < 100) sign_products(k, 60 + (int)(next() % 80), cols, wide, 0);
+    }
+}
+
+static void test_descale_many(const kernels_t *k, int rows)
+{
+    static float want[DBF_BLOCK * MAX];
+    int wide = next() % 2 ? DBF_BLOCK : DBF_BLOCK / 2;
+    float *y = take((size_t)rows * (size_t)wide, sizeof *y), *scale = floats((size_t)wide, 1e-7f);
+    float *bias = next() % 2 ? floats((size_t)rows, 1.0f) : NULL;
+    uint16_t *s = halves((size_t)rows);
+    int32_t *isum = take((size_t)rows * (size_t)wide, sizeof *isum);
+    for (int i = 0; i < rows * wide; i++) isum[i] = (int32_t)(next() << 8 ^ next()) / 4;
+    k->descale_many(y, isum, scale, s, bias, rows, wide);
+    ref->descale_many(want, isum, scale, s, bias, rows, wide);
+    SAME(y, want, rows * wide, "descale_many");
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < wide; i++) {
+            double product = (double)isum[r * wide + i] * scale[i] * of_half(s[r]), b = bias ? bias[r] : 0.0;
+            NEAR(y[r * wide + i], product + b, U * (4.0 * fabs(product) + fabs(product + b)), "descale_many", rows);
+        }
+    give_back(k->name, "descale_many", rows);
 }
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
@@ -554,9 +683,13 @@ int main(void)
             for (int i = 0; i < N_SIZES; i++) {
                 int n = sizes[i];
                 test_quantize(k, n);
-                test_scale(k, n);
+                test_quantize_scaled(k, n);
                 test_descale(k, n);
                 test_sign_gemv(k, n);
+                test_turning(k, n);
+                test_quantize_many(k, n);
+                test_sign_gemm(k, n);
+                test_descale_many(k, n);
                 test_gemv(k, n);
                 for (int type = 0; type < 3; type++)
                     if (n < (block_types[type].block < 100 ? 64 : 8)) test_blocks(k, &block_types[type], n, n % 4 == 2);

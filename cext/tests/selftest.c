@@ -74,7 +74,7 @@ static void test_products(const char *isa)
             CHECK(dbf_isa_use(fast ? isa : "scalar") == DBF_OK, "dbf_isa_use(%s)", isa);
             q[fast] = malloc((size_t)cols * sizeof **q);
             CHECK(dbf_quantize(q[fast], &scale[fast], x, cols) == DBF_OK, "dbf_quantize");
-            CHECK(dbf_sign_gemv(isum[fast], bits, q[fast], ROWS, cols) == DBF_OK, "dbf_sign_gemv");
+            CHECK(dbf_sign_gemv(isum[fast], bits, q[fast], ROWS, cols, 16) == DBF_OK, "dbf_sign_gemv");
             dbf_dense f32 = { DBF_F32, ROWS, cols, w }, f16 = { DBF_F16, ROWS, cols, h };
             CHECK(dbf_dense_gemv(y[fast][0], &f32, x, BATCH) == DBF_OK, "dbf_dense_gemv");
             CHECK(dbf_dense_gemv(y[fast][1], &f16, x, BATCH) == DBF_OK, "dbf_dense_gemv");
@@ -97,14 +97,14 @@ static dbf_linear random_linear(int rows, int cols)
 }
 
 static void run_model(const dbf_config *c, const dbf_weights *w, const float *rope, int kv_type, int n_threads,
-                      int batch, float *logits)
+                      int batch, int bits, float *logits)
 {
     dbf_model *model = NULL;
     dbf_session *session = NULL;
     int32_t tokens[TOKENS];
     for (int i = 0; i < TOKENS; i++) tokens[i] = i * 37 % VOCAB;
     CHECK(dbf_model_new(&model, c, w, n_threads) == DBF_OK, "dbf_model_new");
-    CHECK(dbf_session_new(&session, model, CTX, rope, kv_type) == DBF_OK, "dbf_session_new");
+    CHECK(dbf_session_new(&session, model, CTX, rope, kv_type, bits) == DBF_OK, "dbf_session_new");
     for (int i = 0; i < TOKENS; i += batch) {
         int n = TOKENS - i < batch ? TOKENS - i : batch;
         CHECK(dbf_eval(session, tokens + i, n, i, logits + i * VOCAB, n) == DBF_OK, "dbf_eval");
@@ -135,18 +135,21 @@ static void test_model(int type, int dim, int kv_type)
             rope[p][i][1] = sinf((float)p / (float)(1 << i));
         }
 
-    dbf_isa_use("scalar");
-    run_model(&c, &w, &rope[0][0][0], kv_type, 1, TOKENS, want);
-    for (int i = 0; i < TOKENS * VOCAB; i++) CHECK(isfinite(want[i]), "logit %d is not finite", i);
-    for (int isa = 0; isa < dbf_isa_count(); isa++)
-        for (int threads = 1; threads <= 8; threads += type == DBF_F32 ? 1 : 3)
-            for (int batch = 1; batch <= TOKENS; batch += batch == 1 ? 39 : 20) { /* 1, 40, 60, 80 */
-                CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
-                memset(got, 0, sizeof got);
-                run_model(&c, &w, &rope[0][0][0], kv_type, threads, batch, got);
-                CHECK(memcmp(want, got, sizeof want) == 0, "%s, %d threads, batches of %d, types %d and %d differ",
-                      dbf_isa_name(isa), threads, batch, type, kv_type);
-            }
+    for (int bits = 8; bits <= 16; bits += 8) { /* of activations */
+        CHECK(dbf_isa_use("scalar") == DBF_OK, "dbf_isa_use");
+        run_model(&c, &w, &rope[0][0][0], kv_type, 1, TOKENS, bits, want);
+        for (int i = 0; i < TOKENS * VOCAB; i++) CHECK(isfinite(want[i]), "logit %d is not finite", i);
+        for (int isa = 0; isa < dbf_isa_count(); isa++)
+            for (int threads = 1; threads <= (bits == 16 ? 8 : 3); threads += type == DBF_F32 ? 1 : 3)
+                for (int batch = 1; batch <= TOKENS; batch += batch == 1 ? 39 : 20) { /* 1, 40, 60, 80 */
+                    CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
+                    memset(got, 0, sizeof got);
+                    run_model(&c, &w, &rope[0][0][0], kv_type, threads, batch, bits, got);
+                    CHECK(memcmp(want, got, sizeof want) == 0,
+                          "%s, %d threads, batches of %d, types %d and %d, %d bits differ", dbf_isa_name(isa), threads,
+                          batch, type, kv_type, bits);
+                }
+    }
     for (int i = 0; i < LAYERS; i++) {
         free((void *)layers[i].attn_norm), free((void *)layers[i].ffn_norm);
         for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++)
