@@ -102,7 +102,7 @@ int dbf_isa_use(const char *name);  /* NULL: the fastest */
 /* Single kernels of the active instruction set, for tests and benchmarks (and, last, the memory). */
 
 /* isum[r] = sum_k s[r,k] * q[k],  s = +1 where bit k of row r is set, else -1
- * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 or, where activation_bits are 8, |q| <= 126 */
+ * isum[rows], bits: DBF1 [rows][(cols+7)/8], q[cols] with |q| <= 8191 or, if activation_bits is 8, |q| <= 126 */
 int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int activation_bits);
 
 /* The same for n vectors of either kind: isum[n][rows], q[n][cols]. Blocks of 32 or 64 of them share what they can. */
@@ -120,10 +120,16 @@ int dbf_dense_gemv(float *y, const dbf_dense *w, const float *x, int n);
  * y[w->cols] */
 int dbf_dense_row(float *y, const dbf_dense *w, int r);
 
-/* Least time of one product of a sign matrix with `batch` vectors, their tables included, on one thread, repeated for
- * `duration` seconds. Copies of the packed matrix, at least `footprint` bytes in all, take turns: 0 keeps one matrix
- * in the caches, much more than these hold makes every product read it from memory. */
-int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t footprint, double duration);
+/* Linear layers multiply up to DBF_FEW vectors one by one; of more, blocks of 32 or 64 side by side, and what is left
+ * over one by one: a half block takes as long as DBF_FEW of them. */
+enum { DBF_FEW = 18 };
+
+/* Least time of one product of a sign matrix with `batch` vectors of 16 or 8 activation_bits, done as in linear layers,
+ * their tables included, on one thread, repeated for `duration` seconds. Copies of the packed matrix, at least
+ * `footprint` bytes in all, take turns: 0 keeps one matrix in the caches, much more than these hold makes every product
+ * read it from memory. */
+int dbf_bench_sign_product(double *seconds, int rows, int cols, int batch, int activation_bits, size_t footprint,
+                           double duration);
 
 /* The same for a matrix of `type` that is not factorized; the quantization of the vectors is included. */
 int dbf_bench_dense_gemv(double *seconds, int type, int rows, int cols, int batch, size_t footprint, double duration);

@@ -34,15 +34,17 @@ def load(
     n_threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str = "f16",
+    activations: str = "int16",
 ) -> Model:
     """Open a model file and make it ready to run.
 
-    path       a GGUF file made by dbf2gguf
-    backend    "auto", "c" or "numba"
-    n_threads  None: the number of physical cores
-    n_ctx      tokens that prompt and answer may have together; None: what the model was trained for,
-               at most 4096
-    kv_type    of the KV cache: "f16", or "q8_0", which takes half the memory
+    path         a GGUF file made by dbf2gguf
+    backend      "auto", "c" or "numba"
+    n_threads    None: the number of physical cores
+    n_ctx        tokens that prompt and answer may have together; None: what the model was trained for,
+                 at most 4096
+    kv_type      of the KV cache: "f16", or "q8_0", which takes half the memory
+    activations  of sign products: "int16" or, faster and less exact, "int8"
 
     Raises FormatError, UnsupportedModelError, BackendError, OptionError, OSError.
     """
@@ -59,7 +61,13 @@ def load(
 
         ctx = min(file.config.n_ctx_train, DEFAULT_CTX) if n_ctx is None else n_ctx
         running = backends.load(
-            file.config, file.weights, backend=backend, n_threads=n_threads, n_ctx=ctx, kv_type=kv_type
+            file.config,
+            file.weights,
+            backend=backend,
+            n_threads=n_threads,
+            n_ctx=ctx,
+            kv_type=kv_type,
+            activations=activations,
         )
         file.file.release()  # most of it has been copied
     except BaseException:

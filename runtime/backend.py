@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime import config as cfg
 from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes
-from runtime.errors import BackendError
+from runtime.errors import BackendError, OptionError
 
 NAMES = ("auto", "c", "numba")
 """Values of `backend` in `load`, and of the environment variable DBF_BACKEND."""
@@ -34,6 +34,7 @@ class Backend(ABC):
         n_ctx        positions that the KV cache has room for
         n_threads    threads that compute
         kv_type      type of the KV cache: "f16" or "q8_0"
+        activations  "int16" or "int8": what enters sign products
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend(ABC):
     n_ctx: int
     n_threads: int
     kv_type: str
+    activations: str
 
     @abstractmethod
     def eval(self, tokens: NDArray[np.int32], pos: int, n_logits: int) -> NDArray[np.float32]:
@@ -79,16 +81,18 @@ def load(
     n_threads: int | None = None,
     n_ctx: int,
     kv_type: str = "f16",
+    activations: str = "int16",
 ) -> Backend:
     """Make a model ready to run.
 
-    backend    "c", "numba", or "auto": DBF_BACKEND if set, else C, else, with a warning on stderr, Numba
-    n_threads  None: one per physical core
-    n_ctx      positions to make room for
-    kv_type    of the KV cache: "f16" or "q8_0"
+    backend      "c", "numba", or "auto": DBF_BACKEND if set, else C, else, with a warning on stderr, Numba
+    n_threads    None: one per physical core
+    n_ctx        positions to make room for
+    kv_type      of the KV cache: "f16" or "q8_0"
+    activations  of sign products: "int16" or, faster and less exact, "int8"
 
     Raises BackendError if the backend is missing, or config and weights do not fit together, OptionError if
-    kv_type is unknown or does not fit the model.
+    kv_type or activations is unknown, or kv_type does not fit the model.
     """
     if backend == "auto":
         backend = os.environ.get("DBF_BACKEND", "auto")
@@ -98,8 +102,10 @@ def load(
         raise BackendError(f"n_ctx is {n_ctx}, n_threads is {n_threads}: both must be 1 or more")
     check(config, weights)
     kv_row_bytes(config, kv_type)
+    if activations not in cfg.ACTIVATIONS:
+        raise OptionError(f"activations {activations!r} are unknown; there are {', '.join(cfg.ACTIVATIONS)}")
     if backend == "numba":
-        return _load_numba(config, weights, n_threads, n_ctx, kv_type)
+        return _load_numba(config, weights, n_threads, n_ctx, kv_type, activations)
     try:
         import cext
     except ImportError as e:
@@ -110,18 +116,25 @@ def load(
             "To build it: pip install -e .",
             file=sys.stderr,
         )
-        return _load_numba(config, weights, n_threads, n_ctx, kv_type)
-    return CBackend(cext, config, weights, n_threads, n_ctx, kv_type)
+        return _load_numba(config, weights, n_threads, n_ctx, kv_type, activations)
+    return CBackend(cext, config, weights, n_threads, n_ctx, kv_type, activations)
 
 
-def _load_numba(config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str) -> Backend:
+def _load_numba(
+    config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str, activations: str
+) -> Backend:
     try:
         from runtime.forward import NumbaBackend
     except ImportError as e:
         raise BackendError(
             f"no backend: Numba is missing ({e}); run: pip install -e . (C core) or pip install numba"
         ) from e
-    return NumbaBackend(config, weights, n_threads, n_ctx, kv_type)
+    return NumbaBackend(config, weights, n_threads, n_ctx, kv_type, activations)
+
+
+def describe(activations: str) -> str:
+    """What a backend's description says of them."""
+    return "" if activations == "int16" else f", {activations} activations"
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -233,14 +246,21 @@ class CBackend(Backend):
     name = "c"
 
     def __init__(
-        self, cext: Any, config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str
+        self,
+        cext: Any,
+        config: Config,
+        weights: Weights,
+        n_threads: int | None,
+        n_ctx: int,
+        kv_type: str,
+        activations: str,
     ) -> None:
         self._ffi, self._lib = cext.ffi, cext.lib
         self._config = config
         self._keep: list[Any] = []
         self._model = self._session = self._ffi.NULL
         self._held = 0
-        self.n_ctx, self.kv_type = n_ctx, kv_type
+        self.n_ctx, self.kv_type, self.activations = n_ctx, kv_type, activations
         self.n_threads = n_threads or int(self._lib.dbf_default_threads())
         demoted = self._lib.dbf_isa_demoted()
         if demoted:
@@ -255,7 +275,7 @@ class CBackend(Backend):
             self.close()
             raise
         threads = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
-        self.description = f"C, {self._string(self._lib.dbf_isa_active())}, {threads}"
+        self.description = f"C, {self._string(self._lib.dbf_isa_active())}, {threads}{describe(activations)}"
 
     def _open(self, config: Config, weights: Weights) -> None:
         ffi, lib = self._ffi, self._lib
@@ -279,9 +299,9 @@ class CBackend(Backend):
         self._model = model[0]
         rope = np.ascontiguousarray(cfg.rope_table(config, weights.rope_freqs, self.n_ctx), np.float32)
         c_rope = ffi.from_buffer("float[]", rope) if rope.size else ffi.NULL
-        kv_type = cfg.KV_TYPES[self.kv_type]
+        kv_type, bits = cfg.KV_TYPES[self.kv_type], cfg.ACTIVATIONS[self.activations]
         self._ensure(
-            lib.dbf_session_new(session, self._model, self.n_ctx, c_rope, kv_type), "dbf_session_new"
+            lib.dbf_session_new(session, self._model, self.n_ctx, c_rope, kv_type, bits), "dbf_session_new"
         )
         self._session = session[0]
 
@@ -357,7 +377,8 @@ class Core:
     """The C core's instruction sets and timings, for `runtime.bench`.
 
     Attributes: isas (the usable ones, from slow to fast), active (the one in use, or None if DBF_ISA names an
-    unusable one), demoted (one that this CPU has, but whose self-test failed, or None), default_threads.
+    unusable one), demoted (one that this CPU has, but whose self-test failed, or None), default_threads, few
+    (vectors that linear layers multiply one by one; more are multiplied side by side).
 
     Raises BackendError if the C core is not built.
     """
@@ -372,6 +393,7 @@ class Core:
         self.isas: tuple[str, ...] = tuple(name for name in names if name is not None)
         self.demoted = self._string(self._lib.dbf_isa_demoted())
         self.default_threads = int(self._lib.dbf_default_threads())
+        self.few = int(self._lib.DBF_FEW)
 
     @property
     def active(self) -> str | None:
@@ -387,10 +409,12 @@ class Core:
         finally:
             self._lib.dbf_isa_use(before)
 
-    def sign_gemv_seconds(self, rows: int, cols: int, batch: int, footprint: int, duration: float) -> float:
-        """Least time of a sign product of the active instruction set: dbf_bench_sign_gemv of dbf.h."""
+    def sign_product_seconds(
+        self, rows: int, cols: int, batch: int, bits: int, footprint: int, duration: float
+    ) -> float:
+        """Least time of a sign product of the active instruction set: dbf_bench_sign_product of dbf.h."""
         out = self._ffi.new("double *")
-        code = self._lib.dbf_bench_sign_gemv(out, rows, cols, batch, footprint, duration)
+        code = self._lib.dbf_bench_sign_product(out, rows, cols, batch, bits, footprint, duration)
         self._ensure(code, f"sign product {rows} x {cols} x {batch}")
         return float(out[0])
 

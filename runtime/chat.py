@@ -243,7 +243,12 @@ def chat(args: argparse.Namespace) -> int:
         raise OptionError(f"--max-tokens is {args.max_tokens}, wanted 0 or more")
     start = time.perf_counter()
     with runtime.load(
-        args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx, kv_type=args.kv_type
+        args.model,
+        backend=args.backend,
+        n_threads=args.threads,
+        n_ctx=args.ctx,
+        kv_type=args.kv_type,
+        activations=args.activations,
     ) as model:
         raw = args.raw
         if not raw and model.tokenizer.chat_template is None:

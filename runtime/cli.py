@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from runtime.config import KV_TYPES
+from runtime.config import ACTIVATIONS, KV_TYPES
 from runtime.errors import DbfError
 
 INTERRUPTED = 130
@@ -39,16 +39,22 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_backend_options(p: argparse.ArgumentParser) -> None:
-    """--backend, --kv-type and -t."""
+    """--backend, --kv-type, --activations and -t."""
     add_common_options(p)
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
 
 
 def add_common_options(p: argparse.ArgumentParser) -> None:
-    """--backend and --kv-type, which benchmarks have too."""
+    """--backend, --kv-type and --activations, which benchmarks have too."""
     p.add_argument("--backend", choices=("auto", "c", "numba"), default="auto", help="what computes")
     p.add_argument(
         "--kv-type", choices=tuple(KV_TYPES), default="f16", help="type of the keys and values held in memory"
+    )
+    p.add_argument(
+        "--activations",
+        choices=tuple(ACTIVATIONS),
+        default="int16",
+        help="integers that enter sign products; int8 is faster and less exact",
     )
 
 

@@ -23,6 +23,10 @@ BLOCKS = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in (F32, F
 KV_TYPES = {"f16": F16, "q8_0": Q8_0}
 """Types of the KV cache, by the names that options have."""
 
+ACTIVATIONS = {"int16": 16, "int8": 8}
+"""Activations of sign products, by the names that options have, and what the C core calls them: integers of
+one scale a vector, in -8191 .. 8191 (14 bits) or in -126 .. 126."""
+
 ADJACENT, HALVES = 0, 1
 """RoPE pairing: (2i, 2i+1), llama.cpp's "norm" order, or (i, i + dims/2), its "neox" order."""
 

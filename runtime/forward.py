@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import kernels_numba as kernels
-from runtime.backend import Backend, check_tokens
+from runtime.backend import Backend, check_tokens, describe
 from runtime.config import (
     F16,
     F32,
@@ -94,9 +94,7 @@ def linear_many(w: _Linear, x: Floats, qmax: int) -> Floats:
     return np.ascontiguousarray(y[:, :n].T)
 
 
-def _quantize_strips(
-    x: Floats, s: NDArray[np.uint16] | None, qmax: int
-) -> tuple[NDArray[np.int16], Floats]:
+def _quantize_strips(x: Floats, s: NDArray[np.uint16] | None, qmax: int) -> tuple[NDArray[np.int16], Floats]:
     cols, wide = x.shape
     q, scale = np.empty((cols, wide), np.int16), np.empty(wide, np.float32)
     for i in range(0, wide, kernels.STRIP):
@@ -145,12 +143,20 @@ class NumbaBackend(Backend):
     name = "numba"
 
     def __init__(
-        self, config: Config, weights: Weights, n_threads: int | None, n_ctx: int, kv_type: str
+        self,
+        config: Config,
+        weights: Weights,
+        n_threads: int | None,
+        n_ctx: int,
+        kv_type: str,
+        activations: str,
     ) -> None:
         limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self.n_threads = min(n_threads or limit, limit)
-        self.n_ctx, self.kv_type = n_ctx, kv_type
-        self.description = f"Numba, {self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
+        self.n_ctx, self.kv_type, self.activations = n_ctx, kv_type, activations
+        self._qmax = kernels.QMAX8 if activations == "int8" else kernels.QMAX
+        threads = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
+        self.description = f"Numba, {threads}{describe(activations)}"
         self._config, self._held = config, 0
         self._weights: Weights | None = weights
         self._linears = [
@@ -197,9 +203,9 @@ class NumbaBackend(Backend):
         for i, (layer, w) in enumerate(zip(weights.layers, self._linears, strict=True)):
             # queries, keys, values
             h = np.stack([self._rmsnorm(row, layer.attn_norm) for row in x])
-            q = linear(w["q"], h).reshape(n, c.n_heads, c.head_dim)
-            k = linear(w["k"], h).reshape(n, c.n_kv_heads, c.head_dim)
-            v = linear(w["v"], h).reshape(n, c.n_kv_heads, c.head_dim)
+            q = self._linear(w["q"], h).reshape(n, c.n_heads, c.head_dim)
+            k = self._linear(w["k"], h).reshape(n, c.n_kv_heads, c.head_dim)
+            v = self._linear(w["v"], h).reshape(n, c.n_kv_heads, c.head_dim)
 
             # RoPE, KV cache
             for j in range(n):
@@ -207,14 +213,17 @@ class NumbaBackend(Backend):
 
             # attention, added to the residual stream
             attended = np.stack([self._attention(q[j], i, pos + j) for j in range(n)])
-            _add(x, linear(w["o"], attended))
+            _add(x, self._linear(w["o"], attended))
 
             # feed-forward, added to the residual stream
             h = np.stack([self._rmsnorm(row, layer.ffn_norm) for row in x])
-            gate, up = linear(w["gate"], h), linear(w["up"], h)
+            gate, up = self._linear(w["gate"], h), self._linear(w["up"], h)
             kernels.silu_mul(gate.reshape(-1), gate.reshape(-1), up.reshape(-1), gate.size)
-            _add(x, linear(w["down"], gate))
+            _add(x, self._linear(w["down"], gate))
         return x
+
+    def _linear(self, w: _Linear, x: Floats) -> Floats:
+        return linear(w, x, self._qmax)
 
     def _rotate_and_store(self, q: Any, k: Any, v: Any, layer: int, pos: int) -> None:
         """Rotate queries and keys, store keys and values."""

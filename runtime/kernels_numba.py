@@ -1,9 +1,9 @@
 """The kernels of cext/src/kernels_ref.c in Python: same names, parameters, order and bits.
 
 What the numbers are is said in cext/src/kernels.h. float16 arrays are passed as uint16. The kernels of
-kernels.h that only lay out memory (sign_pack, sign_table, sign_table8 and their sizes, to_columns, to_rows) have
-no mirror: here, as in the scalar C, the layout is DBF1 itself and a table is q itself, so that sign_gemv8 is
-sign_gemv; and numpy turns arrays.
+kernels.h that only lay out memory (sign_pack, sign_table, sign_table8 and their sizes, to_columns, to_rows)
+have no mirror: here, as in the scalar C, the layout is DBF1 itself and a table is q itself, so that
+sign_gemv8 is sign_gemv; and numpy turns arrays.
 
 numba never contracts a * b + c nor reorders a sum (no fastmath), and `prange` runs over output rows only.
 """
@@ -241,7 +241,8 @@ def sign_gemv(isum: Array, w: Array, table: Array, rows: int, cols: int) -> None
 def quantize_many(
     q: Array, scale: Array, x: Array, s: Array | None, cols: int, wide: int, stride: int, qmax: int
 ) -> None:
-    """scale[i], q[k * wide + i] = those of quantize_scaled for x[k * stride + i] * s[k],  k < cols, i < DBF_STRIP
+    """scale[i], q[k * wide + i] = those of quantize_scaled for x[k * stride + i] * s[k],  k < cols,
+    i < DBF_STRIP
 
     q      (cols, wide)    int16, columns i < STRIP overwritten
     scale  (STRIP,)        float32, overwritten

@@ -141,7 +141,12 @@ def perplexity(args: argparse.Namespace) -> int:
     with open(args.text, "rb") as f:
         text = f.read().decode("utf-8", "replace")
     with runtime.load(
-        args.model, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx, kv_type=args.kv_type
+        args.model,
+        backend=args.backend,
+        n_threads=args.threads,
+        n_ctx=args.ctx,
+        kv_type=args.kv_type,
+        activations=args.activations,
     ) as model:
         tokenizer = model.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
@@ -154,7 +159,11 @@ def perplexity(args: argparse.Namespace) -> int:
         if args.json:
             rate = len(pieces) * args.ctx / seconds
             extra = {"seconds": seconds, "tokens_per_second": rate, "model": args.model, "text": args.text}
-            extra |= {"backend": model.backend.name, "kv_type": args.kv_type}
+            extra |= {
+                "backend": model.backend.name,
+                "kv_type": args.kv_type,
+                "activations": args.activations,
+            }
             print(json.dumps({**asdict(result), **extra}))
         else:
             print(result)

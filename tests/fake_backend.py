@@ -20,6 +20,7 @@ class FakeBackend:
     name = "fake"
     description = "fake, 1 thread"
     kv_type = "f16"
+    activations = "int16"
 
     def __init__(self, n_vocab: int = 300, n_ctx: int = 64, script: Sequence[int] = ()) -> None:
         self.n_vocab, self.n_ctx, self.n_threads = n_vocab, n_ctx, 1
@@ -63,8 +64,19 @@ class FakeModule:
         self.asked: dict[str, Any] = {}
 
     def load(
-        self, config: Any, weights: Any, *, backend: str, n_threads: int | None, n_ctx: int, kv_type: str
+        self,
+        config: Any,
+        weights: Any,
+        *,
+        backend: str,
+        n_threads: int | None,
+        n_ctx: int,
+        kv_type: str,
+        activations: str,
     ) -> FakeBackend:
-        self.asked = {"backend": backend, "n_threads": n_threads, "n_ctx": n_ctx, "kv_type": kv_type}
+        self.asked = {
+            "backend": backend, "n_threads": n_threads, "n_ctx": n_ctx, "kv_type": kv_type,
+            "activations": activations,
+        }  # fmt: skip
         self.loaded.append(FakeBackend(config.n_vocab, n_ctx, **self.options))
         return self.loaded[-1]

@@ -51,9 +51,9 @@ def assert_same(x, y):
     np.testing.assert_array_equal(bits(x), bits(y))
 
 
-def run(config, weights, ids, *, name="c", n_threads=1, step=None, n_ctx=N_CTX, kv_type="f16"):
+def run(config, weights, ids, *, name="c", n_threads=1, step=None, n_ctx=N_CTX, **options):
     """Logits of all ids, `step` at a time."""
-    b = backend.load(config, weights, backend=name, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type)
+    b = backend.load(config, weights, backend=name, n_threads=n_threads, n_ctx=n_ctx, **options)
     step = step or len(ids)
     out = [b.eval(ids[i : i + step], i, len(ids[i : i + step])) for i in range(0, len(ids), step)]
     b.close()
@@ -170,6 +170,50 @@ def test_kv_bytes_per_token():
     assert kv_bytes_per_token(config, "q8_0") == 2 * 30 * 3 * 68
 
 
+@pytest.fixture(scope="module", params=["odd sizes", "one KV head, biases", "part rotated", "Q8_0"])
+def int8(request):
+    config, options = MODELS[request.param]
+    weights, ids = tiny.weights(config, **options), ids_of(config, 75)
+    return config, weights, ids, run(config, weights, ids, activations="int8")
+
+
+def test_int8_activations(int8):
+    config, weights, ids, logits = int8
+    want = oracle.forward(config, weights, ids)
+    error = np.sqrt(np.mean((logits - want) ** 2)) / want.std()
+    # a step is 1/126 of a vector's largest value: measured 1.2e-2 .. 2.5e-2 of the logits' size; int16 2e-4
+    assert 4e-3 < error < 7e-2
+
+
+def test_int8_activations_are_identical_everywhere(int8):
+    config, weights, ids, logits = int8
+    try:
+        for isa in ISAS:
+            assert lib.dbf_isa_use(isa.encode()) == lib.DBF_OK
+            for n_threads, step, n in ((1, None, 75), (2, 7, 75), (5, 64, 75), (3, 1, 20)):
+                some = run(config, weights, ids[:n], n_threads=n_threads, step=step, activations="int8")
+                assert_same(some, logits[:n])
+    finally:
+        lib.dbf_isa_use(ffi.NULL)
+    pytest.importorskip("numba")
+    for step in (None, 1):
+        some = run(config, weights, ids[:20], name="numba", step=step, activations="int8")
+        assert_same(some, logits[:20])
+
+
+@pytest.mark.parametrize("name", ["c", "numba"])
+def test_activations_by_name(name):
+    if name == "numba":
+        pytest.importorskip("numba")
+    config = tiny.config(n_layers=1)
+    weights = tiny.weights(config)
+    b = backend.load(config, weights, backend=name, n_threads=1, n_ctx=10, activations="int8")
+    assert b.activations == "int8"
+    assert b.description.endswith("1 thread, int8 activations")
+    with pytest.raises(OptionError, match="'int4' are unknown; there are int16, int8"):
+        backend.load(config, weights, backend=name, n_ctx=10, activations="int4")
+
+
 @pytest.mark.parametrize("name", ["c", "numba"])
 def test_logits_of_the_last(name):
     if name == "numba":
@@ -278,10 +322,11 @@ def test_c_itself_checks():
         tokens[0] = token
         assert lib.dbf_eval(s, tokens, 1, 0, logits, 1) == lib.DBF_EINVAL
     session = ffi.new("dbf_session **")
-    assert lib.dbf_session_new(session, b._model, 0, logits, lib.DBF_F16) == lib.DBF_EINVAL
-    assert lib.dbf_session_new(session, b._model, 5, ffi.NULL, lib.DBF_F16) == lib.DBF_EINVAL
+    assert lib.dbf_session_new(session, b._model, 0, logits, lib.DBF_F16, 16) == lib.DBF_EINVAL
+    assert lib.dbf_session_new(session, b._model, 5, ffi.NULL, lib.DBF_F16, 16) == lib.DBF_EINVAL
+    assert lib.dbf_session_new(session, b._model, 5, logits, lib.DBF_F16, 4) == lib.DBF_EINVAL
     for kv_type in (lib.DBF_F32, lib.DBF_Q8_0, -1):  # Q8_0: heads of 12
-        assert lib.dbf_session_new(session, b._model, 5, logits, kv_type) == lib.DBF_EINVAL
+        assert lib.dbf_session_new(session, b._model, 5, logits, kv_type, 16) == lib.DBF_EINVAL
 
 
 def test_stages_change_nothing():

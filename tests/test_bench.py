@@ -159,6 +159,16 @@ def test_file_as_text(model: Path, form: str, capsys: pytest.CaptureFixture[str]
 
 
 @needs_c
+def test_int8_activations(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("-p", "5", "-n", "0", "-t", "1", "-r", "1", "--activations", "int8")
+    for extra in ((), ("--stages",)):
+        assert run(model, *options, *extra, "-o", "json") == 0
+        assert {r["activations"] for r in json.loads(capsys.readouterr().out)} == {"int8"}
+    assert run(model, *options) == 0
+    assert " int8 |" in capsys.readouterr().out
+
+
+@needs_c
 def test_kv_type(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.gguf"
     synthetic.write_dbf(path, TINY, 1.5, seed=3)
@@ -382,14 +392,15 @@ def test_synthetic_program(
 
 @needs_c
 def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--kernels", "--shapes", "16x24,67x100", "--heads", "70x256,9x32", "--batch", "1,3")
+    options = ("--kernels", "--shapes", "16x24,67x100", "--heads", "70x256,9x32", "--batch", "3,43")
     options += ("--seconds", "0.001")
     assert run(*options, "-o", "json") == 0
     rows = json.loads(capsys.readouterr().out)
     core = machine.find_core()
     assert core is not None
     assert core.isas[0] == "scalar"
-    work = {("sign_gemv", 16, 24): 16 * 3, ("sign_gemv", 67, 100): 67 * 13}
+    signs = ("sign_gemv", "sign_gemv8", "sign_gemm")
+    work = {(kernel, r, c): n for r, c, n in ((16, 24, 16 * 3), (67, 100, 67 * 13)) for kernel in signs}
     work |= {("head f16", 70, 256): 70 * 512, ("head f16", 9, 32): 9 * 64}
     work |= {("head q8_0", 70, 256): 70 * 8 * 34, ("head q8_0", 9, 32): 9 * 34}
     work |= {("head q6_k", 70, 256): 70 * 210}
@@ -398,7 +409,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
         (isa, *kernel, batch, where)
         for isa in core.isas
         for kernel in work
-        for batch in (1, 3)
+        for batch in ((3, 43) if kernel[0] not in signs else (43,) if kernel[0] == "sign_gemm" else (3,))
         for where in ("cache", "dram")
     ]
     keys = ("isa", "kernel", "rows", "cols", "batch", "where")
@@ -429,8 +440,8 @@ def test_kernels_leave_the_active_set_alone() -> None:
 def test_a_matrix_beyond_the_caches_has_no_cache_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "last_level_cache", lambda: 100)
     rows = list(kernels.bench([(16, 24), (67, 100)], [(2, 32)], [1], 0.001, 1 << 16))
-    wanted = {("sign_gemv", "cache"), ("sign_gemv", "dram"), ("head q8_0", "cache"), ("head q8_0", "dram")}
-    wanted |= {("head q4_0", "cache"), ("head q4_0", "dram"), ("head f16", "dram")}
+    small = ("sign_gemv", "sign_gemv8", "head q8_0", "head q4_0")
+    wanted = {(kernel, where) for kernel in small for where in ("cache", "dram")} | {("head f16", "dram")}
     assert {(r["kernel"], r["where"]) for r in rows if r["rows"] != 67} == wanted
     assert {r["where"] for r in rows if r["rows"] == 67} == {"dram"}
 
@@ -661,6 +672,7 @@ def test_peak_rss() -> None:
         (("a.gguf", "--info"), "wanted one of"),
         (("--kernels", "--peer"), "--peer goes with --synthetic"),
         (("--synthetic", "7b", "--peer", "--kv-type", "q8_0"), "leave out --kv-type q8_0"),
+        (("--synthetic", "7b", "--peer", "--activations", "int8"), "leave out --activations int8"),
         (("--kernels", "--stages"), "--stages goes with"),
         (("--synthetic", "7b", "--peer", "--stages"), "--stages goes with"),
         (("a.gguf", "--keep", "b.gguf"), "--keep goes with --synthetic"),

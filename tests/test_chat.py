@@ -60,8 +60,11 @@ def test_one_prompt(program: Setup, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_options_reach_the_backend(program: Setup) -> None:
-    assert program("-p", "Hi", "-t", "3", "--backend", "numba", "--kv-type", "q8_0", script=END) == 0
-    assert program.fake.asked == {"backend": "numba", "n_threads": 3, "n_ctx": 128, "kv_type": "q8_0"}
+    options = ("-t", "3", "--backend", "numba", "--kv-type", "q8_0", "--activations", "int8")
+    assert program("-p", "Hi", *options, script=END) == 0
+    assert program.fake.asked == {
+        "backend": "numba", "n_threads": 3, "n_ctx": 128, "kv_type": "q8_0", "activations": "int8",
+    }  # fmt: skip
 
 
 def test_system_and_stats(program: Setup, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +242,9 @@ def test_broken_pipe() -> None:
 def test_load(program: Setup) -> None:
     program("-p", "x", script=END)
     with runtime.load(program.path) as model:
-        assert program.fake.asked == {"backend": "auto", "n_threads": None, "n_ctx": 128, "kv_type": "f16"}
+        assert program.fake.asked == {
+            "backend": "auto", "n_threads": None, "n_ctx": 128, "kv_type": "f16", "activations": "int16",
+        }  # fmt: skip
         assert model.logits([3, 4, 5]).shape == (3, 300)
         ids = list(model.generate([3, 4, 5], max_tokens=5))
         assert len(ids) == 5

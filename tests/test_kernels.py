@@ -49,11 +49,11 @@ def guarded(values, shift=1):
     return g
 
 
-def sign_gemv(bits, q, cols):
+def sign_gemv(bits, q, cols, activation_bits=16):
     rows = bits.shape[0]
     w, x, out = guarded(bits, 3), guarded(q), Guarded(np.int32, rows)
     code = lib.dbf_sign_gemv(
-        out.pointer("int32_t *"), w.pointer("uint8_t *"), x.pointer("int16_t *"), rows, cols
+        out.pointer("int32_t *"), w.pointer("uint8_t *"), x.pointer("int16_t *"), rows, cols, activation_bits
     )
     assert code == lib.DBF_OK
     out.check()
@@ -84,6 +84,22 @@ def test_sign_gemv_extremes(isa, value, byte):
         bits = np.full((65, (cols + 7) // 8), byte, np.uint8)
         q = np.full(cols, value, np.int16)
         np.testing.assert_array_equal(sign_gemv(bits, q, cols), oracle.sign_gemv(bits, q.astype(int), cols))
+
+
+@pytest.mark.parametrize("cols", SIZES)
+def test_sign_gemv_of_8_bits_is_exact(isa, cols):
+    """With activations mostly small, large, and as large as can be: tables are divided, or not."""
+    rng = np.random.default_rng(cols)
+    bits = rng.integers(0, 256, (131, (cols + 7) // 8), dtype=np.uint8)
+    small = rng.integers(-10, 11, cols, dtype=np.int16)
+    small[:: 1 + cols // 5] = 126
+    for q in (
+        small,
+        rng.integers(-126, 127, cols, dtype=np.int16),
+        rng.choice([-126, 126], cols).astype(np.int16),
+    ):
+        got = sign_gemv(bits, q, cols, 8)
+        np.testing.assert_array_equal(got, oracle.sign_gemv(bits, q.astype(int), cols))
 
 
 def sign_gemm(bits, q):
@@ -232,9 +248,10 @@ def test_bad_arguments():
         (ffi.NULL, bits, q, 1, 8), (out, ffi.NULL, q, 1, 8), (out, bits, ffi.NULL, 1, 8),
         (out, bits, q, 0, 8), (out, bits, q, 1, 0), (out, bits, q, -1, 8), (out, bits, q, 1, 131073),
     ]:  # fmt: skip
-        assert lib.dbf_sign_gemv(*args) == lib.DBF_EINVAL
+        assert lib.dbf_sign_gemv(*args, 16) == lib.DBF_EINVAL
         assert lib.dbf_sign_gemm(*args, 1) == lib.DBF_EINVAL
     assert lib.dbf_sign_gemm(out, bits, q, 1, 8, 0) == lib.DBF_EINVAL
+    assert lib.dbf_sign_gemv(out, bits, q, 1, 8, 7) == lib.DBF_EINVAL
     for code in range(-5, 1):
         assert ffi.string(lib.dbf_strerror(code)) != b"unknown error"
     assert ffi.string(lib.dbf_strerror(-99)) == b"unknown error"

@@ -15,8 +15,8 @@ from runtime import config as cfg
 ROOT = Path(__file__).parents[1]
 KERNELS_H = (ROOT / "cext/src/kernels.h").read_text(encoding="utf-8")
 LAYOUT_ONLY = {
-    "sign_pack_bytes", "sign_table_bytes", "sign_pack", "sign_table", "sign_table8", "sign_gemv8", "to_columns",
-    "to_rows",
+    "sign_pack_bytes", "sign_table_bytes", "sign_pack", "sign_table", "sign_table8", "sign_gemv8",
+    "to_columns", "to_rows",
 }  # fmt: skip
 """Kernels that only lay out memory, or differ in that alone: kernels_numba.py has none of them, see there."""
 

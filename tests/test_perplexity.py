@@ -102,7 +102,9 @@ def test_program(
     args = [str(model), str(text), "--ctx", "16", "--chunks", "3", "--backend", "c", "-t", "2"]
     assert perplexity.main([*args, "--json"] if as_json else args) == 0
     out, err = capsys.readouterr()
-    assert fake.asked == {"backend": "c", "n_threads": 2, "n_ctx": 16, "kv_type": "f16"}
+    assert fake.asked == {
+        "backend": "c", "n_threads": 2, "n_ctx": 16, "kv_type": "f16", "activations": "int16",
+    }  # fmt: skip
     assert [call[:2] for call in fake.loaded[0].calls] == [(16, 0)] * 3
     assert err.startswith("[1]")
     assert err.rstrip().endswith(",")

@@ -6,8 +6,7 @@
 #include "../dbf.h"
 #include "clock.h"
 #include "dense.h"
-#include "kernels.h"
-#include "pool.h"
+#include "model.h"
 
 #define ALIGN 64
 #define MAX_ROWS (1 << 24)
@@ -59,26 +58,40 @@ static int duration_ok(double duration)
 
 typedef struct product {
     const kernels_t *k;
-    int rows, cols, batch;
+    int rows, cols, batch, bits;
     size_t row_bytes, copy_bytes, table_bytes;
     size_t copies, next;
     uint8_t *w;     /* [copies][copy_bytes] */
-    uint8_t *table; /* [batch][table_bytes] */
-    int16_t *q;     /* [cols] */
+    uint8_t *table; /* [DBF_FEW][table_bytes] */
+    int16_t *q;     /* [cols][DBF_BLOCK] */
+    int32_t *isum;  /* [DBF_GEMM_ROWS][DBF_BLOCK] */
+    uint32_t *work; /* [DBF_GEMM_ROWS + 2][DBF_BLOCK] */
 } product_t;
+
+static void multiply_few(const product_t *p, const uint8_t *w, int n)
+{
+    for (int i = 0; i < n; i++)
+        (p->bits == 8 ? p->k->sign_table8 : p->k->sign_table)(p->table + (size_t)i * p->table_bytes, p->q, p->cols);
+    for (int r = 0; r < p->rows; r += DBF_PANEL) {
+        int some = p->rows - r < DBF_PANEL ? p->rows - r : DBF_PANEL;
+        for (int i = 0; i < n; i++)
+            (p->bits == 8 ? p->k->sign_gemv8 : p->k->sign_gemv)(p->isum, w + (size_t)r * p->row_bytes,
+                                                                p->table + (size_t)i * p->table_bytes, some, p->cols);
+    }
+}
 
 static void multiply(void *arg)
 {
     product_t *p = arg;
-    int32_t isum[DBF_PANEL];
     const uint8_t *w = p->w + p->next * p->copy_bytes;
+    int many = many_of(p->batch);
     p->next = (p->next + 1) % p->copies;
-    for (int i = 0; i < p->batch; i++) p->k->sign_table(p->table + (size_t)i * p->table_bytes, p->q, p->cols);
-    for (int r = 0; r < p->rows; r += DBF_PANEL) {
-        int some = p->rows - r < DBF_PANEL ? p->rows - r : DBF_PANEL;
-        for (int i = 0; i < p->batch; i++)
-            p->k->sign_gemv(isum, w + (size_t)r * p->row_bytes, p->table + (size_t)i * p->table_bytes, some, p->cols);
-    }
+    for (int i = 0; i < many; i += DBF_BLOCK)
+        for (int r = 0; r < p->rows; r += DBF_GEMM_ROWS)
+            p->k->sign_gemm(p->isum, w + (size_t)r * p->row_bytes, p->q, p->work,
+                            p->rows - r < DBF_GEMM_ROWS ? p->rows - r : DBF_GEMM_ROWS, p->cols,
+                            many - i > DBF_BLOCK / 2 ? DBF_BLOCK : DBF_BLOCK / 2);
+    if (many < p->batch) multiply_few(p, w, p->batch - many);
 }
 
 /* the first copy is packed, the others are copied: what the signs are makes no difference to the kernels */
@@ -88,7 +101,12 @@ static int fill(product_t *p)
     uint8_t *bits = malloc(bytes);
     if (!bits) return DBF_ENOMEM;
     for (size_t i = 0; i < bytes; i++) bits[i] = (uint8_t)(i * 167 + i / 251);
-    for (int i = 0; i < p->cols; i++) p->q[i] = (int16_t)(i * 7919 % (2 * DBF_QMAX + 1) - DBF_QMAX);
+    /* like a normal distribution: few activations are large */
+    int qmax = p->bits == 8 ? DBF_QMAX8 : DBF_QMAX;
+    for (int i = 0; i < p->cols * DBF_BLOCK; i++) {
+        int64_t a = i * INT64_C(7919) % (2 * qmax + 1) - qmax, b = i * INT64_C(104729) % (2 * qmax + 1) - qmax;
+        p->q[i] = (int16_t)(a * b / qmax);
+    }
     if (packed)
         p->k->sign_pack(p->w, bits, p->rows, p->cols);
     else
@@ -98,12 +116,13 @@ static int fill(product_t *p)
     return DBF_OK;
 }
 
-int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t footprint, double duration)
+int dbf_bench_sign_product(double *seconds, int rows, int cols, int batch, int activation_bits, size_t footprint,
+                           double duration)
 {
     if (!seconds || rows < 1 || rows > MAX_ROWS || cols < 1 || cols > DBF_MAX_COLS || batch < 1 || batch > MAX_BATCH
-        || footprint > SIZE_MAX / 4 || !duration_ok(duration))
+        || (activation_bits != 8 && activation_bits != 16) || footprint > SIZE_MAX / 4 || !duration_ok(duration))
         return DBF_EINVAL;
-    product_t p = { .k = dbf_kernels_active(), .rows = rows, .cols = cols, .batch = batch };
+    product_t p = { .k = dbf_kernels_active(), .rows = rows, .cols = cols, .batch = batch, .bits = activation_bits };
     if (!p.k) return DBF_EISA;
     p.row_bytes = (size_t)((cols + 7) / 8);
     size_t packed = p.k->sign_pack_bytes(rows, cols);
@@ -111,13 +130,17 @@ int dbf_bench_sign_gemv(double *seconds, int rows, int cols, int batch, size_t f
     p.table_bytes = round_up(p.k->sign_table_bytes(cols));
     p.copies = copies_of(p.copy_bytes, footprint);
     p.w = aligned_alloc(ALIGN, p.copies * p.copy_bytes);
-    p.table = aligned_alloc(ALIGN, (size_t)batch * p.table_bytes);
-    p.q = malloc((size_t)cols * sizeof *p.q);
-    int code = p.w && p.table && p.q ? fill(&p) : DBF_ENOMEM;
+    p.table = aligned_alloc(ALIGN, DBF_FEW * p.table_bytes);
+    p.q = aligned_alloc(ALIGN, (size_t)cols * DBF_BLOCK * sizeof *p.q);
+    p.isum = aligned_alloc(ALIGN, DBF_GEMM_ROWS * DBF_BLOCK * sizeof *p.isum);
+    p.work = aligned_alloc(ALIGN, (DBF_GEMM_ROWS + 2) * DBF_BLOCK * sizeof *p.work);
+    int code = p.w && p.table && p.q && p.isum && p.work ? fill(&p) : DBF_ENOMEM;
     if (!code) *seconds = least_time(multiply, &p, duration);
     free(p.w);
     free(p.table);
     free(p.q);
+    free(p.isum);
+    free(p.work);
     return code;
 }
 

@@ -242,8 +242,8 @@ static void sign_gemv_avx512(int32_t *isum, const uint8_t *w, const void *table,
     _mm512_storeu_si512(isum + 48, _mm512_sub_epi32(_mm512_slli_epi32(r48, 1), l1));
 }
 
-/* r[4] += what n <= LUT16_GROUPS tables with one plane give, for the rows from 0, 16, 32, 48 on; extras: table i is that
- * of group lut8_at(extras, i) */
+/* r[4] += what n <= LUT16_GROUPS tables with one plane give, for the rows from 0, 16, 32, 48 on; extras: table i is
+ * that of group lut8_at(extras, i) */
 static inline void look_up_all8(__m512i *r, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
                                 int n)
 {

@@ -90,7 +90,7 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
     }
 }
 
-/* one linear of tokens first .. n-1, at most FEW */
+/* one linear of tokens first .. n-1, at most DBF_FEW */
 static void linear_few(dbf_session *s, int thread, const apply_t *p, int first, int n)
 {
     const dbf_model *m = s->model;
@@ -235,7 +235,7 @@ void linears(dbf_session *s, int thread, const apply_t *p, int count, int n)
         linears_one(s, thread, p, count);
         return;
     }
-    int rest = n % (DBF_BLOCK / 2), many = rest > FEW ? n : n - rest;
+    int many = many_of(n);
     for (int phase = 0; phase < 2 && many > 0; phase++) {
         quantize_strips(s, thread, p, count, many, phase);
         multiply_panels(s, thread, p, count, many, phase);

@@ -10,10 +10,10 @@
  * stream of bytes per thread.
  *
  * Of activations of at most 126 there is a table with one plane, sign_table8's: a byte holds what agrees of 4 columns
- * where the sum of their |q| is at most 255, as it nearly always is. A group where it is not is divided: each q is the
- * sum of two halves, of which one stays and the other comes behind all groups, as an extra. Head: int32 l1, int32 number
- * of extras; per group 2 x 16 bytes (the columns 0-3 and 4-7), then the same of every extra; then of every extra, as
- * int32, its group.
+ * where the sum of their |q| is at most 255, as it nearly always is. A group where it is not is divided: each q is
+ * the sum of two halves, of which one stays and the other comes behind all groups, as an extra. Head: int32 l1, int32
+ * number of extras; per group 2 x 16 bytes (the columns 0-3 and 4-7), then the same of every extra; then of every
+ * extra, as int32, its group.
  *
  * A u16 accumulator of byte pairs (acc += s, odd += s >> 8; even = acc - (odd << 8)) holds 257 bytes of at most 255;
  * the low plane adds two a group, so sums move to int32 every LUT16_GROUPS groups. */
@@ -75,7 +75,8 @@ static inline size_t lut8_at(const lut8_t *t, int extra)
 }
 
 /* divide group g of q[cols]; make writes the tables of 8 columns */
-static inline void lut8_divide(lut8_t *t, int g, const int16_t *q, int cols, void (*make)(uint8_t *out, const int16_t *q))
+static inline void lut8_divide(lut8_t *t, int g, const int16_t *q, int cols,
+                               void (*make)(uint8_t *out, const int16_t *q))
 {
     int16_t half[8] = { 0 }, other[8] = { 0 };
     int32_t at = g;

@@ -257,7 +257,7 @@ static size_t lay_out_session(dbf_session *s)
     size_t together = (size_t)TOGETHER * (size_t)max_of(c->d_model, m->max_rank), one = (size_t)m->max_dim;
     s->q_many = part(s, &used, CHUNK * (together > one ? together : one) * sizeof *s->q_many);
     s->in_scale = part(s, &used, TOGETHER * CHUNK * f);
-    s->tables = part(s, &used, FEW * s->table_bytes);
+    s->tables = part(s, &used, DBF_FEW * s->table_bytes);
     s->q_out = part(s, &used, (size_t)CHUNK * c->d_model * sizeof *s->q_out);
     s->q_scale = part(s, &used, CHUNK * f);
     for (int t = 0; t < pool_threads(m->pool); t++) {
@@ -423,7 +423,8 @@ static int product_new(product_t *p, const uint8_t *bits, const int16_t *q, int 
 int dbf_sign_gemv(int32_t *isum, const uint8_t *bits, const int16_t *q, int rows, int cols, int activation_bits)
 {
     product_t p;
-    int small = activation_bits == 8, code = isum ? product_new(&p, bits, q, rows, cols) : DBF_EINVAL;
+    int small = activation_bits == 8, ok = isum && (small || activation_bits == 16);
+    int code = ok ? product_new(&p, bits, q, rows, cols) : DBF_EINVAL;
     if (code) return code;
     (small ? p.k->sign_table8 : p.k->sign_table)(p.table, q, cols);
     size_t stride = (size_t)((cols + 7) / 8);

@@ -9,7 +9,6 @@
 
 #define CHUNK DBF_BLOCK /* tokens that go through a layer together */
 #define TOGETHER 3      /* linear layers that are computed together: q, k, v */
-#define FEW 18          /* tokens that go through a linear layer one by one: a half block takes as long as 18 of them */
 #define QUERIES 16      /* queries of one KV head that pass over its keys and values together */
 
 /* positions whose keys or values are float32 at a time: 16 KiB of them, and whole groups of DBF_LANES */
@@ -82,7 +81,7 @@ struct dbf_session {
     float *mid;                 /* [TOGETHER][CHUNK][max_rank] */
     int16_t *q_many;            /* [TOGETHER][CHUNK][max of d_model, max_rank], or [CHUNK][max_dim] */
     float *in_scale;            /* [TOGETHER][CHUNK] */
-    uint8_t *tables;            /* [FEW][table_bytes] */
+    uint8_t *tables;            /* [DBF_FEW][table_bytes] */
     size_t table_bytes;
     scratch_t *scratch;         /* [threads] */
     uint8_t *arena;             /* all of the above */
@@ -119,6 +118,13 @@ typedef struct apply {
 
 /* count <= TOGETHER linear layers of n tokens; all threads call it and leave it together */
 void linears(dbf_session *s, int thread, const apply_t *p, int count, int n);
+
+/* of n tokens, those that go side by side */
+static inline int many_of(int n)
+{
+    int rest = n % (DBF_BLOCK / 2);
+    return rest > DBF_FEW ? n : n - rest;
+}
 
 static inline int panels_of(int rows)
 {

@@ -53,8 +53,8 @@ WRONG(sign_gemv, (int32_t *isum, const uint8_t *w, const void *table, int rows, 
       (isum, w, table, rows, cols), isum[rows - 1]++)
 WRONG(sign_gemv8, (int32_t *isum, const uint8_t *w, const void *table, int rows, int cols),
       (isum, w, table, rows, cols), isum[rows - 1]++)
-WRONG(to_columns, (float *y, const float *x, size_t stride, int n, int wide, int cols), (y, x, stride, n, wide, cols),
-      flip(&y[(size_t)wide * (cols - 1) + n - 1]))
+WRONG(to_columns, (float *y, const float *x, size_t stride, int n, int wide, int cols),
+      (y, x, stride, n, wide, cols), flip(&y[(size_t)wide * (cols - 1) + n - 1]))
 WRONG(to_rows, (float *y, const float *x, size_t stride, int n, int wide, int rows, int add),
       (y, x, stride, n, wide, rows, add), flip(&y[stride * (n - 1) + rows - 1]))
 WRONG(quantize_many,

@@ -165,14 +165,18 @@ static void test_bench(void)
     for (int isa = 0; isa < dbf_isa_count(); isa++) {
         CHECK(dbf_isa_use(dbf_isa_name(isa)) == DBF_OK, "dbf_isa_use");
         for (size_t footprint = 0; footprint <= 20000; footprint += 20000) {
-            CHECK(dbf_bench_sign_gemv(&seconds, 67, 100, 3, footprint, 0.001) == DBF_OK, "dbf_bench_sign_gemv");
-            CHECK(seconds > 0.0, "%s bench", dbf_isa_name(isa));
+            for (int batch = 3, bits = 16; batch < 100; batch += 40, bits = 24 - bits) {
+                CHECK(dbf_bench_sign_product(&seconds, 67, 100, batch, bits, footprint, 0.001) == DBF_OK,
+                      "dbf_bench_sign_product");
+                CHECK(seconds > 0.0, "%s bench", dbf_isa_name(isa));
+            }
         }
     }
     CHECK(dbf_bench_dense_gemv(&seconds, DBF_Q6_K, 67, 256, 5, 20000, 0.001) == DBF_OK, "dbf_bench_dense_gemv");
     CHECK(dbf_bench_dense_gemv(&seconds, DBF_Q6_K, 67, 255, 5, 20000, 0.001) == DBF_EINVAL, "no whole blocks");
-    CHECK(dbf_bench_sign_gemv(&seconds, 67, 100, 0, 0, 0.0) == DBF_EINVAL, "a batch of 0");
-    CHECK(dbf_bench_sign_gemv(&seconds, 67, 100, 1, 0, INFINITY) == DBF_EINVAL, "an endless duration");
+    CHECK(dbf_bench_sign_product(&seconds, 67, 100, 0, 16, 0, 0.0) == DBF_EINVAL, "a batch of 0");
+    CHECK(dbf_bench_sign_product(&seconds, 67, 100, 1, 4, 0, 0.0) == DBF_EINVAL, "4 bits");
+    CHECK(dbf_bench_sign_product(&seconds, 67, 100, 1, 16, 0, INFINITY) == DBF_EINVAL, "an endless duration");
     for (int threads = 1; threads <= 3; threads++) {
         seconds = -1.0;
         CHECK(dbf_bench_read(&seconds, 100001, threads, 0.001) == DBF_OK && seconds > 0.0, "dbf_bench_read");

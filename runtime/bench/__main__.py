@@ -115,10 +115,11 @@ def _bench_model(args: argparse.Namespace) -> None:
             rows = peer.bench(path, shape, cases, threads, args.repetitions, args.seed, _note)
             _print(args, peer.COLUMNS, rows)
         elif args.stages:
-            rows = stages.bench(str(path), cases, threads, args.repetitions, args.backend, args.kv_type)
-            _print(args, stages.COLUMNS, rows)
+            options = (args.repetitions, args.backend, args.kv_type, args.activations)
+            _print(args, stages.COLUMNS, stages.bench(str(path), cases, threads, *options))
         else:
-            rows = decode.bench(str(path), cases, threads, args.repetitions, args.backend, args.kv_type)
+            options = (args.repetitions, args.backend, args.kv_type, args.activations)
+            rows = decode.bench(str(path), cases, threads, *options)
             _print(args, decode.COLUMNS, rows)
 
 
@@ -136,6 +137,8 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError("--peer compares the C backend; leave out --backend numba")
     if args.peer and args.kv_type != "f16":
         raise OptionError(f"--peer compares f16 KV caches; leave out --kv-type {args.kv_type}")
+    if args.peer and args.activations != "int16":
+        raise OptionError(f"--peer compares int16 activations; leave out --activations {args.activations}")
     if args.stages and (args.peer or args.kernels or args.info):
         raise OptionError("--stages goes with OUT.gguf or --synthetic SHAPE, and without --peer")
     if not 1 <= args.repetitions <= MAX_REPEATS:

@@ -181,6 +181,7 @@ class Run:
     peak_rss: int
     kv_type: str
     kv_bytes_per_token: int
+    activations: str
 
 
 def context_of(cases: Sequence[Case]) -> int:
@@ -189,7 +190,13 @@ def context_of(cases: Sequence[Case]) -> int:
 
 
 def run(
-    path: str, cases: Sequence[Case], n_threads: int | None, repeats: int, backend: str, kv_type: str
+    path: str,
+    cases: Sequence[Case],
+    n_threads: int | None,
+    repeats: int,
+    backend: str,
+    kv_type: str,
+    activations: str,
 ) -> Run:
     """Load a model and time all cases; n_threads None: the number of physical cores.
 
@@ -199,7 +206,14 @@ def run(
     file_size = machine.read_through(path)
     n_ctx = context_of(cases)
     start = time.perf_counter()
-    with runtime.load(path, backend=backend, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type) as model:
+    with runtime.load(
+        path,
+        backend=backend,
+        n_threads=n_threads,
+        n_ctx=n_ctx,
+        kv_type=kv_type,
+        activations=activations,
+    ) as model:
         load_seconds = time.perf_counter() - start
         runner = Runner(model.backend, model.file.config.n_vocab)
         threads = model.backend.n_threads
@@ -219,6 +233,7 @@ def run(
             peak_rss=machine.peak_rss(),
             kv_type=kv_type,
             kv_bytes_per_token=model.kv_bytes_per_token,
+            activations=activations,
         )
 
 
@@ -229,6 +244,7 @@ def bench(
     repeats: int,
     backend: str,
     kv_type: str = "f16",
+    activations: str = "int16",
 ) -> Iterator[Row]:
     """Rows of all cases with each number of threads; None: the number of physical cores.
 
@@ -240,7 +256,7 @@ def bench(
     for n in threads:
         clean = machine.reset_peak_rss() or clean
         when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        done = run(path, cases, n, repeats, backend, kv_type)
+        done = run(path, cases, n, repeats, backend, kv_type, activations)
         progress("read bandwidth")
         bandwidth = machine.read_bandwidth(done.n_threads)
         progress("")
@@ -268,6 +284,7 @@ def _about_run(path: str, done: Run, case: Case) -> dict[str, Any]:
         "bits_per_weight": round(about.bits_per_weight, 5),
         "n_threads": done.n_threads,
         "kv_type": done.kv_type,
+        "activations": done.activations,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
         "n_depth": case.n_depth,
@@ -318,7 +335,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: r["model_type"],
     "size:": lambda r: size_text(r["model_size"]),
     "params:": lambda r: count_text(r["model_n_params"]),
-    "backend": lambda r: f"{r['backend']} {r['isa'] or ''}".strip(),
+    "backend": lambda r: " ".join(filter(None, (r["backend"], r["isa"], _small(r)))),
     "threads:": lambda r: str(r["n_threads"]),
     "test:": lambda r: r["test"],
     "t/s:": lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
@@ -329,6 +346,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "load:": lambda r: f"{r['load_seconds']:.2f} s, {r['load_bytes_per_s'] / 1e9:.2f} GB/s",
 }
 """The Markdown table: llama-bench's columns, then what a token reads and its share of the bandwidth, etc."""
+
+
+def _small(row: Row) -> str | None:
+    return row["activations"] if row["activations"] != "int16" else None
 
 
 def _share(row: Row) -> str:

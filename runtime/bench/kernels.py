@@ -19,8 +19,11 @@ HEADS = ((49152, 576), (32000, 2048))
 HEAD_TYPES = {"head f16": F16, "head q8_0": Q8_0, "head q6_k": Q6_K, "head q4_0": Q4_0}
 """Kernel -> type. A head has no row where its rows are no whole blocks."""
 
-BATCHES = (1, 16)
+BATCHES = (1, 64)
 """Vectors per product: one as when a token is generated, several as when a prompt is read."""
+
+BITS = {"sign_gemv": 16, "sign_gemv8": 8, "sign_gemm": 16}
+"""Sign product -> bits of activations. sign_gemm takes either kind, equally fast."""
 
 
 def bench(
@@ -31,6 +34,9 @@ def bench(
     footprint: int | None = None,
 ) -> Iterator[Row]:
     """Rows of every instruction set, kernel, shape, batch and place of the weights, on one thread.
+
+    Sign products are done as in linear layers: with few vectors one by one (sign_gemv, sign_gemv8), with many
+    side by side (sign_gemm). What is timed includes their tables, but no quantization.
 
     shapes     of sign products
     heads      of heads
@@ -46,14 +52,21 @@ def bench(
     """
     core = Core()
     footprint = footprint or machine.streaming_bytes()
-    work = [("sign_gemv", shape, shape[0] * -(-shape[1] // 8)) for shape in shapes]
+    few, many = (tuple(n for n in batches if (n <= core.few) == is_few) for is_few in (True, False))
+    work = [
+        (kernel, shape, shape[0] * -(-shape[1] // 8), some)
+        for shape in shapes
+        for kernel, some in (("sign_gemv", few), ("sign_gemv8", few), ("sign_gemm", many))
+    ]
     for kernel, kind in HEAD_TYPES.items():
         block, nbytes = BLOCKS[kind]
-        work += [(kernel, (r, c), r * (c // block) * nbytes) for r, c in heads if c % block == 0]
+        work += [
+            (kernel, (r, c), r * (c // block) * nbytes, tuple(batches)) for r, c in heads if c % block == 0
+        ]
     for isa in core.isas:
         bandwidth = machine.read_bandwidth(1, seconds, footprint)
-        for kernel, shape, nbytes in work:
-            for batch in batches:
+        for kernel, shape, nbytes, some in work:
+            for batch in some:
                 for where, copies in (("cache", 0), ("dram", footprint)):
                     if where == "cache" and nbytes > machine.last_level_cache():
                         continue
@@ -80,7 +93,7 @@ def _seconds(
 ) -> float:
     if kernel in HEAD_TYPES:
         return core.dense_gemv_seconds(HEAD_TYPES[kernel], *shape, batch, footprint, seconds)
-    return core.sign_gemv_seconds(*shape, batch, footprint, seconds)
+    return core.sign_product_seconds(*shape, batch, BITS[kernel], footprint, seconds)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

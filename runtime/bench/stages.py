@@ -21,6 +21,7 @@ def bench(
     repeats: int,
     backend: str,
     kv_type: str = "f16",
+    activations: str = "int16",
 ) -> Iterator[Row]:
     """Rows of all stages of all cases with each number of threads; None: the number of physical cores.
 
@@ -33,7 +34,9 @@ def bench(
     n_ctx = context_of(cases)
     for n in threads:
         progress("loading the model")
-        with runtime.load(path, backend=backend, n_threads=n, n_ctx=n_ctx, kv_type=kv_type) as model:
+        with runtime.load(
+            path, backend=backend, n_threads=n, n_ctx=n_ctx, kv_type=kv_type, activations=activations
+        ) as model:
             runner = Runner(model.backend, model.file.config.n_vocab)
             for case in cases:
                 progress(f"{model.backend.n_threads} threads, {case.name}")
@@ -45,6 +48,7 @@ def bench(
                         "isa": core.active if core else None,
                         "n_threads": model.backend.n_threads,
                         "kv_type": kv_type,
+                        "activations": activations,
                         "test": case.name,
                         "n_prompt": case.n_prompt,
                         "n_gen": case.n_gen,
