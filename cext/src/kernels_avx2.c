@@ -84,7 +84,7 @@ static inline vf sums_of(const vf *v)
 static inline __m128i tables_of_8(uint8_t *out, __m128i q)
 {
     const __m128i zero = _mm_setzero_si128();
-    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_max_epi16(_mm_sub_epi16(zero, q), zero);
+    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_sub_epi16(plus, q);
     __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
     /* the entries 8-15 differ from 0-7 in column 3 only */
     __m256i three = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
@@ -119,7 +119,7 @@ static void sign_table_avx2(void *table, const int16_t *q, int cols)
 static inline __m128i tables8_of_8(uint8_t *out, __m128i q)
 {
     const __m128i zero = _mm_setzero_si128();
-    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_max_epi16(_mm_sub_epi16(zero, q), zero);
+    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_sub_epi16(plus, q);
     __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
     __m256i three = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
     __m256i e0 = _mm256_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm256_add_epi16(three, SHUFFLE(8, 3));

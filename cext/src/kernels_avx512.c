@@ -98,13 +98,17 @@ static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols
     PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)
 #define SHUFFLE(i, j) _mm512_shuffle_epi8(parts, _mm512_broadcast_i32x4(_mm_setr_epi16(PICKS(i, j))))
 
+/* int64 order[i] of a, where it is below 4, or order[i] - 8 of b */
+static inline __m512i side_by_side(__m256i a, __m256i b, __m512i order)
+{
+    return _mm512_permutex2var_epi64(_mm512_castsi256_si512(a), order, _mm512_castsi256_si512(b));
+}
+
 /* the tables of 16 columns; returns sums of |q| in the eight int32 of a register */
 static inline __m256i tables_of_16(uint8_t *out, __m256i q)
 {
-    const __m256i zero = _mm256_setzero_si256();
-    __m256i plus = _mm256_max_epi16(q, zero), minus = _mm256_max_epi16(_mm256_sub_epi16(zero, q), zero);
-    __m512i parts = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi64(plus, minus)),
-                                       _mm256_unpackhi_epi64(plus, minus), 1);
+    __m256i plus = _mm256_max_epi16(q, _mm256_setzero_si256()), minus = _mm256_sub_epi16(plus, q);
+    __m512i parts = side_by_side(plus, minus, _mm512_setr_epi64(0, 8, 2, 10, 1, 9, 3, 11));
     /* the entries 8-15 differ from 0-7 in column 3 only */
     __m512i three = _mm512_add_epi16(_mm512_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
     __m512i e0 = _mm512_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm512_add_epi16(three, SHUFFLE(8, 3));
@@ -137,10 +141,8 @@ static void sign_table_avx512(void *table, const int16_t *q, int cols)
 static inline __m256i tables8_of_16(uint8_t *out, __m256i q)
 {
     const __m256i zero = _mm256_setzero_si256();
-    __m256i plus = _mm256_max_epi16(q, zero), minus = _mm256_max_epi16(_mm256_sub_epi16(zero, q), zero);
-    __m512i parts = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi64(plus, minus)),
-                                       _mm256_unpackhi_epi64(plus, minus), 1);
-    parts = _mm512_shuffle_i64x2(parts, parts, 0xd8);
+    __m256i plus = _mm256_max_epi16(q, zero), minus = _mm256_sub_epi16(plus, q);
+    __m512i parts = side_by_side(plus, minus, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11));
     __m512i three = _mm512_add_epi16(_mm512_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
     __m512i e0 = _mm512_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm512_add_epi16(three, SHUFFLE(8, 3));
     _mm512_storeu_si512(out, _mm512_packus_epi16(e0, e8));

@@ -92,53 +92,67 @@ typedef float32x4_t vt;
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
+/* byte shuffles: entry i of a table takes, for column j, max(q[j], 0) if bit j of i is set, else max(-q[j], 0);
+ * the former are the words 0-3 of a register, the latter the words 4-7 */
+#define PICK(i, j) (uint16_t)((2 * (j) + ((i) >> (j) & 1 ? 0 : 8)) * 257 + 256)
+#define PICKS(i, j)                                                           \
+    {                                                                         \
+        PICK(i, j), PICK(i + 1, j), PICK(i + 2, j), PICK(i + 3, j),           \
+        PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)        \
+    }
+static const uint16_t picks[5][8] = { PICKS(0, 0), PICKS(0, 1), PICKS(0, 2), PICKS(0, 3), PICKS(8, 3) };
+
+/* the table of 4 columns: its entries 0-7 and 8-15, which differ in column 3 only */
+static inline uint16x8x2_t entries(uint16x4_t plus, uint16x4_t minus)
+{
+    uint8x16_t parts = vreinterpretq_u8_u16(vcombine_u16(plus, minus));
+    uint16x8_t e[5];
+    for (int j = 0; j < 5; j++)
+        e[j] = vreinterpretq_u16_u8(vqtbl1q_u8(parts, vreinterpretq_u8_u16(vld1q_u16(picks[j]))));
+    uint16x8_t three = vaddq_u16(vaddq_u16(e[0], e[1]), e[2]);
+    return (uint16x8x2_t){ { vaddq_u16(three, e[3]), vaddq_u16(three, e[4]) } };
+}
+
+/* the next 8 of cols activations from q on, 0 where there are none: max(q, 0) and max(-q, 0) */
+static inline uint16x8x2_t plus_minus(const int16_t *q, int cols)
+{
+    int16_t rest[8] = { 0 };
+    if (cols < 8) q = memcpy(rest, q, (size_t)cols * sizeof *q);
+    int16x8_t v = vld1q_s16(q), plus = vmaxq_s16(v, vdupq_n_s16(0));
+    return (uint16x8x2_t){ { vreinterpretq_u16_s16(plus), vreinterpretq_u16_s16(vsubq_s16(plus, v)) } };
+}
+
 static void sign_table_neon(void *table, const int16_t *q, int cols)
 {
-    static const int16_t bits[4][16] = {
-        { 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1 },
-        { 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1 },
-        { 0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, -1, -1, -1 },
-        { 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1 },
-    };
     uint8_t *out = (uint8_t *)table + LUT16_HEAD;
-    int32_t l1 = 0;
-    for (int k = 0; k < (cols + 7) / 8 * 8; k += 4) {
-        int16_t p[4] = { 0 };
-        for (int j = 0; j < 4 && k + j < cols; j++) p[j] = q[k + j];
-        /* entry 0 agrees with the negative columns; setting bit j adds q[j] to it */
-        int32_t negative = 0, all = 0;
-        for (int j = 0; j < 4; j++) {
-            all += p[j];
-            negative -= p[j] < 0 ? p[j] : 0;
+    uint32x4_t sums = vdupq_n_u32(0);
+    for (int k = 0; k < cols; k += 8, out += LUT16_GROUP) {
+        uint16x8x2_t p = plus_minus(q + k, cols - k);
+        sums = vpadalq_u16(sums, vaddq_u16(p.val[0], p.val[1]));
+        for (int half = 0; half < 2; half++) {
+            uint16x8x2_t e = half ? entries(vget_high_u16(p.val[0]), vget_high_u16(p.val[1]))
+                                  : entries(vget_low_u16(p.val[0]), vget_low_u16(p.val[1]));
+            uint8x16_t e0 = vreinterpretq_u8_u16(e.val[0]), e8 = vreinterpretq_u8_u16(e.val[1]);
+            vst1q_u8(out + 16 * half, vuzp1q_u8(e0, e8));
+            vst1q_u8(out + 32 + 16 * half, vuzp2q_u8(e0, e8));
         }
-        l1 += all + 2 * negative;
-        int16x8_t e0 = vdupq_n_s16((int16_t)negative), e1 = e0;
-        for (int j = 0; j < 4; j++) {
-            e0 = vaddq_s16(e0, vandq_s16(vdupq_n_s16(p[j]), vld1q_s16(bits[j])));
-            e1 = vaddq_s16(e1, vandq_s16(vdupq_n_s16(p[j]), vld1q_s16(bits[j] + 8)));
-        }
-        uint8x16_t b0 = vreinterpretq_u8_s16(e0), b1 = vreinterpretq_u8_s16(e1);
-        vst1q_u8(out, vuzp1q_u8(b0, b1));
-        vst1q_u8(out + 32, vuzp2q_u8(b0, b1));
-        out += k % 8 == 0 ? 16 : LUT16_GROUP - 16;
     }
+    int32_t l1 = (int32_t)vaddvq_u32(sums);
     memcpy(table, &l1, sizeof l1);
 }
 
 /* the same with one plane, of 8 columns */
+static inline void tables8_of_8(uint8_t *out, uint16x8x2_t p)
+{
+    uint16x8x2_t low = entries(vget_low_u16(p.val[0]), vget_low_u16(p.val[1]));
+    uint16x8x2_t high = entries(vget_high_u16(p.val[0]), vget_high_u16(p.val[1]));
+    vst1q_u8(out, vcombine_u8(vmovn_u16(low.val[0]), vmovn_u16(low.val[1])));
+    vst1q_u8(out + 16, vcombine_u8(vmovn_u16(high.val[0]), vmovn_u16(high.val[1])));
+}
+
 static void make_tables8(uint8_t *out, const int16_t *q)
 {
-    static const uint8_t number[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
-    for (int half = 0; half < 2; half++, q += 4, out += 16) {
-        int32_t negative = 0;
-        for (int j = 0; j < 4; j++) negative -= q[j] < 0 ? q[j] : 0;
-        uint8x16_t e = vdupq_n_u8((uint8_t)negative);
-        for (int j = 0; j < 4; j++) {
-            uint8x16_t has = vtstq_u8(vld1q_u8(number), vdupq_n_u8((uint8_t)(1 << j)));
-            e = vaddq_u8(e, vandq_u8(has, vdupq_n_u8((uint8_t)q[j])));
-        }
-        vst1q_u8(out, e);
-    }
+    tables8_of_8(out, plus_minus(q, 8));
 }
 
 static void sign_table8_neon(void *table, const int16_t *q, int cols)
@@ -146,16 +160,14 @@ static void sign_table8_neon(void *table, const int16_t *q, int cols)
     lut8_t t = lut8_open(table, cols);
     t.l1 = t.extras = 0;
     for (int g = 0; g < (cols + 7) / 8; g++) {
-        int16_t rest[8] = { 0 };
-        const int16_t *from = q + 8 * g;
-        if (cols - 8 * g < 8) from = memcpy(rest, from, (size_t)(cols - 8 * g) * sizeof *q);
-        int16x8_t size = vabsq_s16(vld1q_s16(from));
-        int32_t low = vaddv_s16(vget_low_s16(size)), high = vaddv_s16(vget_high_s16(size));
+        uint16x8x2_t p = plus_minus(q + 8 * g, cols - 8 * g);
+        uint16x8_t size = vaddq_u16(p.val[0], p.val[1]);
+        int32_t low = vaddv_u16(vget_low_u16(size)), high = vaddv_u16(vget_high_u16(size));
         t.l1 += low + high;
         if ((low | high) > 255)
             lut8_divide(&t, g, q, cols, make_tables8);
         else
-            make_tables8(t.group + g * LUT8_GROUP, from);
+            tables8_of_8(t.group + g * LUT8_GROUP, p);
     }
     lut8_close(table, &t);
 }

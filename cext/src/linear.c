@@ -14,7 +14,8 @@ static size_t panel_bytes(int cols)
 
 /* ---- one token, and few ----------------------------------------------------------------------------------- */
 
-/* table = the quantized by * x (by may be NULL); returns the scale */
+/* table = the quantized by * x (by may be NULL); returns the scale. Quantizing and making the table in one loop was
+ * slower: with AVX-512, 576 columns took 930 instead of 840 cycles. */
 static float prepare(const dbf_session *s, scratch_t *own, void *table, const float *x, const uint16_t *by, int cols)
 {
     const kernels_t *k = s->model->kernels;
