@@ -71,181 +71,59 @@ static inline vf sums_of(const vf *v)
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
-/* byte shuffles: entry i of a table takes, for column j, max(q[j], 0) if bit j of i is set, else max(-q[j], 0);
- * the former are the words 0-3 of a register, the latter the words 4-7 */
-#define PICK(i, j) (int16_t)((2 * (j) + ((i) >> (j) & 1 ? 0 : 8)) * 257 + 256)
-#define PICKS(i, j) \
-    PICK(i, j), PICK(i + 1, j), PICK(i + 2, j), PICK(i + 3, j), \
-    PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)
-#define SHUFFLE(i, j) _mm256_shuffle_epi8(parts, _mm256_setr_epi16(PICKS(i, j), PICKS(i, j)))
+#define LB 32
+#define vb_table(p) ((vb)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p))))
+#define vb_shuffle(table, index) ((vb)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(index)))
+#define vb_avg(a, b) ((vb)_mm256_avg_epu8((__m256i)(a), (__m256i)(b)))
 
-/* the tables of 8 columns, those of 0-3 in the low halves of the registers and those of 4-7 in the high; returns
- * sums of |q| in the four int32 of a register */
-static inline __m128i tables_of_8(uint8_t *out, __m128i q)
+#include "lut16_x86.h"
+
+#define SHUFFLE(i, j) _mm256_shuffle_epi8(parts, _mm256_broadcastsi128_si256(PICKS(i, j)))
+
+typedef struct entries {
+    __m256i e0, e8;
+} entries_t;
+
+/* the entries 0-7 and 8-15, which differ in column 3 only, of 4 columns of each group */
+INLINE entries_t entries(__m256i parts)
 {
-    const __m128i zero = _mm_setzero_si128();
-    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_sub_epi16(plus, q);
-    __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
-    /* the entries 8-15 differ from 0-7 in column 3 only */
     __m256i three = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
-    __m256i e0 = _mm256_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm256_add_epi16(three, SHUFFLE(8, 3));
-    const __m256i byte = _mm256_set1_epi16(255);
-    __m256i low = _mm256_packus_epi16(_mm256_and_si256(e0, byte), _mm256_and_si256(e8, byte));
-    __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(e0, 8), _mm256_srli_epi16(e8, 8));
-    _mm256_storeu_si256((__m256i *)out, low);
-    _mm256_storeu_si256((__m256i *)out + 1, high);
-    return _mm_madd_epi16(_mm_add_epi16(plus, minus), _mm_set1_epi16(1));
+    return (entries_t){ _mm256_add_epi16(three, SHUFFLE(0, 3)), _mm256_add_epi16(three, SHUFFLE(8, 3)) };
 }
 
-static void sign_table_avx2(void *table, const int16_t *q, int cols)
+INLINE void make_pair(uint8_t *out, __m256i plus, __m256i minus)
 {
-    uint8_t *out = (uint8_t *)table + LUT16_HEAD;
-    __m128i sums = _mm_setzero_si128();
-    int k = 0;
-    for (; k + 8 <= cols; k += 8, out += LUT16_GROUP)
-        sums = _mm_add_epi32(sums, tables_of_8(out, _mm_loadu_si128((const __m128i *)(q + k))));
-    if (k < cols) {
-        int16_t rest[8] = { 0 };
-        memcpy(rest, q + k, (size_t)(cols - k) * sizeof *q);
-        sums = _mm_add_epi32(sums, tables_of_8(out, _mm_loadu_si128((const __m128i *)rest)));
+    const __m256i bits = _mm256_set1_epi16(127);
+    for (int half = 0; half < 2; half++, out += 32) {
+        entries_t e = entries(half ? _mm256_unpackhi_epi64(plus, minus) : _mm256_unpacklo_epi64(plus, minus));
+        __m256i low = _mm256_packus_epi16(_mm256_and_si256(e.e0, bits), _mm256_and_si256(e.e8, bits));
+        __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(e.e0, 7), _mm256_srli_epi16(e.e8, 7));
+        _mm256_storeu_si256((__m256i *)out, low);
+        _mm256_storeu_si256((__m256i *)out + 2, high);
     }
-    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
-    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1));
-    int32_t l1 = _mm_cvtsi128_si32(sums);
-    memcpy(table, &l1, sizeof l1);
 }
 
-/* the same with one plane; returns the sums of |q| of the columns 0-3 and 4-7 in the two int64 of a register */
-static inline __m128i tables8_of_8(uint8_t *out, __m128i q)
+INLINE void make_pair8(uint8_t *out, __m256i plus, __m256i minus)
 {
-    const __m128i zero = _mm_setzero_si128();
-    __m128i plus = _mm_max_epi16(q, zero), minus = _mm_sub_epi16(plus, q);
-    __m256i parts = _mm256_set_m128i(_mm_unpackhi_epi64(plus, minus), _mm_unpacklo_epi64(plus, minus));
-    __m256i three = _mm256_add_epi16(_mm256_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
-    __m256i e0 = _mm256_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm256_add_epi16(three, SHUFFLE(8, 3));
-    _mm256_storeu_si256((__m256i *)out, _mm256_packus_epi16(e0, e8));
-    return _mm_sad_epu8(_mm_add_epi16(plus, minus), zero);
+    entries_t low = entries(_mm256_unpacklo_epi64(plus, minus)), high = entries(_mm256_unpackhi_epi64(plus, minus));
+    _mm256_storeu_si256((__m256i *)out, _mm256_packus_epi16(low.e0, low.e8));
+    _mm256_storeu_si256((__m256i *)out + 1, _mm256_packus_epi16(high.e0, high.e8));
 }
 
-static void make_tables8(uint8_t *out, const int16_t *q)
+static inline void flush(int32_t *isum, sums_t low, sums_t high)
 {
-    tables8_of_8(out, _mm_loadu_si128((const __m128i *)q));
-}
-
-static void sign_table8_avx2(void *table, const int16_t *q, int cols)
-{
-    lut8_t t = lut8_open(table, cols);
-    t.l1 = t.extras = 0;
-    for (int g = 0; g < (cols + 7) / 8; g++) {
-        int16_t rest[8] = { 0 };
-        const int16_t *from = q + 8 * g;
-        if (cols - 8 * g < 8) from = memcpy(rest, from, (size_t)(cols - 8 * g) * sizeof *q);
-        __m128i sums = tables8_of_8(t.group + g * LUT8_GROUP, _mm_loadu_si128((const __m128i *)from));
-        int32_t low = _mm_cvtsi128_si32(sums), high = _mm_extract_epi16(sums, 4);
-        t.l1 += low + high;
-        if ((low | high) > 255) lut8_divide(&t, g, q, cols, make_tables8);
-    }
-    lut8_close(table, &t);
-}
-
-/* isum[32] += even and odd bytes' sums of the low plane + 256 * those of the high plane */
-static inline void flush(int32_t *isum, __m256i low, __m256i low_odd, __m256i high, __m256i high_odd)
-{
-    __m256i low_even = _mm256_sub_epi16(low, _mm256_slli_epi16(low_odd, 8));
-    __m256i high_even = _mm256_sub_epi16(high, _mm256_slli_epi16(high_odd, 8));
-    __m256i l[2] = { _mm256_unpacklo_epi16(low_even, low_odd), _mm256_unpackhi_epi16(low_even, low_odd) };
-    __m256i h[2] = { _mm256_unpacklo_epi16(high_even, high_odd), _mm256_unpackhi_epi16(high_even, high_odd) };
+    __m256i l[2] = { _mm256_unpacklo_epi16((__m256i)low.even, (__m256i)low.odd),
+                     _mm256_unpackhi_epi16((__m256i)low.even, (__m256i)low.odd) };
+    __m256i h[2] = { _mm256_unpacklo_epi16((__m256i)high.even, (__m256i)high.odd),
+                     _mm256_unpackhi_epi16((__m256i)high.even, (__m256i)high.odd) };
     for (int i = 0; i < 4; i++) { /* rows 8i .. 8i+7 */
         __m128i l16 = i < 2 ? _mm256_castsi256_si128(l[i & 1]) : _mm256_extracti128_si256(l[i & 1], 1);
         __m128i h16 = i < 2 ? _mm256_castsi256_si128(h[i & 1]) : _mm256_extracti128_si256(h[i & 1], 1);
-        __m256i v = _mm256_add_epi32(_mm256_cvtepu16_epi32(l16), _mm256_slli_epi32(_mm256_cvtepu16_epi32(h16), 8));
+        __m256i low32 = _mm256_cvtepu16_epi32(l16), high32 = _mm256_cvtepu16_epi32(h16);
+        __m256i v = _mm256_add_epi32(_mm256_slli_epi32(low32, 1), _mm256_slli_epi32(high32, 8));
         __m256i *sum = (__m256i *)(isum + 8 * i);
         _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), v));
     }
-}
-
-/* look up 32 rows x 8 columns; the high plane's entries are < 128, so two of them fit in a byte */
-#define LOOK_UP(bytes, low, low_odd, high, high_odd)                                                          \
-    do {                                                                                                      \
-        __m256i w_ = _mm256_loadu_si256((const __m256i *)(bytes));                                            \
-        __m256i a_ = _mm256_and_si256(w_, nibble), b_ = _mm256_and_si256(_mm256_srli_epi16(w_, 4), nibble);   \
-        __m256i s_ = _mm256_shuffle_epi8(a_low, a_), t_ = _mm256_shuffle_epi8(b_low, b_);                     \
-        low = _mm256_add_epi16(low, _mm256_add_epi16(s_, t_));                                                \
-        low_odd = _mm256_add_epi16(low_odd, _mm256_srli_epi16(s_, 8));                                        \
-        low_odd = _mm256_add_epi16(low_odd, _mm256_srli_epi16(t_, 8));                                        \
-        s_ = _mm256_add_epi8(_mm256_shuffle_epi8(a_high, a_), _mm256_shuffle_epi8(b_high, b_));               \
-        high = _mm256_add_epi16(high, s_);                                                                    \
-        high_odd = _mm256_add_epi16(high_odd, _mm256_srli_epi16(s_, 8));                                      \
-    } while (0)
-
-static void sign_gemv_avx2(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
-{
-    (void)rows;
-    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
-    const __m128i *t = (const __m128i *)((const uint8_t *)table + LUT16_HEAD);
-    int groups = (cols + 7) / 8;
-    memset(isum, 0, DBF_PANEL * sizeof *isum);
-    for (int g0 = 0; g0 < groups; g0 += LUT16_GROUPS) {
-        int end = g0 + LUT16_GROUPS < groups ? g0 + LUT16_GROUPS : groups;
-        __m256i l0 = zero, l0_odd = zero, h0 = zero, h0_odd = zero, l1 = zero, l1_odd = zero, h1 = zero, h1_odd = zero;
-        for (int g = g0; g < end; g++, w += DBF_PANEL, t += 4) {
-            __m256i a_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t));
-            __m256i b_low = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
-            __m256i a_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 2));
-            __m256i b_high = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 3));
-            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-            LOOK_UP(w, l0, l0_odd, h0, h0_odd);
-            LOOK_UP(w + 32, l1, l1_odd, h1, h1_odd);
-        }
-        flush(isum, l0, l0_odd, h0, h0_odd);
-        flush(isum + 32, l1, l1_odd, h1, h1_odd);
-    }
-    int32_t l1;
-    memcpy(&l1, table, sizeof l1);
-    for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - l1;
-}
-
-/* look up 32 rows x 8 columns in tables with one plane */
-#define LOOK_UP8(bytes, sum, odd)                                                                             \
-    do {                                                                                                      \
-        __m256i w_ = _mm256_loadu_si256((const __m256i *)(bytes));                                            \
-        __m256i a_ = _mm256_and_si256(w_, nibble), b_ = _mm256_and_si256(_mm256_srli_epi16(w_, 4), nibble);   \
-        __m256i s_ = _mm256_shuffle_epi8(a, a_), t_ = _mm256_shuffle_epi8(b, b_);                             \
-        sum = _mm256_add_epi16(sum, _mm256_add_epi16(s_, t_));                                                \
-        odd = _mm256_add_epi16(odd, _mm256_srli_epi16(s_, 8));                                                \
-        odd = _mm256_add_epi16(odd, _mm256_srli_epi16(t_, 8));                                                \
-    } while (0)
-
-/* isum += what n <= LUT16_GROUPS tables give; extras: table i is that of group lut8_at(extras, first + i) */
-static inline void look_up_all8(int32_t *isum, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
-                                int n)
-{
-    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
-    __m256i s0 = zero, s0_odd = zero, s1 = zero, s1_odd = zero;
-    for (int i = first; i < first + n; i++) {
-        const __m128i *t = (const __m128i *)(table + (size_t)i * LUT8_GROUP);
-        const uint8_t *bytes = w + (extras ? lut8_at(extras, i) : (size_t)i) * DBF_PANEL;
-        __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(t));
-        __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(t + 1));
-        _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T0);
-        LOOK_UP8(bytes, s0, s0_odd);
-        LOOK_UP8(bytes + 32, s1, s1_odd);
-    }
-    flush(isum, s0, s0_odd, zero, zero);
-    flush(isum + 32, s1, s1_odd, zero, zero);
-}
-
-static void sign_gemv8_avx2(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
-{
-    lut8_t t = lut8_open(table, cols);
-    (void)rows;
-    int groups = (cols + 7) / 8;
-    memset(isum, 0, DBF_PANEL * sizeof *isum);
-    for (int g = 0; g < groups; g += LUT16_GROUPS)
-        look_up_all8(isum, w, t.group, NULL, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
-    for (int i = 0; i < t.extras; i += LUT16_GROUPS)
-        look_up_all8(isum, w, t.extra, &t, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
-    for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - t.l1;
 }
 
 /* ---- unfactorized matrices -------------------------------------------------------------------------------- */
@@ -361,11 +239,11 @@ void kernels_avx2(kernels_t *k)
     k->name = "avx2";
     k->sign_table_bytes = lut16_table_bytes;
     k->sign_pack_bytes = lut16_pack_bytes;
-    k->sign_table = sign_table_avx2;
+    k->sign_table = sign_table_x86;
     k->sign_pack = lut16_pack;
-    k->sign_gemv = sign_gemv_avx2;
-    k->sign_table8 = sign_table8_avx2;
-    k->sign_gemv8 = sign_gemv8_avx2;
+    k->sign_gemv = sign_gemv_x86;
+    k->sign_table8 = sign_table8_x86;
+    k->sign_gemv8 = sign_gemv8_x86;
     k->gemv_q4_0 = gemv_q4_0_avx2;
     k->gemv_q8_0 = gemv_q8_0_avx2;
     k->gemv_q6_k = gemv_q6_k_avx2;

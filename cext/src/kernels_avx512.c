@@ -5,9 +5,12 @@
  *   vbroadcasti32x4  one table for all four quarters, on a load port
  *   vpmaddwd         int8 weights x int16 activations of two rows
  *
- * Registers of 512 bits run on two ports instead of three. Sign products by the method of lut16.h take 17 vector
- * instructions for 512 signs, 8.5 cycles, where AVX2 needs 34 and 11.3. Selecting with AND and adding with vpdpbusd,
- * on two int8 planes of the activations, takes 24 and 12: slower, and it would need VNNI. */
+ * Registers of 512 bits run on two ports instead of three. Sign products by the method of lut16_x86.h take 13.5 vector
+ * instructions for 512 signs, 6.75 cycles, where AVX2 needs 27 and 9. What else was tried:
+ *   VNNI  selecting with AND and adding with vpdpbusd, on two int8 planes of the activations, takes 24 and 12.
+ *   VBMI  vpermi2b looks up 128 entries, all 8 columns of a group with one sign folded away: 10.5 instructions, but it
+ *         takes two of an Intel core's cycles for shuffles where vpshufb takes one. On a Sapphire Rapids, weights and
+ *         tables in the caches, 148 Gs/s, where this gives 197. */
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
@@ -75,12 +78,8 @@ static inline vf sums_of(const vf *v)
 
 /* ---- layouts ---------------------------------------------------------------------------------------------- */
 
-/* Table: int32 l1, padding to 64 bytes; then per 16 columns 8 x 16 bytes: the low planes of the columns 0-3, 8-11,
- * 4-7, 12-15, then their high planes.
- * Weights: those of lut16.h, with row 16i + j of a panel in byte 4j + i of its 64, so that the sums of the bytes i
- * of all 32-bit words are 16 neighbouring rows. */
-#define PAIR 128 /* bytes of table for two groups of 8 columns */
-
+/* Weights: those of lut16.h, with row 16i + j of a panel in byte 4j + i of its 64, so that the sums of the bytes i of
+ * all 32-bit words are 16 neighbouring rows. */
 static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols)
 {
     uint8_t order[DBF_PANEL];
@@ -88,200 +87,65 @@ static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols
     lut16_pack_as(order, w, bits, rows, cols);
 }
 
-/* ---- tables ----------------------------------------------------------------------------------------------- */
+/* ---- sign products ---------------------------------------------------------------------------------------- */
 
-/* byte shuffles: entry i of a table takes, for column j, max(q[j], 0) if bit j of i is set, else max(-q[j], 0);
- * the former are the words 0-3 of each quarter, the latter the words 4-7 */
-#define PICK(i, j) (int16_t)((2 * (j) + ((i) >> (j) & 1 ? 0 : 8)) * 257 + 256)
-#define PICKS(i, j) \
-    PICK(i, j), PICK(i + 1, j), PICK(i + 2, j), PICK(i + 3, j), \
-    PICK(i + 4, j), PICK(i + 5, j), PICK(i + 6, j), PICK(i + 7, j)
-#define SHUFFLE(i, j) _mm512_shuffle_epi8(parts, _mm512_broadcast_i32x4(_mm_setr_epi16(PICKS(i, j))))
+#define LB 64
+#define vb_table(p) ((vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(p))))
+#define vb_shuffle(table, index) ((vb)_mm512_shuffle_epi8((__m512i)(table), (__m512i)(index)))
+#define vb_avg(a, b) ((vb)_mm512_avg_epu8((__m512i)(a), (__m512i)(b)))
 
-/* int64 order[i] of a, where it is below 4, or order[i] - 8 of b */
-static inline __m512i side_by_side(__m256i a, __m256i b, __m512i order)
+#include "lut16_x86.h"
+
+#define SHUFFLE(i, j) _mm512_shuffle_epi8(parts, _mm512_broadcast_i32x4(PICKS(i, j)))
+
+typedef struct entries {
+    __m512i e0, e8;
+} entries_t;
+
+/* the entries 0-7 and 8-15, which differ in column 3 only, of the columns 0-3, 8-11, 4-7 and 12-15 */
+INLINE entries_t entries(__m256i plus, __m256i minus)
 {
-    return _mm512_permutex2var_epi64(_mm512_castsi256_si512(a), order, _mm512_castsi256_si512(b));
-}
-
-/* the tables of 16 columns; returns sums of |q| in the eight int32 of a register */
-static inline __m256i tables_of_16(uint8_t *out, __m256i q)
-{
-    __m256i plus = _mm256_max_epi16(q, _mm256_setzero_si256()), minus = _mm256_sub_epi16(plus, q);
-    __m512i parts = side_by_side(plus, minus, _mm512_setr_epi64(0, 8, 2, 10, 1, 9, 3, 11));
-    /* the entries 8-15 differ from 0-7 in column 3 only */
+    const __m512i order = _mm512_setr_epi64(0, 8, 2, 10, 1, 9, 3, 11);
+    __m512i parts = _mm512_permutex2var_epi64(_mm512_castsi256_si512(plus), order, _mm512_castsi256_si512(minus));
     __m512i three = _mm512_add_epi16(_mm512_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
-    __m512i e0 = _mm512_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm512_add_epi16(three, SHUFFLE(8, 3));
-    const __m512i byte = _mm512_set1_epi16(255);
-    _mm512_storeu_si512(out, _mm512_packus_epi16(_mm512_and_si512(e0, byte), _mm512_and_si512(e8, byte)));
-    _mm512_storeu_si512(out + 64, _mm512_packus_epi16(_mm512_srli_epi16(e0, 8), _mm512_srli_epi16(e8, 8)));
-    return _mm256_madd_epi16(_mm256_add_epi16(plus, minus), _mm256_set1_epi16(1));
+    return (entries_t){ _mm512_add_epi16(three, SHUFFLE(0, 3)), _mm512_add_epi16(three, SHUFFLE(8, 3)) };
 }
 
-static void sign_table_avx512(void *table, const int16_t *q, int cols)
+INLINE void make_pair(uint8_t *out, __m256i plus, __m256i minus)
 {
-    uint8_t *out = (uint8_t *)table + LUT16_HEAD;
-    __m256i sums = _mm256_setzero_si256();
-    int k = 0;
-    for (; k + 16 <= cols; k += 16, out += PAIR)
-        sums = _mm256_add_epi32(sums, tables_of_16(out, _mm256_loadu_si256((const __m256i *)(q + k))));
-    if (k < cols) {
-        __mmask16 rest = (__mmask16)((1u << (cols - k)) - 1);
-        sums = _mm256_add_epi32(sums, tables_of_16(out, _mm256_maskz_loadu_epi16(rest, q + k)));
+    entries_t e = entries(plus, minus);
+    const __m512i bits = _mm512_set1_epi16(127);
+    _mm512_storeu_si512(out, _mm512_packus_epi16(_mm512_and_si512(e.e0, bits), _mm512_and_si512(e.e8, bits)));
+    _mm512_storeu_si512(out + 64, _mm512_packus_epi16(_mm512_srli_epi16(e.e0, 7), _mm512_srli_epi16(e.e8, 7)));
+}
+
+INLINE void make_pair8(uint8_t *out, __m256i plus, __m256i minus)
+{
+    entries_t e = entries(plus, minus);
+    _mm512_storeu_si512(out, _mm512_packus_epi16(e.e0, e.e8));
+}
+
+/* isum[16] += 2 * low + 256 * high of the lower or the upper u16 of every 32 bits */
+static inline void flush_16(int32_t *isum, vw low16, vw high16, int upper)
+{
+    __m512i l = (__m512i)low16, h = (__m512i)high16;
+    if (upper) {
+        l = _mm512_srli_epi32(l, 16);
+        h = _mm512_srli_epi32(h, 16);
+    } else {
+        l = _mm512_and_si512(l, _mm512_set1_epi32(0xffff));
+        h = _mm512_and_si512(h, _mm512_set1_epi32(0xffff));
     }
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-    int32_t l1 = _mm_cvtsi128_si32(sum);
-    memcpy(table, &l1, sizeof l1);
+    __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(l, 1), _mm512_slli_epi32(h, 8));
+    _mm512_storeu_si512(isum, _mm512_add_epi32(_mm512_loadu_si512(isum), sum));
 }
 
-/* The same with one plane, in the order of the columns; returns, in the four int64 of a register, the sums of |q| of
- * the columns 0-3, 4-7, 8-11, 12-15. */
-static inline __m256i tables8_of_16(uint8_t *out, __m256i q)
+static inline void flush(int32_t *isum, sums_t low, sums_t high)
 {
-    const __m256i zero = _mm256_setzero_si256();
-    __m256i plus = _mm256_max_epi16(q, zero), minus = _mm256_sub_epi16(plus, q);
-    __m512i parts = side_by_side(plus, minus, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11));
-    __m512i three = _mm512_add_epi16(_mm512_add_epi16(SHUFFLE(0, 0), SHUFFLE(0, 1)), SHUFFLE(0, 2));
-    __m512i e0 = _mm512_add_epi16(three, SHUFFLE(0, 3)), e8 = _mm512_add_epi16(three, SHUFFLE(8, 3));
-    _mm512_storeu_si512(out, _mm512_packus_epi16(e0, e8));
-    return _mm256_sad_epu8(_mm256_add_epi16(plus, minus), zero);
-}
-
-/* by itself: where gcc 12 sees that half of a vpackuswb is enough, it takes that of the first operand */
-static __attribute__((noinline)) void tables8_at(uint8_t *out, __m256i q)
-{
-    tables8_of_16(out, q);
-}
-
-static void make_tables8(uint8_t *out, const int16_t *q) /* of 8 columns */
-{
-    uint8_t both[2 * LUT8_GROUP];
-    tables8_at(both, _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)q)));
-    memcpy(out, both, LUT8_GROUP);
-}
-
-static void sign_table8_avx512(void *table, const int16_t *q, int cols)
-{
-    lut8_t t = lut8_open(table, cols);
-    __m256i l1 = _mm256_setzero_si256();
-    t.extras = 0;
-    for (int k = 0; k < cols; k += 16) {
-        __mmask16 some = cols - k < 16 ? (__mmask16)((1u << (cols - k)) - 1) : 0xffff;
-        __m256i sums = tables8_of_16(t.group + k / 8 * LUT8_GROUP, _mm256_maskz_loadu_epi16(some, q + k));
-        l1 = _mm256_add_epi64(l1, sums);
-        unsigned large = _mm256_cmpgt_epi64_mask(sums, _mm256_set1_epi64x(255));
-        if (large & 3) lut8_divide(&t, k / 8, q, cols, make_tables8);
-        if (large & 12) lut8_divide(&t, k / 8 + 1, q, cols, make_tables8);
-    }
-    __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(l1), _mm256_extracti128_si256(l1, 1));
-    t.l1 = _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
-    lut8_close(table, &t);
-}
-
-/* ---- products --------------------------------------------------------------------------------------------- */
-
-#define TABLE(p) _mm512_broadcast_i32x4(_mm_loadu_si128(p))
-
-/* look up 64 rows x 8 columns, in the first or the second tables of a pair; the high plane's entries are < 128, so
- * two of them fit in a byte */
-#define LOOK_UP(bytes, t)                                                                                       \
-    do {                                                                                                        \
-        __m512i w_ = _mm512_loadu_si512(bytes);                                                                 \
-        __m512i a_ = _mm512_and_si512(w_, nibble), b_ = _mm512_and_si512(_mm512_srli_epi16(w_, 4), nibble);     \
-        __m512i s_ = _mm512_shuffle_epi8(TABLE(t), a_), t_ = _mm512_shuffle_epi8(TABLE((t) + 2), b_);           \
-        low = _mm512_add_epi16(low, _mm512_add_epi16(s_, t_));                                                  \
-        low_odd = _mm512_add_epi16(low_odd, _mm512_srli_epi16(s_, 8));                                          \
-        low_odd = _mm512_add_epi16(low_odd, _mm512_srli_epi16(t_, 8));                                          \
-        s_ = _mm512_add_epi8(_mm512_shuffle_epi8(TABLE((t) + 4), a_), _mm512_shuffle_epi8(TABLE((t) + 6), b_)); \
-        high = _mm512_add_epi16(high, s_);                                                                      \
-        high_odd = _mm512_add_epi16(high_odd, _mm512_srli_epi16(s_, 8));                                        \
-    } while (0)
-
-/* the lower and the upper u16 of every 32 bits: low + 256 * high */
-static inline __m512i lower(__m512i low, __m512i high)
-{
-    const __m512i word = _mm512_set1_epi32(0xffff);
-    return _mm512_add_epi32(_mm512_and_si512(low, word), _mm512_slli_epi32(_mm512_and_si512(high, word), 8));
-}
-
-static inline __m512i upper(__m512i low, __m512i high)
-{
-    return _mm512_add_epi32(_mm512_srli_epi32(low, 16), _mm512_slli_epi32(_mm512_srli_epi32(high, 16), 8));
-}
-
-static void sign_gemv_avx512(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
-{
-    (void)rows;
-    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
-    const __m128i *t = (const __m128i *)((const uint8_t *)table + LUT16_HEAD);
-    int groups = (cols + 7) / 8;
-    __m512i r0 = zero, r16 = zero, r32 = zero, r48 = zero; /* sums of the rows from .. on */
-    for (int g0 = 0; g0 < groups; g0 += LUT16_GROUPS) {
-        int some = groups - g0 < LUT16_GROUPS ? groups - g0 : LUT16_GROUPS;
-        __m512i low = zero, low_odd = zero, high = zero, high_odd = zero;
-        for (int pair = 0; pair < some / 2; pair++, w += 2 * DBF_PANEL, t += 8) {
-            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
-            LOOK_UP(w, t);
-            LOOK_UP(w + DBF_PANEL, t + 1);
-        }
-        if (some % 2) LOOK_UP(w, t);
-        low = _mm512_sub_epi16(low, _mm512_slli_epi16(low_odd, 8));
-        high = _mm512_sub_epi16(high, _mm512_slli_epi16(high_odd, 8));
-        r0 = _mm512_add_epi32(r0, lower(low, high));
-        r16 = _mm512_add_epi32(r16, lower(low_odd, high_odd));
-        r32 = _mm512_add_epi32(r32, upper(low, high));
-        r48 = _mm512_add_epi32(r48, upper(low_odd, high_odd));
-    }
-    int32_t sum;
-    memcpy(&sum, table, sizeof sum);
-    __m512i l1 = _mm512_set1_epi32(sum);
-    _mm512_storeu_si512(isum, _mm512_sub_epi32(_mm512_slli_epi32(r0, 1), l1));
-    _mm512_storeu_si512(isum + 16, _mm512_sub_epi32(_mm512_slli_epi32(r16, 1), l1));
-    _mm512_storeu_si512(isum + 32, _mm512_sub_epi32(_mm512_slli_epi32(r32, 1), l1));
-    _mm512_storeu_si512(isum + 48, _mm512_sub_epi32(_mm512_slli_epi32(r48, 1), l1));
-}
-
-/* r[4] += what n <= LUT16_GROUPS tables with one plane give, for the rows from 0, 16, 32, 48 on; extras: table i is
- * that of group lut8_at(extras, i) */
-static inline void look_up_all8(__m512i *r, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
-                                int n)
-{
-    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
-    __m512i sum = zero, odd = zero;
-    for (int i = first; i < first + n; i++) {
-        const __m128i *t = (const __m128i *)(table + (size_t)i * LUT8_GROUP);
-        const uint8_t *bytes = w + (extras ? lut8_at(extras, i) : (size_t)i) * DBF_PANEL;
-        _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T0);
-        __m512i v = _mm512_loadu_si512(bytes);
-        __m512i a = _mm512_and_si512(v, nibble), b = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-        a = _mm512_shuffle_epi8(TABLE(t), a);
-        b = _mm512_shuffle_epi8(TABLE(t + 1), b);
-        sum = _mm512_add_epi16(sum, _mm512_add_epi16(a, b));
-        odd = _mm512_add_epi16(odd, _mm512_srli_epi16(a, 8));
-        odd = _mm512_add_epi16(odd, _mm512_srli_epi16(b, 8));
-    }
-    sum = _mm512_sub_epi16(sum, _mm512_slli_epi16(odd, 8));
-    r[0] = _mm512_add_epi32(r[0], lower(sum, zero));
-    r[1] = _mm512_add_epi32(r[1], lower(odd, zero));
-    r[2] = _mm512_add_epi32(r[2], upper(sum, zero));
-    r[3] = _mm512_add_epi32(r[3], upper(odd, zero));
-}
-
-static void sign_gemv8_avx512(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
-{
-    lut8_t t = lut8_open(table, cols);
-    (void)rows;
-    int groups = (cols + 7) / 8;
-    __m512i r[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
-    for (int g = 0; g < groups; g += LUT16_GROUPS)
-        look_up_all8(r, w, t.group, NULL, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
-    for (int i = 0; i < t.extras; i += LUT16_GROUPS)
-        look_up_all8(r, w, t.extra, &t, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
-    for (int i = 0; i < 4; i++)
-        _mm512_storeu_si512(isum + 16 * i, _mm512_sub_epi32(_mm512_slli_epi32(r[i], 1), _mm512_set1_epi32(t.l1)));
+    flush_16(isum, low.even, high.even, 0);
+    flush_16(isum + 16, low.odd, high.odd, 0);
+    flush_16(isum + 32, low.even, high.even, 1);
+    flush_16(isum + 48, low.odd, high.odd, 1);
 }
 
 /* ---- around the sign products: as in float_simd.h, but the last elements, too, are a vector ---------------- */
@@ -500,11 +364,11 @@ void kernels_avx512(kernels_t *k)
     k->name = "avx512";
     k->sign_table_bytes = lut16_table_bytes;
     k->sign_pack_bytes = lut16_pack_bytes;
-    k->sign_table = sign_table_avx512;
+    k->sign_table = sign_table_x86;
     k->sign_pack = sign_pack_avx512;
-    k->sign_gemv = sign_gemv_avx512;
-    k->sign_table8 = sign_table8_avx512;
-    k->sign_gemv8 = sign_gemv8_avx512;
+    k->sign_gemv = sign_gemv_x86;
+    k->sign_table8 = sign_table8_x86;
+    k->sign_gemv8 = sign_gemv8_x86;
     k->gemv_q4_0 = gemv_q4_0_avx512;
     k->gemv_q8_0 = gemv_q8_0_avx512;
     k->gemv_q6_k = gemv_q6_k_avx512;

@@ -141,23 +141,24 @@ static void sign_table_neon(void *table, const int16_t *q, int cols)
     memcpy(table, &l1, sizeof l1);
 }
 
-/* the same with one plane, of 8 columns */
+/* the same with one plane, of one group of a pair */
 static inline void tables8_of_8(uint8_t *out, uint16x8x2_t p)
 {
     uint16x8x2_t low = entries(vget_low_u16(p.val[0]), vget_low_u16(p.val[1]));
     uint16x8x2_t high = entries(vget_high_u16(p.val[0]), vget_high_u16(p.val[1]));
     vst1q_u8(out, vcombine_u8(vmovn_u16(low.val[0]), vmovn_u16(low.val[1])));
-    vst1q_u8(out + 16, vcombine_u8(vmovn_u16(high.val[0]), vmovn_u16(high.val[1])));
+    vst1q_u8(out + 32, vcombine_u8(vmovn_u16(high.val[0]), vmovn_u16(high.val[1])));
 }
 
-static void make_tables8(uint8_t *out, const int16_t *q)
+static void make_pair8(uint8_t *pair, const int16_t *q)
 {
-    tables8_of_8(out, plus_minus(q, 8));
+    tables8_of_8(pair, plus_minus(q, 8));
+    tables8_of_8(pair + 16, plus_minus(q + 8, 8));
 }
 
 static void sign_table8_neon(void *table, const int16_t *q, int cols)
 {
-    lut8_t t = lut8_open(table, cols);
+    lut16_t t = lut16_open(table, cols, LUT8_GROUP);
     t.l1 = t.extras = 0;
     for (int g = 0; g < (cols + 7) / 8; g++) {
         uint16x8x2_t p = plus_minus(q + 8 * g, cols - 8 * g);
@@ -165,11 +166,11 @@ static void sign_table8_neon(void *table, const int16_t *q, int cols)
         int32_t low = vaddv_u16(vget_low_u16(size)), high = vaddv_u16(vget_high_u16(size));
         t.l1 += low + high;
         if ((low | high) > 255)
-            lut8_divide(&t, g, q, cols, make_tables8);
+            lut16_divide(&t, g, q, cols, make_pair8);
         else
-            tables8_of_8(t.group + g * LUT8_GROUP, p);
+            tables8_of_8(lut16_group(&t, g), p);
     }
-    lut8_close(table, &t);
+    lut16_close(table, &t);
 }
 
 /* look up 16 rows x 8 columns; the high plane's entries are < 128, so two of them fit in a byte */
@@ -234,17 +235,16 @@ static void sign_gemv_neon(int32_t *isum, const uint8_t *w, const void *table, i
         m##i = vaddw_high_u8(vaddw_high_u8(m##i, s_), t_);                      \
     } while (0)
 
-/* isum += what n <= LUT16_GROUPS tables give; extras: table i is that of group lut8_at(extras, i) */
-static inline void look_up_all8(int32_t *isum, const uint8_t *w, const uint8_t *table, const lut8_t *extras, int first,
-                                int n)
+/* isum += what n <= LUT16_GROUPS groups, or extras, from `first` on give */
+static inline void look_up_all8(int32_t *isum, const uint8_t *w, const lut16_t *table, int extras, int first, int n)
 {
     const uint8x16_t nibble = vdupq_n_u8(15);
     const uint16x8_t zero = vdupq_n_u16(0);
     uint16x8_t l0 = zero, l1 = zero, l2 = zero, l3 = zero, m0 = zero, m1 = zero, m2 = zero, m3 = zero;
     for (int i = first; i < first + n; i++) {
-        const uint8_t *t = table + (size_t)i * LUT8_GROUP;
-        const uint8_t *bytes = w + (extras ? lut8_at(extras, i) : (size_t)i) * DBF_PANEL;
-        uint8x16_t a = vld1q_u8(t), b = vld1q_u8(t + 16);
+        const uint8_t *t = extras ? table->extra + (size_t)i * table->pair : lut16_group(table, i);
+        const uint8_t *bytes = w + (extras ? lut16_at(table, i) : (size_t)i) * DBF_PANEL;
+        uint8x16_t a = vld1q_u8(t), b = vld1q_u8(t + 32);
         __builtin_prefetch(bytes + 1024);
         LOOK_UP8(0);
         LOOK_UP8(1);
@@ -259,14 +259,14 @@ static inline void look_up_all8(int32_t *isum, const uint8_t *w, const uint8_t *
 
 static void sign_gemv8_neon(int32_t *isum, const uint8_t *w, const void *table, int rows, int cols)
 {
-    lut8_t t = lut8_open(table, cols);
+    lut16_t t = lut16_open(table, cols, LUT8_GROUP);
     (void)rows;
     int groups = (cols + 7) / 8;
     memset(isum, 0, DBF_PANEL * sizeof *isum);
     for (int g = 0; g < groups; g += LUT16_GROUPS)
-        look_up_all8(isum, w, t.group, NULL, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
+        look_up_all8(isum, w, &t, 0, g, groups - g < LUT16_GROUPS ? groups - g : LUT16_GROUPS);
     for (int i = 0; i < t.extras; i += LUT16_GROUPS)
-        look_up_all8(isum, w, t.extra, &t, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
+        look_up_all8(isum, w, &t, 1, i, t.extras - i < LUT16_GROUPS ? t.extras - i : LUT16_GROUPS);
     for (int r = 0; r < DBF_PANEL; r++) isum[r] = 2 * isum[r] - t.l1;
 }
 

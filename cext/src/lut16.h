@@ -2,21 +2,24 @@
  *
  * With bit = 1 for +1, isum[r] = 2 * agree[r] - l1, where l1 = sum |q[k]| and agree[r] adds |q[k]| over the columns
  * whose sign is that of q[k]. For 4 columns, agree has 16 possible values, 0 .. 4 * 8191: 15 bits, which a byte
- * shuffle looks up as a low plane of 8 bits and a high plane of 7.
+ * shuffle looks up as a low plane and a high plane; or, where all |q| <= 126, in one plane.
  *
- * Table: int32 l1, padding to 64 bytes; then per group of 8 columns 4 x 16 bytes: the low planes of the columns 0-3
- * (low nibble of a DBF1 byte) and of the columns 4-7, then their high planes.
+ * Table: int32 l1, int32 number of extras, padding to 64 bytes; then the groups of 8 columns, in pairs. Per pair 8 x 16
+ * bytes: the low planes of the columns 0-3 (low nibbles of DBF1 bytes) of both groups, of the columns 4-7 of both,
+ * then the high planes of these. With one plane (sign_table8) 4 x 16 bytes. (On ARM, two planes are laid out by the
+ * group: the low planes of the columns 0-3 and 4-7, then the high planes.)
  * Weights ("g64"): panels of 64 rows; in a panel, per group of 8 columns, the DBF1 bytes of the 64 rows. One linear
  * stream of bytes per thread.
  *
- * Of activations of at most 126 there is a table with one plane, sign_table8's: a byte holds what agrees of 4 columns
- * where the sum of their |q| is at most 255, as it nearly always is. A group where it is not is divided: each q is
- * the sum of two halves, of which one stays and the other comes behind all groups, as an extra. Head: int32 l1, int32
- * number of extras; per group 2 x 16 bytes (the columns 0-3 and 4-7), then the same of every extra; then of every
- * extra, as int32, its group.
+ * Extras: some sums must fit in a byte, and nearly always do. A group where they may not is divided: each q is the sum
+ * of two halves, of which one stays and the other comes behind all groups, as the first group of a pair; behind all of
+ * these come, as int32, their groups.
+ *   One plane: sum |q| <= 255 over 4 columns.
+ *   Two planes on x86, 7 bits low and 8 bits high: sum |q| < 2^15 over 8 columns, so that the look-ups of both nibbles
+ *   may be added in bytes. (On ARM, where widening costs nothing, 8 bits low and 7 bits high, and no extras.)
  *
- * A u16 accumulator of byte pairs (acc += s, odd += s >> 8; even = acc - (odd << 8)) holds 257 bytes of at most 255;
- * the low plane adds two a group, so sums move to int32 every LUT16_GROUPS groups. */
+ * How bytes are summed: a u16 accumulator of byte pairs (all += x, odd += x >> 8; even = all - (odd << 8)) holds 257
+ * bytes of at most 255, so sums move to int32 every LUT16_GROUPS groups. */
 #ifndef DBF_LUT16_H
 #define DBF_LUT16_H
 
@@ -29,63 +32,74 @@
 #define LUT16_GROUPS 128
 #define LUT8_GROUP 32
 
-/* groups of a table: AVX-512 makes those of two at once */
-static inline size_t lut16_groups(int cols)
+/* ---- tables ----------------------------------------------------------------------------------------------- */
+
+typedef struct lut16 {
+    int32_t l1, extras;
+    size_t pair;    /* bytes */
+    uint8_t *pairs; /* [pairs][pair] */
+    uint8_t *extra; /* [extras][pair] */
+    uint8_t *at;    /* int32 [extras] */
+} lut16_t;
+
+static inline size_t lut16_pairs(int cols)
 {
-    return (size_t)((cols + 15) / 16 * 2);
+    return (size_t)((cols + 15) / 16);
 }
 
-/* of the larger of the two tables */
 static inline size_t lut16_table_bytes(int cols)
 {
-    return LUT16_HEAD + lut16_groups(cols) * (2 * LUT8_GROUP + sizeof(int32_t));
+    return LUT16_HEAD + lut16_pairs(cols) * (2 * LUT16_GROUP + 2 * (2 * LUT16_GROUP + sizeof(int32_t)));
 }
 
-/* ---- tables of small activations -------------------------------------------------------------------------- */
-
-typedef struct lut8 {
-    uint8_t *group; /* [groups][LUT8_GROUP] */
-    uint8_t *extra; /* [extras][LUT8_GROUP] */
-    uint8_t *at;    /* int32 [extras] */
-    int32_t l1, extras;
-} lut8_t;
-
-static inline lut8_t lut8_open(const void *table, int cols)
+/* group: LUT16_GROUP or LUT8_GROUP */
+static inline lut16_t lut16_open(const void *table, int cols, size_t group)
 {
-    lut8_t t = { .group = (uint8_t *)table + LUT16_HEAD };
-    t.extra = t.group + lut16_groups(cols) * LUT8_GROUP;
-    t.at = t.extra + lut16_groups(cols) * LUT8_GROUP;
+    lut16_t t = { .pair = 2 * group, .pairs = (uint8_t *)table + LUT16_HEAD };
+    t.extra = t.pairs + lut16_pairs(cols) * t.pair;
+    t.at = t.extra + 2 * lut16_pairs(cols) * t.pair;
     memcpy(&t.l1, table, sizeof t.l1);
     memcpy(&t.extras, (const uint8_t *)table + sizeof t.l1, sizeof t.extras);
     return t;
 }
 
-static inline void lut8_close(void *table, const lut8_t *t)
+static inline void lut16_close(void *table, const lut16_t *t)
 {
     memcpy(table, &t->l1, sizeof t->l1);
     memcpy((uint8_t *)table + sizeof t->l1, &t->extras, sizeof t->extras);
 }
 
-/* the group of an extra */
-static inline size_t lut8_at(const lut8_t *t, int extra)
+/* group g, and the group of an extra */
+static inline uint8_t *lut16_group(const lut16_t *t, int g)
+{
+    return t->pairs + (size_t)(g / 2) * t->pair + g % 2 * 16;
+}
+
+static inline size_t lut16_at(const lut16_t *t, int extra)
 {
     int32_t g;
     memcpy(&g, t->at + (size_t)extra * sizeof g, sizeof g);
     return (size_t)g;
 }
 
-/* divide group g of q[cols]; make writes the tables of 8 columns */
-static inline void lut8_divide(lut8_t *t, int g, const int16_t *q, int cols,
-                               void (*make)(uint8_t *out, const int16_t *q))
+/* Divide group g of q[cols]; make writes the pair of 16 columns. Odd numbers are rounded up in one column and down in
+ * the next, so that half of 8 * 8191 is less than 2^15. */
+static inline void lut16_divide(lut16_t *t, int g, const int16_t *q, int cols,
+                                void (*make)(uint8_t *pair, const int16_t *q))
 {
-    int16_t half[8] = { 0 }, other[8] = { 0 };
+    int16_t halves[16] = { 0 };
+    uint8_t pair[2 * LUT16_GROUP], *from = lut16_group(t, g), *extra = t->extra + (size_t)t->extras * t->pair;
     int32_t at = g;
     for (int i = 0; i < 8 && 8 * g + i < cols; i++) {
-        half[i] = q[8 * g + i] / 2;
-        other[i] = (int16_t)(q[8 * g + i] - half[i]);
+        int16_t v = q[8 * g + i];
+        halves[i] = (int16_t)((v + i % 2 * (v > 0 ? 1 : -1)) / 2);
+        halves[8 + i] = (int16_t)(v - halves[i]);
     }
-    make(t->group + (size_t)g * LUT8_GROUP, half);
-    make(t->extra + (size_t)t->extras * LUT8_GROUP, other);
+    make(pair, halves);
+    for (size_t i = 0; i < t->pair; i += 32) {
+        memcpy(from + i, pair + i, 16);
+        memcpy(extra + i, pair + i + 16, 16);
+    }
     memcpy(t->at + (size_t)t->extras * sizeof at, &at, sizeof at);
     t->extras++;
 }

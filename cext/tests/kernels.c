@@ -108,7 +108,8 @@ static double of_half(uint16_t h)
 }
 
 #define SAME(got, want, n, kernel) \
-    CHECK(memcmp(got, want, (size_t)(n) * sizeof *(got)) == 0, "%s %s %d is not the scalar result", k->name, kernel, n)
+    CHECK(memcmp(got, want, (size_t)(n) * sizeof *(got)) == 0, "%s %s %d is not the scalar result", k->name, kernel, \
+          (int)(n))
 #define NEAR(got, want, bound, kernel, n)                                                                       \
     CHECK(fabs((double)(got) - (want)) <= (bound), "%s %s %d: %.9g, but %.9g within %.3g", k->name, kernel, n,  \
           (double)(got), (double)(want), (double)(bound))
