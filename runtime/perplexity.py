@@ -3,7 +3,8 @@
 Scored as llama-perplexity scores: the text is tokenised once and cut into chunks of --ctx tokens, each is
 evaluated by itself, and only predictions from the middle of a chunk on count, so that every one of them
 has half a chunk of context. `score` takes any function that computes logits, so that other models (the
-converter's original, for one) are measured by this very code.
+converter's original, for one) are measured by this very code. With --kl-base, the same predictions are
+compared with those of another file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,6 +125,77 @@ def score(
     return Score(_exp(mean), error, count, len(pieces), ctx)
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far predictions are from a base model's, over the predictions that `score` counts."""
+
+    base_ppl: float
+    kl_mean: float  # of KL(base || model), nats a token
+    kl_error: float  # standard error of the mean
+    kl_p99: float
+    same_top1: float  # share of predictions with the same most likely token
+
+    def __str__(self) -> str:
+        return (
+            f"Base PPL = {self.base_ppl:.4f}\n"
+            f"Mean KLD = {self.kl_mean:.6f} ± {self.kl_error:.6f}, 99% KLD = {self.kl_p99:.6f}\n"
+            f"Same top token = {self.same_top1:.3%}"
+        )
+
+
+def token_kl(base: NDArray[Any], logits: NDArray[Any]) -> NDArray[np.float64]:
+    """KL(softmax(base[i]) || softmax(logits[i])), nats
+
+    base, logits  (n, n_vocab)  any float dtype
+    ->            (n,)          float64
+    """
+    out = np.empty(len(base), dtype=np.float64)
+    for i in range(len(base)):
+        log_p, log_q = (_log_softmax(rows[i]) for rows in (base, logits))
+        out[i] = np.exp(log_p) @ (log_p - log_q)
+    return out
+
+
+def _log_softmax(row: NDArray[Any]) -> NDArray[np.float64]:
+    x = np.asarray(row, dtype=np.float64)
+    x = x - x.max()
+    return np.asarray(x - np.log(np.exp(x).sum()))
+
+
+class Comparison:
+    """A model's logits, compared with a base model's on the way: called as the `logits` of `score`."""
+
+    def __init__(
+        self, logits: Callable[[list[int]], NDArray[Any]], base: Callable[[list[int]], NDArray[Any]]
+    ):
+        self._logits, self._base = logits, base
+        self._kl: list[NDArray[np.float64]] = []
+        self._base_nll: list[NDArray[np.float64]] = []
+        self._same: list[NDArray[np.bool_]] = []
+
+    def __call__(self, ids: list[int]) -> NDArray[Any]:
+        counted = len(ids) - len(ids) // 2
+        rows = self._logits(ids)
+        got, base = rows[-counted:-1], self._base(ids)[-counted:-1]
+        if got.shape != base.shape:
+            raise OptionError(
+                f"perplexity: logits of {got.shape[1:]} and, of the base, {base.shape[1:]} tokens: these are "
+                "not models of one vocabulary"
+            )
+        self._kl.append(token_kl(base, got))
+        self._base_nll.append(token_nll(base, ids[-counted + 1 :]))
+        self._same.append(base.argmax(1) == got.argmax(1))
+        return rows
+
+    def result(self) -> Divergence:
+        """Over all calls so far."""
+        kl, nll, same = (np.concatenate(x) for x in (self._kl, self._base_nll, self._same))
+        error = float(kl.std() / math.sqrt(len(kl) - 1)) if len(kl) > 1 else 0.0
+        return Divergence(
+            _exp(nll.mean()), float(kl.mean()), error, float(np.quantile(kl, 0.99)), float(same.mean())
+        )
+
+
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
@@ -132,7 +206,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("text", metavar="TEXT", help="a UTF-8 text file")
     p.add_argument("-c", "--ctx", type=int, default=CTX, metavar="N", help="tokens of a chunk")
     p.add_argument("--chunks", type=int, metavar="N", help="how many chunks to score (default: all)")
-    p.add_argument("--json", action="store_true", help="print one JSON object instead of the last line")
+    p.add_argument(
+        "--kl-base",
+        metavar="BASE.gguf",
+        help="compare every prediction with this file's, run with int16 activations and a float16 KV cache; "
+        "OUT.gguf itself shows what --activations or --kv-type cost",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     cli.add_backend_options(p)
     return p
 
@@ -140,22 +220,26 @@ def build_parser() -> argparse.ArgumentParser:
 def perplexity(args: argparse.Namespace) -> int:
     with open(args.text, "rb") as f:
         text = f.read().decode("utf-8", "replace")
-    with runtime.load(
-        args.model,
-        backend=args.backend,
-        n_threads=args.threads,
-        n_ctx=args.ctx,
-        kv_type=args.kv_type,
-        activations=args.activations,
-    ) as model:
-        tokenizer = model.tokenizer
-        bos = tokenizer.bos_id if tokenizer.add_bos else None
-        pieces = chunks(tokenizer.encode(text), args.ctx, args.chunks, bos)
-        start = time.perf_counter()
+    with ExitStack() as stack:
+        open_model = partial(runtime.load, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx)
+        model = stack.enter_context(
+            open_model(args.model, kv_type=args.kv_type, activations=args.activations)
+        )
+        ids = model.tokenizer.encode(text)
+        bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+        pieces = chunks(ids, args.ctx, args.chunks, bos)
         n_last = args.ctx - args.ctx // 2
-        result = score(lambda ids: model.logits(ids, n_last), pieces, _progress)
+        logits: Callable[[list[int]], NDArray[Any]] = partial(model.logits, n_last=n_last)
+        if args.kl_base:
+            base = stack.enter_context(open_model(args.kl_base))
+            if base.tokenizer.encode(text) != ids:
+                raise OptionError(f"{args.kl_base}: its tokens of {args.text} are not those of {args.model}")
+            logits = Comparison(logits, partial(base.logits, n_last=n_last))
+        start = time.perf_counter()
+        result = score(logits, pieces, _progress)
         seconds = time.perf_counter() - start
         print(file=sys.stderr)
+        divergence = logits.result() if isinstance(logits, Comparison) else None
         if args.json:
             rate = len(pieces) * args.ctx / seconds
             extra = {"seconds": seconds, "tokens_per_second": rate, "model": args.model, "text": args.text}
@@ -164,8 +248,11 @@ def perplexity(args: argparse.Namespace) -> int:
                 "kv_type": args.kv_type,
                 "activations": args.activations,
             }
-            print(json.dumps({**asdict(result), **extra}))
+            compared = {"kl_base": args.kl_base, **asdict(divergence)} if divergence else {}
+            print(json.dumps({**asdict(result), **compared, **extra}))
         else:
+            if divergence:
+                print(divergence)
             print(result)
     return 0
 

@@ -15,7 +15,7 @@ from make_gguf import tokenizer_json, write_model
 import runtime
 from runtime import perplexity
 from runtime.errors import BackendError, OptionError
-from runtime.perplexity import chunks, score, token_nll
+from runtime.perplexity import Comparison, chunks, score, token_kl, token_nll
 from runtime.tokenizer import Tokenizer
 
 
@@ -64,6 +64,40 @@ def test_nll_of_large_logits() -> None:
     logits = np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32)
     assert token_nll(logits, [0, 1]).tolist() == [0.0, pytest.approx(math.log(2))]
     assert token_nll(logits.astype(np.float16), [1, 1])[0] == pytest.approx(1e4)
+
+
+def test_kl() -> None:
+    base, logits = np.random.default_rng(0).standard_normal((2, 5, 30)) * 3
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (base, logits))
+    assert token_kl(base, logits) == pytest.approx((p * np.log(p / q)).sum(1), rel=1e-9)
+    assert token_kl(base, base + 7) == pytest.approx(np.zeros(5), abs=1e-12)  # softmax knows no offset
+    assert np.isfinite(token_kl(base * 1000, logits)).all()  # probabilities of 0
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_comparison(last_only: bool) -> None:
+    """Only predictions that `score` counts are compared."""
+    tables = np.random.default_rng(1).standard_normal((2, 20, 20)).astype(np.float32) * 2
+    pieces = chunks(np.random.default_rng(2).integers(0, 20, 40).tolist(), 8)
+
+    def logits(table: int) -> Any:
+        return lambda ids: tables[table][ids[4:] if last_only else ids]
+
+    comparison = Comparison(logits(0), logits(1))
+    assert score(comparison, pieces) == score(logits(0), pieces)
+    got = comparison.result()
+    seen = [token for ids in pieces for token in ids[4:-1]]
+    kl = token_kl(tables[1][seen], tables[0][seen])
+    assert got.kl_mean == pytest.approx(kl.mean())
+    assert got.kl_error == pytest.approx(kl.std(ddof=1) / math.sqrt(len(kl)))
+    assert got.kl_p99 == pytest.approx(np.quantile(kl, 0.99))
+    assert got.base_ppl == pytest.approx(score(logits(1), pieces).ppl)
+    assert got.same_top1 == np.mean(tables[1][seen].argmax(1) == tables[0][seen].argmax(1))
+
+
+def test_comparison_of_other_vocabularies() -> None:
+    with pytest.raises(OptionError, match="not models of one vocabulary"):
+        Comparison(lambda ids: np.zeros((8, 20)), lambda ids: np.zeros((8, 21)))([1] * 8)
 
 
 def test_uniform() -> None:
@@ -132,3 +166,28 @@ def test_program_errors(
     assert out == ""
     assert err.startswith("error: perplexity: the text has ")
     assert "smaller --ctx" in err
+
+
+def test_program_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeModule()
+    monkeypatch.setattr(runtime, "backend", fake, raising=False)
+    model = write_model(tmp_path / "m.gguf")
+    text = tmp_path / "t.txt"
+    text.write_text("the cat sat on the mat. " * 30, encoding="utf-8")
+    args = [str(model), str(text), "--ctx", "16", "--chunks", "3", "--kl-base", str(model)]
+    args += ["--activations", "int8", "--kv-type", "q8_0"]
+    assert perplexity.main(args) == 0
+    out = capsys.readouterr().out
+    assert "Mean KLD = 0.000000 ± 0.000000" in out
+    assert "Same top token = 100.000%" in out
+    assert out.splitlines()[-1].startswith("Final estimate: PPL = ")
+    assert fake.asked["activations"] == "int16"  # of the base, which is loaded last
+    assert fake.asked["kv_type"] == "f16"
+    assert perplexity.main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kl_mean"] == 0
+    assert result["base_ppl"] == result["ppl"]
+    assert result["kl_base"] == str(model)
+    assert all(backend.closed for backend in fake.loaded)
