@@ -64,8 +64,8 @@ def bench(
             (kernel, (r, c), r * (c // block) * nbytes, tuple(batches)) for r, c in heads if c % block == 0
         ]
     for isa in core.isas:
-        bandwidth = machine.read_bandwidth(1, seconds, footprint)
         for kernel, shape, nbytes, some in work:
+            bandwidth = machine.read_bandwidth(1, seconds, footprint)  # again and again: machines are noisy
             for batch in some:
                 for where, copies in (("cache", 0), ("dram", footprint)):
                     if where == "cache" and nbytes > machine.last_level_cache():
