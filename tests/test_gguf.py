@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from calls import count_calls
 from make_gguf import tiny_config, tiny_weights, write, write_model
 
 from runtime.errors import DbfError, FormatError
@@ -91,6 +91,7 @@ def test_missing_tensor(tiny: Path) -> None:
 
 
 def test_large_vocabulary_opens_fast(tmp_path: Path) -> None:
+    """Few calls for each string, none for each number."""
     tokens = [f"token{i}" for i in range(50_000)]
     values = {
         "tokenizer.ggml.tokens": tokens,
@@ -98,16 +99,9 @@ def test_large_vocabulary_opens_fast(tmp_path: Path) -> None:
         "tokenizer.ggml.scores": [0.5] * 50_000,
     }
     path = write(tmp_path / "v.gguf", "test", values, {"x": (np.zeros(4, np.float32), None)})
-    best = min(_open_seconds(path) for _ in range(3))
-    assert best < 0.3
+    assert count_calls(lambda: GgufFile(path).close()) < 5 * 2 * len(tokens)
     with GgufFile(path) as file:
         assert file.metadata["tokenizer.ggml.tokens"] == tokens
-
-
-def _open_seconds(path: Path) -> float:
-    start = time.perf_counter()
-    GgufFile(path).close()
-    return time.perf_counter() - start
 
 
 ONE = b"\0" * 64
