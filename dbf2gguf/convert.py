@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -152,6 +154,7 @@ def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
     stages: list[Stage] = []
 
     def stage(name: str, total: int) -> Stage:
+        _return_freed_memory()
         stages.append(Stage(name, total, options.quiet))
         return stages[-1]
 
@@ -168,8 +171,9 @@ def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
         importance = output_importance(model, names, some, GRADIENT_BATCH, progress)
     with stage("factorize", model.config.num_hidden_layers) as progress:
         some = rows[: recipe.correct_rows]
-        corrected = factorize_model(source, model, plan, some, importance, recipe, seed, progress)
-    student = Student(model, names, corrected.factors, copy_dense=recipe.dense_rate > 0)
+        factors = factorize_model(source, model, plan, some, importance, recipe, seed, progress)
+    student = Student(model, names, factors, copy_dense=recipe.dense_rate > 0)
+    factors.clear()  # the student has copies
     with stage("distil", recipe.distill_steps) as progress:
         history = distill(model, student, rows, recipe, seed, progress)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
@@ -196,6 +200,12 @@ def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
     if not options.quiet:
         print(describe_report(report), file=sys.stderr)
     return report
+
+
+def _return_freed_memory() -> None:
+    """To the system: glibc keeps what threads have freed, gigabytes after some stages."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _text(

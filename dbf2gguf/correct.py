@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -20,21 +20,13 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import INPUT, ArchSpec, Group
 from dbf2gguf.budget import Plan
-from dbf2gguf.factorize import Factors, factorize, relative_error
+from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
 
 BATCH_ROWS = 8
-
-
-@dataclass
-class Corrected:
-    """Factors of every linear layer, batch 1, and how well each approximates its corrected target."""
-
-    factors: dict[str, Factors] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)  # weighted by nothing: ||W' - A..B||^2 / ||W'||^2
 
 
 class _Stop(Exception):
@@ -51,14 +43,15 @@ def factorize_model(
     recipe: Recipe,
     seed: int,
     stage: Stage,
-) -> Corrected:
+) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
+    ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block.
     """
-    result = Corrected()
+    result: dict[str, Factors] = {}
     layers = decoder_layers(model, source.arch)
     states, arguments = _embed(model, layers[0], rows)
     student_states = [s.clone() for s in states]
@@ -103,7 +96,7 @@ def _factorize_group(
     importance_out: dict[str, Tensor],
     recipe: Recipe,
     seed: int,
-    result: Corrected,
+    result: dict[str, Factors],
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping)
@@ -129,9 +122,7 @@ def _factorize_group(
     for names, factors in zip(together, factorized, strict=True):
         dense = factors.dense()
         for place, name in enumerate(names):
-            result.factors[prefix + name] = factors[place : place + 1]
-            error = relative_error(targets[name][None], dense[place : place + 1])
-            result.errors[prefix + name] = float(error)
+            result[prefix + name] = factors[place : place + 1]
             modules[name].weight = nn.Parameter(dense[place], requires_grad=False)
 
 

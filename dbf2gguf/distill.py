@@ -22,6 +22,9 @@ from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 
+SCALES = ("s_out", "s_mid", "s_in")
+PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
+PASS_TOKENS = 1024  # that pass through the model at a time on a CPU: bounds the activations held
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
 FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
@@ -29,41 +32,12 @@ ADAM_EPS = 1e-10
 COMPILED_STEPS = 100  # on a GPU: so many steps pay for the half minute that compiling takes
 
 
-class _Weights(torch.autograd.Function):
-    """W = diag(s_out) sign(a) diag(s_mid) sign(b) diag(s_in) of a batch, with the identity as the gradient of
-    sign.
-
-    By hand, because what autograd would keep and recompute costs as much as the products.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, s_out: Tensor, s_mid: Tensor, s_in: Tensor) -> Tensor:
-        kind = a.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
-        product = (signs(a) * s_mid[:, None]).to(dtype) @ signs(b).to(dtype)
-        ctx.save_for_backward(a, b, product, s_out, s_mid, s_in)
-        return product * s_out[:, :, None].to(dtype) * s_in[:, None].to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        a, b, product, s_out, s_mid, s_in = ctx.saved_tensors
-        dtype = gradient.dtype
-        weighted = gradient * product
-        grad_out = (weighted @ s_in[:, :, None].to(dtype))[:, :, 0]
-        grad_in = (s_out[:, None].to(dtype) @ weighted)[:, 0]
-        inner = gradient * s_out[:, :, None].to(dtype) * s_in[:, None].to(dtype)
-        grad_b = (signs(a) * s_mid[:, None]).to(dtype).mT @ inner
-        grad_left = (inner @ signs(b).to(dtype).mT).to(s_mid.dtype)
-        grad_mid = (grad_left * signs(a)).sum(1)
-        grad_a = grad_left.mul_(s_mid[:, None])
-        grads = (grad_a, grad_b, grad_out, grad_mid, grad_in)
-        return tuple(g.to(s_out.dtype) for g in grads)
-
-
 class FactorStack(nn.Module):
     """The factors of linear layers of one size, all of them trainable: see `factorize.Factors`.
 
-    One product for all of them takes a fraction of the time of many small ones.
+    Several products at a time take a fraction of the time of many small ones. Gradients are made by hand,
+    with the identity as the gradient of sign: what autograd would keep and recompute costs as much as the
+    products.
     """
 
     def __init__(self, names: list[str], factors: list[Factors]) -> None:
@@ -71,18 +45,63 @@ class FactorStack(nn.Module):
         self.names = names
         self.a = nn.Parameter(torch.cat([f.a for f in factors]))
         self.b = nn.Parameter(torch.cat([f.b for f in factors]))
-        for name in ("s_out", "s_mid", "s_in"):
+        for name in SCALES:
             scale = torch.cat([getattr(f, name) for f in factors])
             rms = scale.square().mean(1, keepdim=True).sqrt() + 1e-20
             self.register_buffer(f"{name}_rms", rms)
             setattr(self, name, nn.Parameter(scale / rms))
+        self._weights: list[Tensor] = []
 
     def _scales(self) -> list[Tensor]:
-        return [getattr(self, n) * getattr(self, f"{n}_rms") for n in ("s_out", "s_mid", "s_in")]
+        return [getattr(self, n) * getattr(self, f"{n}_rms") for n in SCALES]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Name -> dense weight (rows, cols), with gradients."""
-        return dict(zip(self.names, _Weights.apply(self.a, self.b, *self._scales()).unbind(), strict=True))
+    def _parts(self) -> Iterator[slice]:
+        """Layers that are multiplied together: all on a GPU, few on a CPU, whose caches then hold them."""
+        n, rows, cols = len(self.names), self.a.shape[1], self.b.shape[2]
+        size = n if self.a.is_cuda else max(1, PART_WEIGHTS // (rows * cols))
+        return (slice(start, start + size) for start in range(0, n, size))
+
+    @torch.no_grad()
+    def multiply_out(self) -> dict[str, Tensor]:
+        """Name -> weight (rows, cols), diag(s_out) sign(a) diag(s_mid) sign(b) diag(s_in), in the dtype of an
+        autocast if there is one. Gradients that reach the weights go on to the factors with `backward`."""
+        kind = self.a.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.a.dtype
+        s_out, s_mid, s_in = self._scales()
+        self._weights = []
+        for part in self._parts():
+            product = (signs(self.a[part]) * s_mid[part, None]).to(dtype) @ signs(self.b[part]).to(dtype)
+            product *= s_out[part, :, None].to(dtype)
+            product *= s_in[part, None].to(dtype)
+            self._weights += [weight.requires_grad_() for weight in product.unbind()]
+        return dict(zip(self.names, self._weights, strict=True))
+
+    @torch.no_grad()
+    def backward(self) -> None:
+        """The factors' gradients from those of the weights, which are let go."""
+        s_out, s_mid, s_in = self._scales()
+        gradients = {name: torch.empty_like(p) for name, p in self.named_parameters()}
+        for part in self._parts():
+            gradient = torch.stack([weight.grad for weight in self._weights[part]])
+            for weight in self._weights[part]:
+                weight.grad = None
+            dtype = gradient.dtype
+            a, b = signs(self.a[part]), signs(self.b[part])
+            left = a * s_mid[part, None]
+            from_left = ((gradient * s_in[part, None].to(dtype)) @ b.to(dtype).mT).to(a.dtype)
+            gradient *= s_out[part, :, None].to(dtype)
+            from_right = (left.to(dtype).mT @ gradient).to(b.dtype)
+            gradients["s_out"][part] = (from_left * left).sum(2)
+            from_left *= s_out[part, :, None]
+            gradients["s_mid"][part] = (from_left * a).sum(1)
+            torch.mul(from_left, s_mid[part, None], out=gradients["a"][part])
+            gradients["s_in"][part] = (from_right * b).sum(1)
+            torch.mul(from_right, s_in[part, None], out=gradients["b"][part])
+        for name in SCALES:
+            gradients[name] *= getattr(self, f"{name}_rms")
+        for name, p in self.named_parameters():
+            p.grad = gradients[name]
+        self._weights = []
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
@@ -92,7 +111,7 @@ class FactorStack(nn.Module):
 
 
 class DbfLinear(nn.Module):
-    """A linear layer of a student, whose weight is multiplied out anew for every pass."""
+    """A linear layer of a student, whose weight is multiplied out anew for every step."""
 
     weight: Tensor | None
 
@@ -130,16 +149,23 @@ class Student(nn.Module):
         )
         self._linears = {name: linears[path] for name, path in names.items()}
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """What the head reads, (batch, tokens, d_model), for tokens (batch, tokens) int64."""
+    def multiply_out(self) -> None:
+        """Give the linear layers the weights that the factors stand for now."""
         for stack in self.stacks:
-            for name, weight in stack.weights().items():
+            for name, weight in stack.multiply_out().items():
                 self._linears[name].weight = weight
-        try:
-            return hidden_states(self.model, input_ids=tokens)
-        finally:
-            for linear in self._linears.values():
-                linear.weight = None
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """What the head reads, (batch, tokens, d_model), for tokens (batch, tokens) int64; by the weights of
+        the last `multiply_out`."""
+        return hidden_states(self.model, input_ids=tokens)
+
+    def backward(self) -> None:
+        """The factors' gradients, once those of the weights are complete; lets the weights go."""
+        for linear in self._linears.values():
+            linear.weight = None
+        for stack in self.stacks:
+            stack.backward()
 
     def factors(self) -> dict[str, Factors]:
         """GGUF name -> the factors as they are now, batch 1."""
@@ -215,29 +241,32 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
 
 def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> float:
     """Gradients of the mean KL on tokens (batch, tokens); returns it."""
-    bf16 = torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)
-    with bf16:
-        with torch.no_grad():
-            wanted = hidden_states(teacher, input_ids=tokens).flatten(0, 1)
-        hidden = student.hidden_states(tokens)
-        flat = hidden.detach().flatten(0, 1)
-        wanted_head = teacher.get_output_embeddings().weight
-        head = student.model.get_output_embeddings().weight
-        head_gradient = torch.zeros_like(head) if head.requires_grad else None
-        size = HEAD_TOKENS * 8 if tokens.is_cuda else HEAD_TOKENS
-        total, gradient = torch.zeros((), device=tokens.device), torch.empty_like(flat)
-        for start in range(0, len(flat), size):
-            part = slice(start, start + size)
-            kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head)
-            gradient[part] = error @ head
-            if head_gradient is not None:
-                head_gradient += error.mT @ flat[part]
-            total += kl
-    hidden.backward(gradient.view_as(hidden) / len(flat))
+    head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
+    head_gradient = torch.zeros_like(head) if head.requires_grad else None
+    rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
+    size = HEAD_TOKENS * 8 if tokens.is_cuda else HEAD_TOKENS
+    total = torch.zeros((), device=tokens.device)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        student.multiply_out()
+        for some in tokens.split(rows):
+            with torch.no_grad():
+                wanted = hidden_states(teacher, input_ids=some).flatten(0, 1)
+            hidden = student.hidden_states(some)
+            flat = hidden.detach().flatten(0, 1)
+            gradient = torch.empty_like(flat)
+            for start in range(0, len(flat), size):
+                part = slice(start, start + size)
+                kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head)
+                gradient[part] = error @ head
+                if head_gradient is not None:
+                    head_gradient += error.mT @ flat[part]
+                total += kl
+            hidden.backward(gradient.view_as(hidden) / tokens.numel())
+    student.backward()
     if head_gradient is not None:
-        head_gradient /= len(flat)
+        head_gradient /= tokens.numel()
         head.grad = head_gradient if head.grad is None else head.grad + head_gradient
-    return float(total) / len(flat)
+    return float(total) / tokens.numel()
 
 
 @torch.no_grad()

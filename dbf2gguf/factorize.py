@@ -68,11 +68,6 @@ def factorize(
     return balance(factors)
 
 
-def relative_error(weight: Tensor, approximation: Tensor) -> Tensor:
-    """||W - W'||^2 / ||W||^2 of each matrix, (batch,)."""
-    return (weight - approximation).square().sum((1, 2)) / weight.square().sum((1, 2)).clamp(min=TINY)
-
-
 @dataclass
 class _Factor:
     """One factor's side of the ADMM: its projection, its dual, and where the next power iteration starts."""

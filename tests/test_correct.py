@@ -38,9 +38,7 @@ class Setup:
     def corrected(self, seed: int = 0, rows: Tensor | None = None) -> dict[str, Factors]:
         stage = Stage("factorize", 2, quiet=True)
         rows = self.rows if rows is None else rows
-        return factorize_model(
-            self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage
-        ).factors
+        return factorize_model(self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage)
 
     def plain(self) -> dict[str, Factors]:
         """Every layer on its own, no importances."""
@@ -57,6 +55,7 @@ class Setup:
         """Relative error of what the head reads, on text that was not seen."""
         student = Student(self.model, self.names, factors)
         wanted = hidden_states(self.model, input_ids=self.held_out)
+        student.multiply_out()
         got = student.hidden_states(self.held_out)
         return float((got - wanted).square().sum() / wanted.square().sum())
 

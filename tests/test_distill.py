@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import dbf2gguf.distill
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.distill import (
     FactorStack,
@@ -58,6 +59,7 @@ class Setup:
 
 
 def logits_of(student: Student, rows: Tensor) -> Tensor:
+    student.multiply_out()
     return student.model.get_output_embeddings()(student.hidden_states(rows))
 
 
@@ -151,19 +153,23 @@ def random_factors(seed: int) -> Factors:
 def test_weights_are_the_formula() -> None:
     given = {"one": random_factors(3), "two": random_factors(4)}
     stack = FactorStack(list(given), list(given.values()))
-    weights, back = stack.weights(), stack.factors()
+    weights, back = stack.multiply_out(), stack.factors()
     for name, factors in given.items():
         assert torch.allclose(weights[name], factors.dense()[0], rtol=1e-5, atol=1e-5)
         for f in fields(Factors):
             assert torch.allclose(getattr(back[name], f.name), getattr(factors, f.name), rtol=1e-5)
 
 
-def test_gradients_pass_through_the_signs() -> None:
+@pytest.mark.parametrize("part", [1, 10**6], ids=["one by one", "together"])
+def test_gradients_pass_through_the_signs(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
     """A sign's latent gets the gradient that the sign would get; scales get theirs times their rms."""
+    monkeypatch.setattr(dbf2gguf.distill, "PART_WEIGHTS", part)
     given = [random_factors(3), random_factors(4)]
     stack = FactorStack(["one", "two"], given)
     upstream = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(5))
-    torch.stack(list(stack.weights().values())).backward(upstream)
+    for weight, gradient in zip(stack.multiply_out().values(), upstream, strict=True):
+        weight.backward(gradient)
+    stack.backward()
     for i, factors in enumerate(given):
         a, b = (torch.where(x[0] < 0, -1.0, 1.0).requires_grad_() for x in (factors.a, factors.b))
         scales = [s[0].clone().requires_grad_() for s in (factors.s_out, factors.s_mid, factors.s_in)]
@@ -193,8 +199,12 @@ def test_kl_gradient_is_autograds() -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_gradient_of_a_step_is_autograds(setup: Setup, dense: bool) -> None:
-    """The step's gradients, made a few logits at a time, are those of the mean KL."""
+@pytest.mark.parametrize("pass_tokens", [1, 64, 10**6])
+def test_gradient_of_a_step_is_autograds(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, dense: bool, pass_tokens: int
+) -> None:
+    """The step's gradients, made a few rows and a few logits at a time, are those of the mean KL."""
+    monkeypatch.setattr(dbf2gguf.distill, "PASS_TOKENS", pass_tokens)
     tokens = setup.rows[:3]
     by_hand, by_torch = setup.student(dense), setup.student(dense)
     if dense:
@@ -205,6 +215,7 @@ def test_gradient_of_a_step_is_autograds(setup: Setup, dense: bool) -> None:
     log_q = torch.log_softmax(logits_of(by_torch, tokens), -1).flatten(0, 1)
     loss = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     loss.backward()
+    by_torch.backward()
     assert value == pytest.approx(float(loss.detach()), rel=1e-4)
     theirs = dict(by_torch.named_parameters())
     for name, parameter in by_hand.named_parameters():

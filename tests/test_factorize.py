@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbf2gguf.factorize import Factors, balance, factorize, relative_error, signs
+from dbf2gguf.factorize import Factors, balance, factorize, signs
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> Tensor:
+    """||W - W'||^2 / ||W||^2 of each matrix, (batch,)."""
+    return (weight - approximation).square().sum((1, 2)) / weight.square().sum((1, 2))
 
 
 def plain(weight: Tensor, rank: int, iterations: int = 25, seed: int = 0) -> Factors:
