@@ -189,10 +189,13 @@ class Comparison:
 
     def result(self) -> Divergence:
         """Over all calls so far."""
-        kl, nll, same = (np.concatenate(x) for x in (self._kl, self._base_nll, self._same))
-        error = float(kl.std() / math.sqrt(len(kl) - 1)) if len(kl) > 1 else 0.0
+        kl = np.concatenate(self._kl)
         return Divergence(
-            _exp(nll.mean()), float(kl.mean()), error, float(np.quantile(kl, 0.99)), float(same.mean())
+            base_ppl=_exp(np.concatenate(self._base_nll).mean()),
+            kl_mean=float(kl.mean()),
+            kl_error=float(kl.std() / math.sqrt(len(kl) - 1)) if len(kl) > 1 else 0.0,
+            kl_p99=float(np.quantile(kl, 0.99)),
+            same_top1=float(np.concatenate(self._same).mean()),
         )
 
 
