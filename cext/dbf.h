@@ -45,6 +45,7 @@ typedef struct dbf_dense {
 typedef struct dbf_layer {
     const float *attn_norm, *ffn_norm; /* f32 [d_model] */
     dbf_linear q, k, v, o, gate, up, down;
+    const float *q_norm, *k_norm;      /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL */
 } dbf_layer;
 
 typedef struct dbf_config {

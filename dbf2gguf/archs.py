@@ -11,6 +11,9 @@ from typing import Any
 
 from runtime.errors import FormatError, UnsupportedModelError
 
+MAX_CONTEXT = 1 << 31
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 INPUT = "input"
 """Residual of a linear whose output is added to the block's input."""
 
@@ -30,6 +33,7 @@ class ArchSpec:
     to a decoder layer and map GGUF names to them."""
 
     model_type: str  # config.json's model_type
+    model_class: str  # config.json's architectures
     gguf: str  # general.architecture
     rope_pairing: str  # "adjacent" or "halves", see runtime.config
     activation: str = "silu"
@@ -50,9 +54,7 @@ class ArchSpec:
             "ffn_down": "mlp.down_proj",
         }
     )
-    norms: dict[str, str] = field(
-        default_factory=lambda: {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    )
+    norms: dict[str, str] = field(default_factory=lambda: NORMS)
     groups: tuple[Group, ...] = (
         Group(("attn_q", "attn_k", "attn_v")),
         Group(("attn_output",), residual=INPUT),
@@ -61,7 +63,16 @@ class ArchSpec:
     )
 
 
-ARCHS = {spec.model_type: spec for spec in (ArchSpec("llama", "llama", rope_pairing="adjacent"),)}
+ARCHS = {
+    spec.model_type: spec
+    for spec in (
+        ArchSpec("llama", "LlamaForCausalLM", "llama", "adjacent"),
+        ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
+        ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
+        ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
+    )
+}
+"""Of those that share a GGUF architecture, a GGUF file is read as the first."""
 
 
 def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
@@ -97,6 +108,12 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
             f"{where}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
         )
     return spec
+
+
+def context_length(config: Any) -> int:
+    """How many tokens a model may have: of transformers' config, what it was trained for, but no more than a
+    sliding window, within which attention is like any other."""
+    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or MAX_CONTEXT)
 
 
 def permute_rope(rows: Any, n_heads: int) -> Any:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dbf2gguf.archs import ARCHS
 from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, PRESETS
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
@@ -63,6 +64,12 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     add("--correct-rows", type=int, help="rows that the sequential correction sees (default: the preset's)")
     add("--admm-iterations", type=int, help="ADMM rounds of each factorization (default: the preset's)")
+    add(
+        "--list-architectures",
+        action="version",
+        version=", ".join(f"{spec.model_type} ({spec.model_class})" for spec in ARCHS.values()),
+        help="print the model families that can be converted (model_type, class) and stop",
+    )
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("-q", "--quiet", action="store_true", help="no progress and no summary")
     return parser

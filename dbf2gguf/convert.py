@@ -19,6 +19,7 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.archs import context_length
 from dbf2gguf.budget import Plan, linear_bits, plan_uniform
 from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
@@ -235,7 +236,7 @@ def _text(
 
 
 def _row_tokens(model: nn.Module, recipe: Recipe) -> int:
-    return min(recipe.row_tokens, int(model.config.max_position_embeddings))
+    return min(recipe.row_tokens, context_length(model.config))
 
 
 def make_plan(source: Source, model: nn.Module, bpw: float) -> Plan:

@@ -15,15 +15,14 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.files import check_output, check_space, replacing
+from dbf2gguf.metadata import copy_metadata
 from runtime.config import ADJACENT, Dense, Linear
 from runtime.errors import FormatError, OptionError, UnsupportedModelError
 from runtime.format import FACTORS, LINEARS, unpack
-from runtime.gguf import GgufFile
 from runtime.model import ModelFile, load_model_file
 
 OUT_TYPES = {
@@ -163,7 +162,7 @@ def _write(
 ) -> None:
     writer = gguf.GGUFWriter(path, model.architecture)
     try:
-        _copy_metadata(writer, model.file)
+        copy_metadata(writer, model.file, lambda key: not key.startswith(OURS))
         writer.add_file_type(file_type)
         writer.add_string(DESCRIPTION, _description(model))
         for t in tensors:
@@ -181,16 +180,6 @@ def _write(
             print(file=sys.stderr)
     finally:
         writer.close()
-
-
-def _copy_metadata(writer: gguf.GGUFWriter, file: GgufFile) -> None:
-    for key, value in file.metadata.items():
-        kind, element = file.metadata.kind(key)
-        if key.startswith(OURS) or value == []:  # an empty array says what no array says
-            continue
-        writer.add_key_value(
-            key, value, GGUFValueType(kind), None if element is None else GGUFValueType(element)
-        )
 
 
 def _description(model: ModelFile) -> str:

@@ -24,6 +24,8 @@ from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
 from runtime.model import check_features
 
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
 
 def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and
@@ -79,7 +81,7 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
     if "token_embd.weight" not in file.tensors:
         raise FormatError(f"{file.path}: no tensor token_embd.weight: a vocabulary only, not a model")
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [arch.model_class],
         "model_type": arch.model_type,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
@@ -97,9 +99,28 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if "rope_freqs.weight" in file.tensors:
+        config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = meta.get(f"tokenizer.ggml.{key}_token_id")
     return config
+
+
+def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
+    """Llama 3's RoPE scaling, of which a GGUF file holds only what it does to each frequency.
+
+    The factor is read off, the rest is what all Llama 3 models have. Raises UnsupportedModelError if that
+    does not give the file's numbers.
+    """
+    freqs = np.array(file.data("rope_freqs.weight"), dtype=np.float64).reshape(-1)
+    scaling = {"rope_type": "llama3", "factor": float(f"{freqs.max():.6g}"), **LLAMA3_ROPE}
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] / (2 * np.pi)
+    turns = turns * theta ** (-np.arange(len(freqs)) / len(freqs))  # in the original context
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    if not np.allclose(freqs, 1 / ((1 - share) / scaling["factor"] + share), rtol=1e-3):
+        raise UnsupportedModelError(f"{file.path}: rope_freqs.weight is not the RoPE scaling of Llama 3")
+    return scaling
 
 
 def _tensors(
@@ -115,7 +136,7 @@ def _tensors(
     result = {}
     for name, info in file.tensors.items():
         if name == "rope_freqs.weight":
-            raise UnsupportedModelError(f"{file.path}: scaled RoPE frequencies cannot be turned back yet")
+            continue  # part of config.json
         try:
             array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)
         except NotImplementedError as error:
@@ -138,15 +159,14 @@ def _tensors(
 
 def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
     meta = file.metadata
-    kind = meta.get("tokenizer.ggml.model")
-    if kind is None:
+    if meta.get("tokenizer.ggml.model") is None:
         raise FormatError(f"{source}: metadata key tokenizer.ggml.model is missing")
-    if kind != "gpt2":
-        raise UnsupportedModelError(f"{source}: tokenizer {kind!r} cannot be turned back; supported: gpt2")
     tokenizer = ggml_tokenizer.build(meta, str(source))
     tokens = list(meta["tokenizer.ggml.tokens"])
     bos = meta.get("tokenizer.ggml.bos_token_id")
-    add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", False)) and bos is not None
+    add_bos = bos is not None and bool(
+        meta.get("tokenizer.ggml.add_bos_token", ggml_tokenizer.adds_bos(meta))
+    )
     if add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]

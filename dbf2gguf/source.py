@@ -24,6 +24,7 @@ class Source:
     config: dict[str, Any]
     arch: ArchSpec
     name: str
+    gguf: Path | None = None  # the file that the folder was made of
 
 
 def open_source(model: str | Path, scratch: Path) -> Source:
@@ -33,7 +34,7 @@ def open_source(model: str | Path, scratch: Path) -> Source:
     Raises FormatError for what is no model or a broken one, UnsupportedModelError for an architecture or
     feature that is not implemented.
     """
-    path = Path(model)
+    path, gguf = Path(model), None
     name = path.resolve().name
     if not path.exists():
         raise FormatError(
@@ -47,8 +48,8 @@ def open_source(model: str | Path, scratch: Path) -> Source:
                 )
         from dbf2gguf.from_gguf import gguf_to_hf
 
-        name, path = path.stem, scratch / "model"
-        gguf_to_hf(Path(model), path, torch.float32)
+        name, path, gguf = path.stem, scratch / "model", path
+        gguf_to_hf(gguf, path, torch.float32)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FormatError(f"{path}: no config.json in it; wanted a Hugging Face model folder")
@@ -60,7 +61,7 @@ def open_source(model: str | Path, scratch: Path) -> Source:
         raise FormatError(f"{config_file}: wanted a JSON object, got {type(config).__name__}")
     arch = find_arch(config, str(config_file))
     _check_safetensors(path)
-    return Source(path, config, arch, name)
+    return Source(path, config, arch, name, gguf)
 
 
 def _check_safetensors(path: Path) -> None:

@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dbf2gguf.archs import ArchSpec, permute_rope
+from dbf2gguf.archs import ArchSpec, context_length, permute_rope
 from dbf2gguf.factorize import Factors, signs
+from dbf2gguf.metadata import copy_metadata
 from dbf2gguf.q6_k import quantize_q6_k
 from dbf2gguf.source import Source, decoder_layers
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
+from runtime.gguf import GgufFile
 from runtime.model import load_model_file
 from runtime.pretokenizers import find_pre
 
@@ -139,7 +141,7 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module)
     writer.add_size_label(gguf.size_label(weights, weights, 0, 0))
     writer.add_file_type(gguf.LlamaFileType.GUESSED)  # llama.cpp has no number for DBF1
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -169,6 +171,12 @@ def _rope_freqs(model: nn.Module, arch: ArchSpec) -> NDArray[np.float32] | None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, vocab_size: int) -> None:
     writer.add_string("tokenizer.huggingface.json", tokenizer.backend_tokenizer.to_str())
+    if source.gguf is not None:
+        with GgufFile(source.gguf) as file:
+            copy_metadata(
+                writer, file, lambda key: key.startswith("tokenizer.") and key != "tokenizer.huggingface.json"
+            )
+        return
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     if (source.path / "tokenizer.model").is_file():
         kind, pre, tokens, scores, types = _sentencepiece_vocabulary(source, tokenizer, vocab_size)

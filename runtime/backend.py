@@ -191,6 +191,11 @@ def check(config: Config, weights: Weights) -> None:
     for i, layer in enumerate(weights.layers):
         _expect(f"layer {i}: attn_norm", layer.attn_norm, (c.d_model,), np.float32)
         _expect(f"layer {i}: ffn_norm", layer.ffn_norm, (c.d_model,), np.float32)
+        if (layer.q_norm is None) != (layer.k_norm is None):
+            raise BackendError(f"layer {i}: q_norm without k_norm, or the other way round")
+        for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
+            if norm is not None:
+                _expect(f"layer {i}: {name}", norm, (c.head_dim,), np.float32)
         _check_linear(f"layer {i}: q", layer.q, heads, c.d_model)
         _check_linear(f"layer {i}: k", layer.k, kv, c.d_model)
         _check_linear(f"layer {i}: v", layer.v, kv, c.d_model)
@@ -285,6 +290,8 @@ class CBackend(Backend):
         for to, layer in zip(layers, weights.layers, strict=True):
             to.attn_norm = self._borrow("float[]", layer.attn_norm)
             to.ffn_norm = self._borrow("float[]", layer.ffn_norm)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                to.q_norm, to.k_norm = (self._borrow("float[]", w) for w in (layer.q_norm, layer.k_norm))
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 self._linear(getattr(to, name), getattr(layer, name))
         w = ffi.new("dbf_weights *")

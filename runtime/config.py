@@ -119,6 +119,14 @@ class Layer:
     gate: Linear
     up: Linear
     down: Linear
+    q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE; both or none
+    k_norm: NDArray[np.float32] | None = None
+
+    @property
+    def norms(self) -> list[NDArray[np.float32]]:
+        """All norms' weights."""
+        every = (self.attn_norm, self.ffn_norm, self.q_norm, self.k_norm)
+        return [w for w in every if w is not None]
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,9 @@ class NumbaBackend(Backend):
 
             # RoPE, KV cache
             for j in range(n):
-                self._rotate_and_store(q[j], k[j], v[j], i, pos + j)
+                self._turn(q[j], layer.q_norm, pos + j)
+                self._turn(k[j], layer.k_norm, pos + j)
+                self._store(k[j], v[j], i, pos + j)
 
             # attention, added to the residual stream
             attended = np.stack([self._attention(q[j], i, pos + j) for j in range(n)])
@@ -225,13 +227,17 @@ class NumbaBackend(Backend):
     def _linear(self, w: _Linear, x: Floats) -> Floats:
         return linear(w, x, self._qmax)
 
-    def _rotate_and_store(self, q: Any, k: Any, v: Any, layer: int, pos: int) -> None:
-        """Rotate queries and keys, store keys and values."""
+    def _turn(self, heads: Any, norm: Floats | None, pos: int) -> None:
+        """Normalize, in some models, and rotate queries or keys."""
         c = self._config
-        for h in range(c.n_heads):
-            kernels.rope(q[h], self._rope[pos], c.rope_dims, c.rope_pairing)
-        for h in range(c.n_kv_heads):
-            kernels.rope(k[h], self._rope[pos], c.rope_dims, c.rope_pairing)
+        for x in heads:
+            if norm is not None:
+                kernels.rmsnorm(x, x, norm, np.float32(c.norm_eps), c.head_dim)
+            kernels.rope(x, self._rope[pos], c.rope_dims, c.rope_pairing)
+
+    def _store(self, k: Any, v: Any, layer: int, pos: int) -> None:
+        """Store keys and values."""
+        for h in range(self._config.n_kv_heads):
             self._narrow(self._k[layer, h, pos], k[h])
             self._narrow(self._v[layer, h, pos], v[h])
 

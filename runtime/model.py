@@ -267,11 +267,16 @@ class _Reader:
         return Dense(info.type, rows, cols, data.view(np.uint8).reshape(rows, -1))
 
     def _layer(self, i: int, c: Config) -> Layer:
-        d, q, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        sizes = ((q, d), (kv, d), (kv, d), (d, q), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
-        linears = [self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)]
+        d, heads, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        sizes = ((heads, d), (kv, d), (kv, d), (d, heads), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
+        q, k, v, o, gate, up, down = (
+            self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)
+        )
         attn_norm, ffn_norm = (self._vector(f"blk.{i}.{n}.weight", d) for n in ("attn_norm", "ffn_norm"))
-        return Layer(attn_norm, ffn_norm, *linears)
+        q_norm = k_norm = None
+        if f"blk.{i}.attn_q_norm.weight" in self.file.tensors:
+            q_norm, k_norm = (self._vector(f"blk.{i}.attn_{n}_norm.weight", c.head_dim) for n in "qk")
+        return Layer(attn_norm, ffn_norm, q, k, v, o, gate, up, down, q_norm, k_norm)
 
     def weights(self, c: Config) -> Weights:
         embed = self._dense("token_embd.weight", c.n_vocab, c.d_model)

@@ -115,6 +115,9 @@ def tensors(weights: Weights, c: Config) -> dict[str, tuple[Any, GGMLQuantizatio
     for i, layer in enumerate(weights.layers):
         out[f"blk.{i}.attn_norm.weight"] = (layer.attn_norm, None)
         out[f"blk.{i}.ffn_norm.weight"] = (layer.ffn_norm, None)
+        if layer.q_norm is not None:
+            out[f"blk.{i}.attn_q_norm.weight"] = (layer.q_norm, None)
+            out[f"blk.{i}.attn_k_norm.weight"] = (layer.k_norm, None)
         parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
         for name, part in zip(LINEARS, parts, strict=True):
             at = f"blk.{i}.{name}"

@@ -73,6 +73,8 @@ def forward(config: Config, w: Weights, tokens):
         q = dbf_linear(layer.q, h).reshape(n, c.n_heads, c.head_dim)
         k = dbf_linear(layer.k, h).reshape(n, c.n_kv_heads, c.head_dim)
         v = dbf_linear(layer.v, h).reshape(n, c.n_kv_heads, c.head_dim)
+        if layer.q_norm is not None:
+            q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
         q, k = rope(q, c, pos, w.rope_freqs), rope(k, c, pos, w.rope_freqs)
         x = x + dbf_linear(layer.o, attention(q, k, v))
         h = rmsnorm(x, layer.ffn_norm, c.norm_eps)

@@ -35,6 +35,7 @@ MODELS = {
     "Q6_K": (tiny.config(d_model=256, n_vocab=131, n_layers=1), {"kind": Q6_K}),
     "heads of 64": (tiny.config(head_dim=64, rope_dims=64, n_layers=1), {}),
     "20 queries share a KV head": (tiny.config(n_heads=20, n_kv_heads=1, head_dim=128, n_layers=1), {}),
+    "head norms": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True}),
     "wide heads": (tiny.config(head_dim=96, rope_dims=96, n_layers=1), {"kind": F32}),
 }
 

@@ -66,6 +66,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "eps-and-theta": {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
     "one-layer": {"num_hidden_layers": 1, "max_position_embeddings": 20},
+    "llama-3.2": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+        "max_position_embeddings": 16384,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 64},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
 }  # fmt: skip
 
 
@@ -111,7 +121,7 @@ def test_logits_are_the_dense_twins(make: Callable[[str], Case], name: str) -> N
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
-@pytest.mark.parametrize("name", ["gqa-tied", "odd-sizes"])
+@pytest.mark.parametrize("name", ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3"])
 def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
     """The same logits within the same bound, and the same greedy tokens as C."""
     case = make(name)
@@ -166,6 +176,12 @@ def test_rows_of_no_whole_block(
 
 
 # What the file holds --------------------------------------------------------------------------------------
+
+
+def test_a_sliding_window_bounds_the_context(make: Callable[[str], Case]) -> None:
+    with GgufFile(make("mistral").out) as file:
+        assert file.metadata["general.architecture"] == "llama"
+        assert file.metadata["llama.context_length"] == 64
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -332,17 +348,25 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         assert file.metadata["dbf.recipe.text"] == "short.txt, self-written"
 
 
-@pytest.mark.parametrize("name", ["gqa-tied", "mha-separate-head", "biases", "wide-heads"])
+@pytest.mark.parametrize(
+    "name", ["gqa-tied", "mha-separate-head", "biases", "wide-heads", "qwen2", "qwen3", "llama-3.2"]
+)
 def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
     """The model as llama.cpp writes it, q and k permuted, comes back as the folder it was."""
     case = make(name)
-    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", case.folder)
+    with GgufFile(case.out) as file:
+        pre = file.metadata["tokenizer.ggml.pre"]
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", case.folder, pre)
     gguf_to_hf(plain, tmp_path / "back")
     theirs, ours = (open_source(f, tmp_path) for f in (case.folder, tmp_path / "back"))
     original, back = load_model(theirs).state_dict(), load_model(ours).state_dict()
     assert set(original) == set(back)
     for key, weight in original.items():
         assert torch.equal(back[key], weight.bfloat16().float()), key
+    rounded, ids = load_model(theirs), torch.tensor([IDS])
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.bfloat16())
+    assert torch.allclose(load_model(ours)(ids).logits, rounded(ids).logits, rtol=1e-4, atol=1e-4)
     one, two = load_tokenizer(theirs), load_tokenizer(ours)
     text = "the cat <|im_end|> sat; naïve café 🙂  1234\n"
     assert two(text).input_ids == one(text).input_ids
@@ -457,3 +481,19 @@ def test_stories260k(tmp_path: Path) -> None:
         assert meta["tokenizer.ggml.unknown_token_id"] == pieces.unk_id()
         assert meta["tokenizer.ggml.add_bos_token"] is True
         assert meta["llama.feed_forward_length"] == 172
+
+
+@pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")
+def test_sentencepiece_gguf_input(tmp_path: Path) -> None:
+    """The keys of its tokenizer pass on as they are, and mean the same."""
+    convert(STORIES, tmp_path / "one.gguf", **tiny_hf.QUICK)
+    export(tmp_path / "one.gguf", tmp_path / "dense.gguf", quiet=True)
+    convert(tmp_path / "dense.gguf", tmp_path / "two.gguf", **tiny_hf.QUICK)
+    with GgufFile(tmp_path / "one.gguf") as one, GgufFile(tmp_path / "two.gguf") as two:
+        keys = [key for key in one.metadata if key.startswith("tokenizer.ggml.")]
+        assert "tokenizer.ggml.scores" in keys
+        assert all(two.metadata[key] == one.metadata[key] for key in keys)
+        first, second = (Tokenizer.from_metadata(f.metadata, str(f.path)) for f in (one, two))
+    for text in ("Once upon a time", " two  spaces", "naïve 🙂\n\tend", ""):
+        assert second.encode(text) == first.encode(text)
+        assert second.decode(second.encode(text)) == first.decode(first.encode(text))

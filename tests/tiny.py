@@ -73,7 +73,14 @@ def rank_of(rows: int, cols: int, bpw: float) -> int:
 
 
 def weights(
-    c: Config, *, kind: int = F32, tied: bool = False, bias: bool = False, bpw: float = 4.0, seed: int = 0
+    c: Config,
+    *,
+    kind: int = F32,
+    tied: bool = False,
+    bias: bool = False,
+    head_norms: bool = False,
+    bpw: float = 4.0,
+    seed: int = 0,
 ) -> Weights:
     """Random weights for `c`."""
     rng = np.random.default_rng(seed)
@@ -81,8 +88,8 @@ def weights(
     def lin(rows: int, cols: int, with_bias: bool = False) -> Linear:
         return linear(rng, rows, cols, rank_of(rows, cols, bpw), with_bias)
 
-    def norm() -> np.ndarray:
-        return rng.uniform(0.5, 1.5, c.d_model).astype(np.float32)
+    def norm(n: int = c.d_model) -> np.ndarray:
+        return rng.uniform(0.5, 1.5, n).astype(np.float32)
 
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     layers = tuple(
@@ -91,6 +98,7 @@ def weights(
             q=lin(heads, c.d_model, bias), k=lin(kv, c.d_model, bias), v=lin(kv, c.d_model, bias),
             o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model), up=lin(c.d_ff, c.d_model),
             down=lin(c.d_model, c.d_ff),
+            q_norm=norm(c.head_dim) if head_norms else None, k_norm=norm(c.head_dim) if head_norms else None,
         )
         for _ in range(c.n_layers)
     )  # fmt: skip

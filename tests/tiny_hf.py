@@ -1,4 +1,4 @@
-"""Tiny random Llama folders as Hugging Face has them, and what it takes to convert them in a second."""
+"""Tiny random model folders as Hugging Face has them, and what it takes to convert them in a second."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import gguf
 import torch
 from make_gguf import CHAT_TEMPLATE, tokenizer_json
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dbf2gguf.archs import permute_rope
+from dbf2gguf.archs import ARCHS, permute_rope
 from dbf2gguf.convert import as_read, load_model
 from dbf2gguf.factorize import Factors
 from dbf2gguf.source import Source, linear_names, open_source
-from runtime.config import Linear
+from runtime.config import ADJACENT, Linear
 from runtime.format import LINEARS, unpack
 from runtime.model import load_model_file
 
@@ -49,11 +49,11 @@ SIZES: dict[str, Any] = {
 }
 
 
-def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A random Llama with random norms and biases. It has something to say: its logits differ by units."""
-    config = LlamaConfig(**{**SIZES, **changes})
+def model(seed: int = 0, model_type: str = "llama", **changes: Any) -> Any:
+    """A random model with random norms and biases. It has something to say: its logits differ by units."""
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     torch.manual_seed(seed)
-    made = LlamaForCausalLM(config).eval().requires_grad_(False)
+    made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in made.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5)
@@ -107,7 +107,7 @@ def file_factors(path: Path, source: Source) -> dict[str, Factors]:
         parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
         for name, part in zip(LINEARS, parts, strict=True):
             factors = _factors(part)
-            if name in heads:
+            if name in heads and file.config.rope_pairing == ADJACENT:
                 n = heads[name]
                 factors.a = _halves(factors.a[0], n)[None]
                 factors.s_out = _halves(factors.s_out[0], n)[None]
@@ -144,7 +144,8 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     """A plain F32 GGUF of a folder of `write_folder`, by the conventions of convert_hf_to_gguf.py."""
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = made.config
-    writer = gguf.GGUFWriter(path, "llama")
+    arch = ARCHS[config.model_type]
+    writer = gguf.GGUFWriter(path, arch.gguf)
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -152,18 +153,23 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(config.vocab_size)
-    _add_bpe(writer, folder, pre)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    freqs = rope_freqs(made)
+    if freqs is not None:
+        writer.add_tensor("rope_freqs.weight", freqs)
+    _add_bpe(writer, folder, pre, config.vocab_size)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.gguf)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, tensor in made.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if "q_proj" in name or "k_proj" in name:
+        if arch.rope_pairing == "adjacent" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = permute_rope(tensor, heads)
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -176,13 +182,22 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     return path
 
 
-def _add_bpe(writer: gguf.GGUFWriter, folder: Path, pre: str) -> None:
+def rope_freqs(made: Any) -> Any:
+    """What llama.cpp divides RoPE's frequencies by; None if that is 1 everywhere."""
+    inverse = made.model.rotary_emb.inv_freq.double()
+    steps = torch.arange(len(inverse), dtype=torch.float64) / len(inverse)
+    ratio = made.config.rope_parameters["rope_theta"] ** -steps / inverse
+    return None if torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-4) else ratio.float().numpy()
+
+
+def _add_bpe(writer: gguf.GGUFWriter, folder: Path, pre: str, n_vocab: int) -> None:
     made = PreTrainedTokenizerFast.from_pretrained(folder)
     by_id = sorted((index, token) for token, index in made.get_vocab().items())
     special = made.added_tokens_decoder
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([token for _, token in by_id])
-    kinds = gguf.TokenType
-    writer.add_token_types([kinds.CONTROL if i in special else kinds.NORMAL for i, _ in by_id])
+    kinds, unused = gguf.TokenType, range(len(by_id), n_vocab)
+    writer.add_token_list([token for _, token in by_id] + [f"[PAD{i}]" for i in unused])
+    types = [kinds.CONTROL if i in special else kinds.NORMAL for i, _ in by_id]
+    writer.add_token_types(types + [kinds.UNUSED] * len(unused))
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(by_id)).add_to_gguf(writer, quiet=True)

@@ -1,7 +1,7 @@
 /* forward.c - the forward pass.  Mirror: runtime/forward.py.
  *
  * x = embedding
- * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
+ * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x);  some models: RoPE(RMSNorm(Q n)) etc.
  *               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
  * logits = Head RMSNorm(x)
  *
@@ -61,25 +61,32 @@ static void widen(const dbf_session *s, float *to, const uint8_t *from, int n)
     if (s->kv_type == DBF_Q8_0) k->from_q8_0(to, from, n * s->model->config.head_dim);
 }
 
-/* rotate queries and keys, store keys and values; one item is one head of one token */
-static void rotate_and_store(const job_t *job, int thread, int layer)
+/* normalize and rotate one head's query or key; w may be NULL */
+static void turn(const dbf_session *s, float *x, const float *w, int pos)
+{
+    const dbf_config *c = &s->model->config;
+    if (w) s->model->kernels->rmsnorm(x, x, w, c->norm_eps, c->head_dim);
+    s->model->kernels->rope(x, s->rope + (size_t)pos * c->rope_dims, c->rope_dims, c->rope_pairing);
+}
+
+/* turn queries and keys, store keys and values; one item is one head of one token */
+static void turn_and_store(const job_t *job, int thread, int layer)
 {
     dbf_session *s = job->s;
     const dbf_config *c = &s->model->config;
-    const kernels_t *k = s->model->kernels;
+    const layer_t *l = &s->model->layers[layer];
     int heads = c->n_heads + c->n_kv_heads, dim = c->head_dim, begin, end;
     pool_split(s->model->pool, thread, job->n * heads, &begin, &end);
     for (int item = begin; item < end; item++) {
         int i = item / heads, h = item % heads, pos = job->pos + i;
-        const float *cos_sin = s->rope + (size_t)pos * c->rope_dims;
         if (h < c->n_heads) {
-            k->rope(s->q_heads + ((size_t)i * c->n_heads + h) * dim, cos_sin, c->rope_dims, c->rope_pairing);
+            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, l->q_norm, pos);
             continue;
         }
         h -= c->n_heads;
         size_t from = ((size_t)i * c->n_kv_heads + h) * dim;
         size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * s->kv_bytes;
-        k->rope(s->k_heads + from, cos_sin, c->rope_dims, c->rope_pairing);
+        turn(s, s->k_heads + from, l->k_norm, pos);
         narrow(s, s->k + to, s->k_heads + from);
         narrow(s, s->v + to, s->v_heads + from);
     }
@@ -222,7 +229,7 @@ static void forward(void *arg, int thread)
                 3, n);
 
         /* RoPE, KV cache */
-        rotate_and_store(job, thread, layer);
+        turn_and_store(job, thread, layer);
 
         /* attention, added to the residual stream */
         attention(job, thread, layer);

@@ -113,7 +113,7 @@ typedef struct kernels {
 
     /* ---- everything else ------------------------------------------------------------------------------ */
 
-    /* y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i];  error: (n/32 + 8) u |y| */
+    /* y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i];  y may be x;  error: (n/32 + 8) u |y| */
     void (*rmsnorm)(float *y, const float *x, const float *w, float eps, int n);
 
     /* rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)

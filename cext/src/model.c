@@ -66,7 +66,7 @@ static int weights_ok(const dbf_weights *w, const dbf_config *c)
         return 0;
     for (int i = 0; i < c->n_layers; i++) {
         const dbf_layer *l = &w->layers[i];
-        if (!l->attn_norm || !l->ffn_norm || !linear_ok(&l->q, heads, c->d_model)
+        if (!l->attn_norm || !l->ffn_norm || !l->q_norm != !l->k_norm || !linear_ok(&l->q, heads, c->d_model)
             || !linear_ok(&l->k, kv, c->d_model) || !linear_ok(&l->v, kv, c->d_model)
             || !linear_ok(&l->o, c->d_model, heads) || !linear_ok(&l->gate, c->d_ff, c->d_model)
             || !linear_ok(&l->up, c->d_ff, c->d_model) || !linear_ok(&l->down, c->d_model, c->d_ff))
@@ -148,6 +148,7 @@ static size_t lay_out(dbf_model *m, const dbf_weights *w)
 {
     const kernels_t *k = m->kernels;
     size_t used = 0, norm = (size_t)m->config.d_model * sizeof(float);
+    size_t head = (size_t)m->config.head_dim * sizeof(float);
     for (int i = 0; i < m->config.n_layers * N_LINEARS; i++) {
         const dbf_linear *from = &w->layers[i / N_LINEARS].q + i % N_LINEARS;
         linear_t *to = &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
@@ -166,6 +167,8 @@ static size_t lay_out(dbf_model *m, const dbf_weights *w)
     for (int i = 0; i < m->config.n_layers; i++) {
         m->layers[i].attn_norm = place(m, &used, norm);
         m->layers[i].ffn_norm = place(m, &used, norm);
+        if (w->layers[i].q_norm) m->layers[i].q_norm = place(m, &used, head);
+        if (w->layers[i].k_norm) m->layers[i].k_norm = place(m, &used, head);
     }
     m->out_norm = place(m, &used, norm);
     return used;
@@ -185,10 +188,12 @@ static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
     advise(m->packed, m->packed + bytes, MADV_HUGEPAGE);
 #endif
     lay_out(m, w);
-    size_t norm = (size_t)m->config.d_model * sizeof(float);
+    size_t norm = (size_t)m->config.d_model * sizeof(float), head = (size_t)m->config.head_dim * sizeof(float);
     for (int i = 0; i < m->config.n_layers; i++) {
         copy(m->layers[i].attn_norm, w->layers[i].attn_norm, norm);
         copy(m->layers[i].ffn_norm, w->layers[i].ffn_norm, norm);
+        if (w->layers[i].q_norm) copy(m->layers[i].q_norm, w->layers[i].q_norm, head);
+        if (w->layers[i].k_norm) copy(m->layers[i].k_norm, w->layers[i].k_norm, head);
     }
     copy(m->out_norm, w->out_norm, norm);
     packing_t packing = { .model = m, .weights = w };

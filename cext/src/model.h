@@ -29,7 +29,7 @@ typedef struct linear {
 enum { Q, K, V, O, GATE, UP, DOWN, N_LINEARS };
 
 typedef struct layer {
-    const float *attn_norm, *ffn_norm;
+    const float *attn_norm, *ffn_norm, *q_norm, *k_norm; /* the last two may be NULL */
     linear_t linear[N_LINEARS];
 } layer_t;
 

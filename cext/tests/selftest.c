@@ -114,14 +114,15 @@ static void run_model(const dbf_config *c, const dbf_weights *w, const float *ro
     dbf_model_free(model);
 }
 
-static void test_model(int type, int dim, int kv_type)
+static void test_model(int type, int dim, int kv_type, int head_norms)
 {
     static float want[TOKENS * VOCAB], got[TOKENS * VOCAB];
     dbf_layer layers[LAYERS];
     for (int i = 0; i < LAYERS; i++)
         layers[i] = (dbf_layer){ random_floats(D), random_floats(D), random_linear(HEADS * dim, D),
                                  random_linear(KV * dim, D), random_linear(KV * dim, D), random_linear(D, HEADS * dim),
-                                 random_linear(FF, D), random_linear(FF, D), random_linear(D, FF) };
+                                 random_linear(FF, D), random_linear(FF, D), random_linear(D, FF),
+                                 head_norms ? random_floats(dim) : NULL, head_norms ? random_floats(dim) : NULL };
     dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f };
     uint16_t *h = random_halves(VOCAB * D);
     float *f = random_floats(VOCAB * D);
@@ -152,6 +153,7 @@ static void test_model(int type, int dim, int kv_type)
     }
     for (int i = 0; i < LAYERS; i++) {
         free((void *)layers[i].attn_norm), free((void *)layers[i].ffn_norm);
+        free((void *)layers[i].q_norm), free((void *)layers[i].k_norm);
         for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++)
             free((void *)l->a), free((void *)l->b), free((void *)l->s_out), free((void *)l->s_mid),
                 free((void *)l->s_in), free((void *)l->bias);
@@ -189,11 +191,11 @@ int main(void)
     CHECK(!dbf_isa_demoted(), "the self-test of %s failed", dbf_isa_demoted());
     CHECK(dbf_isa_use("nonsense") == DBF_EISA, "an unknown instruction set was accepted");
     for (int i = 0; i < dbf_isa_count(); i++) test_products(dbf_isa_name(i)), test_gemm(dbf_isa_name(i));
-    test_model(DBF_F32, 20, DBF_F16);
-    test_model(DBF_F16, 32, DBF_Q8_0);
-    test_model(DBF_Q4_0, 20, DBF_F16);
-    test_model(DBF_Q8_0, 64, DBF_Q8_0);
-    test_model(DBF_Q6_K, 64, DBF_F16);
+    test_model(DBF_F32, 20, DBF_F16, 0);
+    test_model(DBF_F16, 32, DBF_Q8_0, 1);
+    test_model(DBF_Q4_0, 20, DBF_F16, 1);
+    test_model(DBF_Q8_0, 64, DBF_Q8_0, 0);
+    test_model(DBF_Q6_K, 64, DBF_F16, 0);
     test_bench();
     printf("ok:");
     for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));
