@@ -300,6 +300,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "odd-sizes": {
         "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 45,
     },
+    "mistral": {"model_type": "mistral"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
 }  # fmt: skip
 
 
