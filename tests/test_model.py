@@ -136,8 +136,8 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     "value length": (meta_is("llama.attention.value_length", 16), "different length"),
     "heads per layer": (meta_is("llama.attention.head_count_kv", [2, 4]), "differs from layer to layer"),
     "unknown tensor": (
-        tensor_is("blk.0.attn_q_norm.weight", np.ones(8, np.float32)),
-        "blk.0.attn_q_norm.weight",
+        tensor_is("blk.0.post_attention_norm.weight", np.ones(8, np.float32)),
+        "blk.0.post_attention_norm.weight",
     ),
     "F64 embedding": (
         tensor_is("token_embd.weight", np.ones((300, 32))),
@@ -166,6 +166,10 @@ BAD: dict[str, tuple[Edit, str]] = {
     "no embedding": (tensor_is("token_embd.weight", None), "token_embd.weight is missing"),
     "no factor": (tensor_is("blk.1.ffn_up.dbf_b", None), "blk.1.ffn_up.dbf_b is missing"),
     "no norm": (tensor_is("output_norm.weight", None), "output_norm.weight is missing"),
+    "half of the head norms": (
+        tensor_is("blk.0.attn_q_norm.weight", np.ones(8, np.float32)),
+        "blk.0.attn_k_norm.weight is missing",
+    ),
     "norm nan": (tensor_is("blk.0.attn_norm.weight", nan(32, np.float32)), "not finite"),
     "scale inf": (tensor_is("blk.0.attn_q.dbf_out", nan(32, np.float16, np.inf)), "dbf_out .* not finite"),
     "scale type": (tensor_is("blk.0.attn_q.dbf_out", np.ones(32, np.float32)), "type F32, wanted F16"),
