@@ -11,7 +11,6 @@ from typing import Any
 
 from runtime.errors import FormatError, UnsupportedModelError
 
-MAX_CONTEXT = 1 << 31
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 INPUT = "input"
@@ -113,7 +112,9 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
 def context_length(config: Any) -> int:
     """How many tokens a model may have: of transformers' config, what it was trained for, but no more than a
     sliding window, within which attention is like any other."""
-    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or MAX_CONTEXT)
+    trained: int = config.max_position_embeddings
+    window: int | None = getattr(config, "sliding_window", None)
+    return min(trained, window) if window else trained
 
 
 def permute_rope(rows: Any, n_heads: int) -> Any:

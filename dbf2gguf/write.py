@@ -170,14 +170,15 @@ def _rope_freqs(model: nn.Module, arch: ArchSpec) -> NDArray[np.float32] | None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, vocab_size: int) -> None:
-    writer.add_string("tokenizer.huggingface.json", tokenizer.backend_tokenizer.to_str())
+    text = tokenizer.backend_tokenizer.to_str()
+    writer.add_string("tokenizer.huggingface.json", text)
     if source.gguf is not None:
         with GgufFile(source.gguf) as file:
             copy_metadata(
                 writer, file, lambda key: key.startswith("tokenizer.") and key != "tokenizer.huggingface.json"
             )
         return
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description = json.loads(text)
     if (source.path / "tokenizer.model").is_file():
         kind, pre, tokens, scores, types = _sentencepiece_vocabulary(source, tokenizer, vocab_size)
         writer.add_tokenizer_model(kind)
