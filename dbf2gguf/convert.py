@@ -218,15 +218,18 @@ def _text(
     """
     recipe, seed = options.recipe, options.seed
     length = _row_tokens(model, recipe)
-    rows = torch.empty(0, length, dtype=torch.int64)
+    given = torch.empty(0, length, dtype=torch.int64)
     if options.calib:
-        rows = rows_from_files(options.calib, tokenizer, wanted, length, seed)
-        stage.step(n=rows.numel())
-    written = wanted - len(rows)
+        given = rows_from_files(options.calib, tokenizer, wanted, length, seed)
+        stage.step(n=given.numel())
+    written = wanted - len(given)
+    order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
+    rows = given
     if written:
-        own = self_written_rows(model, tokenizer, written, length, recipe.chat_share, seed, stage)
-        order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
-        rows = torch.cat([rows, own])[order]
+        known = order[: recipe.text_rows]  # none is held out
+        starts = given[known[known < len(given)]]
+        own = self_written_rows(model, tokenizer, written, length, recipe.chat_share, seed, stage, starts)
+        rows = torch.cat([given, own])[order]
     if options.eval_text:
         held_out = rows_from_files([options.eval_text], tokenizer, recipe.eval_rows, length, seed)
         if not len(held_out):

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.factorize import Factors, signs
+from dbf2gguf.graphs import Recorder
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 
@@ -30,6 +31,7 @@ FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
 COMPILED_STEPS = 100  # on a GPU: so many steps pay for the half minute that compiling takes
+WARM_UP_CALLS = 3  # before a step is recorded
 
 
 class FactorStack(nn.Module):
@@ -208,18 +210,31 @@ def distill(
         for p in student.model.parameters():
             rms = float(p.detach().square().mean().sqrt())
             groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
-    optimizer = torch.optim.Adam(groups, lr=1.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+    compiled = device.type == "cuda" and steps >= COMPILED_STEPS
+    for group in groups:
+        group["lr"] = torch.zeros((), device=device) if compiled else 0.0
+    optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiled)
     batches = _batches(rows, recipe.distill_batch, seed)
     history = []
-    compiled = device.type == "cuda" and steps >= COMPILED_STEPS
+    tokens = next(batches).to(device)
     kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
+
+    def train() -> Tensor:
+        """One step on `tokens`; the KL before it."""
+        optimizer.zero_grad(set_to_none=True)
+        kl = _gradients(teacher, student, tokens, kl_gradient)
+        optimizer.step()
+        return kl
+
     with _compiled(teacher, student.model) if compiled else nullcontext():
+        run = Recorder(WARM_UP_CALLS)(train) if compiled else train
         for step in range(steps):
+            if step:
+                tokens.copy_(next(batches))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
-            history.append(_train_step(teacher, student, next(batches).to(device), kl_gradient))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                rate = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
+                group["lr"] = group["lr"].fill_(rate) if compiled else rate
+            history.append(float(run()))
             recent = history[-8:]
             stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
     student.requires_grad_(False)
@@ -239,8 +254,8 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> float:
-    """Gradients of the mean KL on tokens (batch, tokens); returns it."""
+def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
+    """Gradients of the mean KL on tokens (batch, tokens); returns it, on the model's device."""
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
     rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
@@ -266,7 +281,7 @@ def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradien
     if head_gradient is not None:
         head_gradient /= tokens.numel()
         head.grad = head_gradient if head.grad is None else head.grad + head_gradient
-    return float(total) / tokens.numel()
+    return total / tokens.numel()
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -24,7 +23,7 @@ class GrowingCache(DynamicCache):
         """Append (batch, heads, n, head_dim) keys and values; returns all held ones as views."""
         if layer_idx not in self._held:
             shape = (*key_states.shape[:2], self.capacity, key_states.shape[3])
-            self._held[layer_idx] = (torch.empty(shape).to(key_states), torch.empty(shape).to(value_states))
+            self._held[layer_idx] = (key_states.new_empty(shape), value_states.new_empty(shape))
         start = self._length.get(layer_idx, 0)
         end = start + key_states.shape[2]
         keys, values = self._held[layer_idx]
@@ -36,3 +35,7 @@ class GrowingCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held."""
         return self._length.get(layer_idx, 0)
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first positions."""
+        self._length = {layer: min(length, max_length) for layer, length in self._length.items()}

@@ -96,6 +96,8 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from dbf2gguf import attention
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -127,6 +129,8 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
+    if device != "cpu" and attention.suits(model.config):
+        model.set_attn_implementation(attention.CAUSAL)
     return model.to(device).eval().requires_grad_(False)
 
 

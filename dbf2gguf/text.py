@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from dbf2gguf.graphs import Recorder
 from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
@@ -23,8 +25,12 @@ from runtime.tokenizer import END_TOKENS
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
+MAX_PROMPT = 96  # tokens of a prompt that are taken
+SPAN = (8, 33)  # tokens of a prompt that is cut from a given text: at least, and less than
+TURNS = {"opening": 1, "given": 2}  # how often each kind of prompt but chat comes
+POOL = 8  # prompts drawn for each text of a block; further ones are these again
 BATCH_TOKENS = 32768  # tokens of KV cache that one core fills at a time
-GPU_BATCH_TOKENS = 16 * BATCH_TOKENS
+GPU_BATCH_TOKENS = 32 * BATCH_TOKENS
 
 
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
@@ -115,69 +121,127 @@ def self_written_rows(
     chat_share: float,
     seed: int,
     stage: Stage,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
-    and chat questions, where the tokenizer has a chat template.
+    a few words out of given texts, and chat questions, where the tokenizer has a chat template.
 
     chat_share  chat questions among the prompts, 0 to 1
+    given       (n, tokens) int64 texts; where there are some, most of the other prompts are cut from them
     ->          (rows, row_tokens) int64
 
     `stage` gets one step for each token. When the model ends a text, the next prompt follows in its place.
     """
     pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
-    on_gpu = next(model.parameters()).is_cuda
-    batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // row_tokens)
-    blocks = torch.arange(rows).tensor_split(-(-rows // batch))
-    prompts, ends = _prompts(tokenizer), _end_ids(tokenizer)
-
-    def write(block: Tensor) -> Tensor:
-        """Rows whose numbers `block` holds; the first of them is the seed."""
-        generator = torch.Generator().manual_seed(seed * rows + int(block[0]))
-        shape = (len(block) * pieces, row_tokens // pieces)
-        turns = _by_turns(prompts, chat_share, generator)
-        return _sample_block(model, ends, turns, shape, generator, stage).view(-1, row_tokens)
-
-    return torch.cat(list(map(write, blocks) if on_gpu else map_on_cores(write, blocks)))
-
-
-def _sample_block(
-    model: nn.Module,
-    ends: set[int],
-    prompts: Iterator[list[int]],
-    shape: tuple[int, int],
-    generator: torch.Generator,
-    stage: Stage,
-) -> Tensor:
-    """`shape` = (rows, tokens) of text, its rows written side by side."""
-    count, length = shape
     device = next(model.parameters()).device
-    forced = [deque(next(prompts)) for _ in range(count)]
-    out = torch.empty(count, length, dtype=torch.int64)
-    cache = GrowingCache(length)
-    ids = [queue.popleft() for queue in forced]
-    for position in range(length):
-        stop_if_unwanted()
-        tokens = torch.tensor(ids)
-        out[:, position] = tokens
-        stage.step(n=count)
-        if position + 1 == length:
-            break
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(tokens[:, None].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
-        ids = _sample(logits.float() / TEMPERATURE, generator).tolist()
-        for row, queue in enumerate(forced):
-            if queue:
-                ids[row] = queue.popleft()
-            elif ids[row] in ends:
-                queue.extend(next(prompts))
-    return out
+    batch = max(1, _batch_tokens(model.config, device) // row_tokens)
+    blocks = -(-rows // batch)
+    size = -(-rows // blocks)  # rows of a block; more than enough of them in all
+    kinds = _prompts(tokenizer)
+    ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    ends[list(_end_ids(tokenizer))] = True
+
+    def prompts(generator: torch.Generator) -> Iterator[list[int]]:
+        if given is None or not len(given):
+            return _by_turns(kinds, chat_share, generator)
+        return _by_turns(kinds | {"given": _spans(given, generator)}, chat_share, generator)
+
+    def write(writer: _Writer, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * rows + number * size)
+        return writer.write(prompts(generator), generator, stage).view(-1, row_tokens)
+
+    shape = (size * pieces, row_tokens // pieces)
+    if device.type == "cuda":
+        writer = _Writer(copy.deepcopy(model).to(torch.bfloat16), ends.to(device), shape)
+        written = [write(writer, number) for number in range(blocks)]
+    else:
+        written = list(map_on_cores(lambda n: write(_Writer(model, ends, shape), n), range(blocks)))
+    return torch.cat(written)[:rows]
 
 
-def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token a row from softmax(logits), by inverting the cumulative sum: (rows,) int64 on the CPU."""
+def _batch_tokens(config: Any, device: torch.device) -> int:
+    """Tokens of KV cache that are filled at a time. On a GPU that has little memory they are fewer, and then
+    the text is another one."""
+    if device.type != "cuda":
+        return BATCH_TOKENS
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    token = 2 * 2 * config.num_hidden_layers * kv_heads * head_dim  # bytes: keys and values, bfloat16
+    return int(min(GPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // 2 // token))
+
+
+class _Writer:
+    """Writes blocks of texts, those of a block side by side, token by token. All that a token needs is on the
+    model's device: on a GPU the step of each position is recorded with one block and played for others."""
+
+    def __init__(self, model: nn.Module, ends: Tensor, shape: tuple[int, int]) -> None:
+        """
+        model  the model that writes
+        ends   (n_vocab,) bool, tokens that end a text
+        shape  texts of a block, tokens of a text
+        """
+        self.model, self.ends = model, ends
+        self.count, self.length = shape
+        self.cache = GrowingCache(self.length)
+        device = ends.device
+        self.pool = torch.zeros(self.count * POOL, MAX_PROMPT, dtype=torch.int64, device=device)
+        self.pool_lengths = torch.zeros(len(self.pool), dtype=torch.int64, device=device)
+        self.uniform = torch.zeros(self.length, self.count, 1, device=device)
+        self.prompt, self.place, self.ids = torch.zeros(3, self.count, dtype=torch.int64, device=device)
+        self.taken = torch.zeros((), dtype=torch.int64, device=device)  # prompts of the pool, so far
+        self.out = torch.zeros(self.count, self.length, dtype=torch.int64, device=device)
+        self.steps: list[Callable[[], None]] = [
+            partial(self._step, position) for position in range(self.length)
+        ]
+        if device.type == "cuda":
+            self.steps = list(map(Recorder(warm_up=1), self.steps))
+
+    def write(self, prompts: Iterator[list[int]], generator: torch.Generator, stage: Stage) -> Tensor:
+        """The next block of texts, (count, length) int64 on the CPU. `stage` gets a step for each token."""
+        some = list(itertools.islice(prompts, len(self.pool)))
+        self.pool_lengths.copy_(torch.tensor([min(len(prompt), MAX_PROMPT) for prompt in some]))
+        self.pool.copy_(torch.tensor([(p + [0] * MAX_PROMPT)[:MAX_PROMPT] for p in some]))
+        self.uniform.copy_(torch.rand(self.uniform.shape, generator=generator))
+        self.prompt.copy_(torch.arange(self.count))
+        self.ids.copy_(self.pool[: self.count, 0])
+        self.place.fill_(1)
+        self.taken.fill_(self.count)
+        for step in self.steps:
+            stop_if_unwanted()
+            step()
+            stage.step(n=self.count)
+        return self.out.cpu()
+
+    def _step(self, position: int) -> None:
+        """Keep the tokens at `position` and find those at the next."""
+        self.out[:, position] = self.ids
+        if position + 1 == self.length:
+            return
+        self.cache.crop(position)
+        logits = self.model(self.ids[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
+        free = _sample(logits.float() / TEMPERATURE, self.uniform[position])
+        in_prompt = self.place < self.pool_lengths[self.prompt]
+        forced = self.pool[self.prompt, self.place.clamp(max=MAX_PROMPT - 1)]
+        self.ids.copy_(torch.where(in_prompt, forced, free))
+        ended = ~in_prompt & self.ends[free]
+        following = (self.taken + ended.cumsum(0) - 1) % len(self.pool)
+        self.prompt.copy_(torch.where(ended, following, self.prompt))
+        self.place.add_(1).masked_fill_(ended, 0)
+        self.taken.add_(ended.sum())
+
+
+def _sample(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row from softmax(logits), by inverting the cumulative sum at uniform (rows, 1)."""
     reached = torch.softmax(logits, -1).cumsum(-1)
-    wanted = torch.rand(len(logits), 1, generator=generator).to(logits.device) * reached[:, -1:]
-    return torch.searchsorted(reached, wanted).clamp_(max=logits.shape[1] - 1)[:, 0].cpu()
+    return torch.searchsorted(reached, uniform * reached[:, -1:]).clamp_(max=logits.shape[1] - 1)[:, 0]
+
+
+def _spans(given: Tensor, generator: torch.Generator) -> list[list[int]]:
+    """A few tokens out of the middle of each text (n, tokens): where else a text may go on from."""
+    sizes = torch.randint(*SPAN, (len(given),), generator=generator).clamp_(max=given.shape[1])
+    starts = (torch.rand(len(given), generator=generator) * (given.shape[1] - sizes + 1)).long()
+    return [row[a : a + n].tolist() for row, a, n in zip(given, starts.tolist(), sizes.tolist(), strict=True)]
 
 
 def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
@@ -196,13 +260,14 @@ def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
 def _by_turns(
     prompts: dict[str, list[list[int]]], chat_share: float, generator: torch.Generator
 ) -> Iterator[list[int]]:
-    """Prompts without end: chat questions spread evenly among openings, each kind in random order."""
+    """Prompts without end: chat questions spread evenly among the other kinds, which take turns; each kind in
+    random order."""
     streams = {kind: _shuffled(some, generator) for kind, some in prompts.items()}
-    if "chat" not in streams:
-        chat_share = 0.0
+    chat = streams.pop("chat", None)
+    others = itertools.cycle([stream for kind, stream in streams.items() for _ in range(TURNS[kind])])
     for turn in itertools.count():
         is_chat = int((turn + 1) * chat_share) > int(turn * chat_share)
-        yield next(streams["chat" if is_chat else "opening"])
+        yield next(chat if chat and is_chat else next(others))
 
 
 def _shuffled(items: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:

@@ -16,9 +16,9 @@ from dbf2gguf.distill import (
     FactorStack,
     Student,
     _batches,
+    _gradients,
     _kl_gradient,
     _schedule,
-    _train_step,
     distill,
     with_linears,
 )
@@ -209,7 +209,7 @@ def test_gradient_of_a_step_is_autograds(
     by_hand, by_torch = setup.student(dense), setup.student(dense)
     if dense:
         by_hand.requires_grad_(True), by_torch.requires_grad_(True)
-    value = float(_train_step(setup.model, by_hand, tokens, _kl_gradient))
+    value = float(_gradients(setup.model, by_hand, tokens, _kl_gradient))
     with torch.no_grad():
         log_p = torch.log_softmax(setup.model(tokens).logits, -1).flatten(0, 1)
     log_q = torch.log_softmax(logits_of(by_torch, tokens), -1).flatten(0, 1)
