@@ -22,6 +22,11 @@ static int have_avx512(void)
     return have_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+static int have_avx512vbmi(void)
+{
+    return have_avx512() && __builtin_cpu_supports("avx512vbmi");
+}
 #elif defined(__aarch64__)
 static int have_neon(void)
 {
@@ -38,6 +43,7 @@ static const struct {
 #if defined(__x86_64__)
     { "avx2", have_avx2, kernels_avx2 },
     { "avx512", have_avx512, kernels_avx512 },
+    { "avx512vbmi", have_avx512vbmi, kernels_avx512vbmi },
 #elif defined(__aarch64__)
     { "neon", have_neon, kernels_neon },
 #endif
