@@ -11,8 +11,8 @@
 #include "scalar.h"
 
 #define AHEAD 8192
-/* the same 16 entries in every quarter: of the 6 bits, the upper two make no difference */
-#define vb_look_up(table, v) ((vb)_mm512_permutexvar_epi8((__m512i)(v), (__m512i)(table)))
+#define vb_table(p) ((vb)_mm512_zextsi128_si512(_mm_loadu_si128((const __m128i *)(p))))
+#define vb_look_up(table, v) ((vb)_mm512_permutexvar_epi8((__m512i)((v) & 15), (__m512i)(table)))
 
 #include "lut16_avx512.h"
 

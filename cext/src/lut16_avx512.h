@@ -5,7 +5,6 @@
 #define DBF_LUT16_AVX512_H
 
 #define LB 64
-#define vb_table(p) ((vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(p))))
 #define vb_avg(a, b) ((vb)_mm512_avg_epu8((__m512i)(a), (__m512i)(b)))
 
 #include "lut16_x86.h"
