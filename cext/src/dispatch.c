@@ -25,7 +25,7 @@ static int have_avx512(void)
 
 static int have_avx512vbmi(void)
 {
-    return have_avx512() && __builtin_cpu_supports("avx512vbmi");
+    return have_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
 }
 #elif defined(__aarch64__)
 static int have_neon(void)

@@ -90,7 +90,9 @@ static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
 #define vb_table(p) ((vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(p))))
-#define vb_look_up(table, v) ((vb)_mm512_shuffle_epi8((__m512i)(table), (__m512i)((v) & 15)))
+#define vb_low(v) ((v) & 15)
+#define vb_high(v) ((vb)((vw)(v) >> 4) & 15)
+#define vb_look_up(table, v) ((vb)_mm512_shuffle_epi8((__m512i)(table), (__m512i)(v)))
 
 #include "lut16_avx512.h"
 #include "table_x86.h"

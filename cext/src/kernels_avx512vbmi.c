@@ -12,7 +12,9 @@
 
 #define AHEAD 8192
 #define vb_table(p) ((vb)_mm512_zextsi128_si512(_mm_loadu_si128((const __m128i *)(p))))
-#define vb_look_up(table, v) ((vb)_mm512_permutexvar_epi8((__m512i)((v) & 15), (__m512i)(table)))
+#define vb_low(v) ((v) & 15)
+#define vb_high(v) ((vb)_mm512_gf2p8affine_epi64_epi8((__m512i)(v), _mm512_set1_epi64(0x1020408000000000), 0))
+#define vb_look_up(table, v) ((vb)_mm512_permutexvar_epi8((__m512i)(v), (__m512i)(table)))
 
 #include "lut16_avx512.h"
 

@@ -70,7 +70,7 @@ static inline vb among(vb average, int n)
 
 static inline planes_t look_up(const uint8_t *w, const uint8_t *t)
 {
-    vb a = vb_load(w), b = (vb)((vw)a >> 4);
+    vb v = vb_load(w), a = vb_low(v), b = vb_high(v);
     return (planes_t){ vb_look_up(vb_table(t), a) + vb_look_up(vb_table(t + 32), b),
                        vb_look_up(vb_table(t + 64), a) + vb_look_up(vb_table(t + 96), b) };
 }
@@ -172,7 +172,7 @@ static void sign_gemv_x86(int32_t *isum, const uint8_t *w, const void *table, in
 /* of 1, 2 and 4 groups: averages; all += every look-up */
 static inline vb look_up8_1(const uint8_t *w, const uint8_t *t, tally_t *sum)
 {
-    vb a = vb_load(w), b = (vb)((vw)a >> 4);
+    vb v = vb_load(w), a = vb_low(v), b = vb_high(v);
     a = vb_look_up(vb_table(t), a);
     b = vb_look_up(vb_table(t + 32), b);
     sum->all = sum->all + (vw)a + (vw)b;
