@@ -1,6 +1,6 @@
 /* lut16_avx512.h - lut16_x86.h for a panel's 64 rows in one register, in the order of sign_pack_avx512.
  *
- * The including file defines, before this, vb_look_up. */
+ * The including file defines, before this, vb_low, vb_high, vb_table and vb_look_up. */
 #ifndef DBF_LUT16_AVX512_H
 #define DBF_LUT16_AVX512_H
 

@@ -9,8 +9,9 @@
  * Measured on one core of a Cascade Lake whose other hyperthread was busy, 2048 columns, in signs per cycle: 61 with
  * AVX-512 where 3 instructions gave 50. By count, if nothing but the ports bound them: 76 (AVX-512) and 57 (AVX2).
  *
- * The including file defines, for vectors vb of LB bytes, vb_table(p), the 16 bytes at p in every lane,
- * vb_shuffle(table, index), vb_avg(a, b) = (a + b + 1) >> 1, and, after this, make_pair, make_pair8 and flush. */
+ * The including file defines, for vectors vb of LB bytes, vb_low(v) and vb_high(v), the nibbles of its bytes,
+ * vb_table(p), the 16 bytes at p as vb_look_up(table, nibbles) wants them, vb_avg(a, b) = (a + b + 1) >> 1, and, after
+ * this, flush. */
 #ifndef DBF_LUT16_X86_H
 #define DBF_LUT16_X86_H
 

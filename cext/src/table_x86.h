@@ -1,4 +1,4 @@
-/* table_x86.h - the tables of lut16.h.
+/* table_x86.h - the tables of lut16.h, for kernels_avx2.c and kernels_avx512.c.
  *
  * The including file defines, after this, make_pair and make_pair8. */
 #ifndef DBF_TABLE_X86_H
