@@ -10,7 +10,7 @@
  *   VNNI  selecting with AND and adding with vpdpbusd, on two int8 planes of the activations, takes 24 and 12.
  *   VBMI  vpermi2b looks up 128 entries, all 8 columns of a group with one sign folded away: 10.5 instructions, but it
  *         takes two of an Intel core's cycles for shuffles where vpshufb takes one. On a Sapphire Rapids, weights and
- *         tables in the caches, 148 Gs/s, where this gives 197. */
+ *         tables in the caches, 148 Gs/s, where this gives 197. vpermb: kernels_avx512vbmi.c. */
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
