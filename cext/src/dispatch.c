@@ -22,6 +22,22 @@ static int have_avx512(void)
     return have_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+static int have_avx512vbmi(void)
+{
+    return have_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+}
+
+/* measured on AMD's Zen 4, which it is made for (kernels_avx512vbmi.c): where it must be asked for, and where not */
+static int have_vbmi_elsewhere(void)
+{
+    return have_avx512vbmi() && !__builtin_cpu_is("amd");
+}
+
+static int have_vbmi_amd(void)
+{
+    return have_avx512vbmi() && __builtin_cpu_is("amd");
+}
 #elif defined(__aarch64__)
 static int have_neon(void)
 {
@@ -37,7 +53,9 @@ static const struct {
 } isas[] = {
 #if defined(__x86_64__)
     { "avx2", have_avx2, kernels_avx2 },
+    { "avx512vbmi", have_vbmi_elsewhere, kernels_avx512vbmi },
     { "avx512", have_avx512, kernels_avx512 },
+    { "avx512vbmi", have_vbmi_amd, kernels_avx512vbmi },
 #elif defined(__aarch64__)
     { "neon", have_neon, kernels_neon },
 #endif

@@ -5,13 +5,13 @@
  *   vf_f16(const uint16_t *) and vf_to_f16(uint16_t *, vf), vf_store_i16(int16_t *, vf integers),
  *   vf_from_i32(const int32_t *), vf_i8(const uint8_t * of int8), vf_pow2(vf integers) = 2^n, vf_abs_bits, vi_max, vi_store,
  *   halves_of(vf[ACCS]) = the first VW lanes of a sum, to which the others are added in halves,
- *   sums_of(vf[VW]) = the sums of VW such vectors, lanes_of(vf[ACCS]) = one sum, FLIGHT (a divisor of VW)
+ *   sums_of(vf[VW]) = the sums of VW such vectors, lanes_of(vf[ACCS]) = one sum, FLIGHT (a divisor of VW);
+ *   AHEAD is lut16.h's
  * Element i of a sum stays in lane i % DBF_LANES, so the results are those of kernels_ref.c, bit for bit. */
 #ifndef DBF_FLOAT_SIMD_H
 #define DBF_FLOAT_SIMD_H
 
 #define ACCS (DBF_LANES / VW)
-#define AHEAD 8192 /* bytes that large matrices are prefetched ahead; far beyond what the CPU does by itself */
 
 static inline vf vf_exp(vf x)
 {

@@ -160,6 +160,7 @@ typedef struct kernels {
 extern const kernels_t kernels_ref;
 void kernels_avx2(kernels_t *k); /* overwrite what AVX2 + F16C improves */
 void kernels_avx512(kernels_t *k); /* the same for AVX-512 F, BW, VL and DQ */
+void kernels_avx512vbmi(kernels_t *k); /* the same for these, VBMI and GFNI */
 void kernels_neon(kernels_t *k); /* overwrite what AArch64's Advanced SIMD improves */
 
 /* dispatch.c: the active set, or NULL if DBF_ISA names an unusable one */

@@ -73,10 +73,13 @@ static inline vf sums_of(const vf *v)
 
 #define LB 32
 #define vb_table(p) ((vb)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p))))
-#define vb_shuffle(table, index) ((vb)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(index)))
+#define vb_low(v) ((v) & 15)
+#define vb_high(v) ((vb)((vw)(v) >> 4) & 15)
+#define vb_look_up(table, v) ((vb)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(v)))
 #define vb_avg(a, b) ((vb)_mm256_avg_epu8((__m256i)(a), (__m256i)(b)))
 
 #include "lut16_x86.h"
+#include "table_x86.h"
 
 #define SHUFFLE(i, j) _mm256_shuffle_epi8(parts, _mm256_broadcastsi128_si256(PICKS(i, j)))
 

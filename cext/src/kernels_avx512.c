@@ -10,7 +10,7 @@
  *   VNNI  selecting with AND and adding with vpdpbusd, on two int8 planes of the activations, takes 24 and 12.
  *   VBMI  vpermi2b looks up 128 entries, all 8 columns of a group with one sign folded away: 10.5 instructions, but it
  *         takes two of an Intel core's cycles for shuffles where vpshufb takes one. On a Sapphire Rapids, weights and
- *         tables in the caches, 148 Gs/s, where this gives 197. */
+ *         tables in the caches, 148 Gs/s, where this gives 197. vpermb: kernels_avx512vbmi.c. */
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
@@ -89,12 +89,13 @@ static void sign_pack_avx512(uint8_t *w, const uint8_t *bits, int rows, int cols
 
 /* ---- sign products ---------------------------------------------------------------------------------------- */
 
-#define LB 64
 #define vb_table(p) ((vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(p))))
-#define vb_shuffle(table, index) ((vb)_mm512_shuffle_epi8((__m512i)(table), (__m512i)(index)))
-#define vb_avg(a, b) ((vb)_mm512_avg_epu8((__m512i)(a), (__m512i)(b)))
+#define vb_low(v) ((v) & 15)
+#define vb_high(v) ((vb)((vw)(v) >> 4) & 15)
+#define vb_look_up(table, v) ((vb)_mm512_shuffle_epi8((__m512i)(table), (__m512i)(v)))
 
-#include "lut16_x86.h"
+#include "lut16_avx512.h"
+#include "table_x86.h"
 
 #define SHUFFLE(i, j) _mm512_shuffle_epi8(parts, _mm512_broadcast_i32x4(PICKS(i, j)))
 
@@ -123,29 +124,6 @@ INLINE void make_pair8(uint8_t *out, __m256i plus, __m256i minus)
 {
     entries_t e = entries(plus, minus);
     _mm512_storeu_si512(out, _mm512_packus_epi16(e.e0, e.e8));
-}
-
-/* isum[16] += 2 * low + 256 * high of the lower or the upper u16 of every 32 bits */
-static inline void flush_16(int32_t *isum, vw low16, vw high16, int upper)
-{
-    __m512i l = (__m512i)low16, h = (__m512i)high16;
-    if (upper) {
-        l = _mm512_srli_epi32(l, 16);
-        h = _mm512_srli_epi32(h, 16);
-    } else {
-        l = _mm512_and_si512(l, _mm512_set1_epi32(0xffff));
-        h = _mm512_and_si512(h, _mm512_set1_epi32(0xffff));
-    }
-    __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(l, 1), _mm512_slli_epi32(h, 8));
-    _mm512_storeu_si512(isum, _mm512_add_epi32(_mm512_loadu_si512(isum), sum));
-}
-
-static inline void flush(int32_t *isum, sums_t low, sums_t high)
-{
-    flush_16(isum, low.even, high.even, 0);
-    flush_16(isum + 16, low.odd, high.odd, 0);
-    flush_16(isum + 32, low.even, high.even, 1);
-    flush_16(isum + 48, low.odd, high.odd, 1);
 }
 
 /* ---- around the sign products: as in float_simd.h, but the last elements, too, are a vector ---------------- */

@@ -32,6 +32,8 @@
 #define LUT16_GROUPS 128
 #define LUT8_GROUP 32
 
+#define AHEAD 8192 /* bytes that large matrices are prefetched ahead; far beyond what the CPU does by itself */
+
 /* ---- tables ----------------------------------------------------------------------------------------------- */
 
 typedef struct lut16 {
