@@ -1,7 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first if it is missing.
 
 PYTHON ?= python3
-# The torch that the demo and the tests were run with. The project itself takes any torch >= 2.4; without CUDA's
+# The torch that the demo and the tests were run with. The project itself takes any torch >= 2.5; without CUDA's
 # gigabytes: make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 VENV := .venv

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -415,9 +415,16 @@ def _notes(
     notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
     notes |= {f"dbf.quality.{key}": value for key, value in quality.describe().items()}
     notes |= {
-        f"dbf.recipe.version.{name}": version(name) for name in ("torch", "transformers", "gguf", "numpy")
+        f"dbf.recipe.version.{name}": _version(name) for name in ("torch", "transformers", "gguf", "numpy")
     }
     return notes
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # on the path without being installed
+        return "unknown"
 
 
 def describe_plan(plan: Plan, size: int) -> str:

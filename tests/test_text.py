@@ -13,6 +13,7 @@ import torch
 
 from dbf2gguf.progress import Stage
 from dbf2gguf.text import (
+    SPAN,
     _by_turns,
     _end_ids,
     _prompts,
@@ -229,3 +230,28 @@ def test_what_ends_a_text() -> None:
     assert end in _end_ids(tokenizer)
     tokenizer.unk_token = "<|endoftext|>"
     assert {end, tokenizer.eos_token_id} <= _end_ids(tokenizer)
+
+
+def test_prompts_follow_where_a_text_ends() -> None:
+    """A model that ends every text at once writes prompt after prompt, those of given texts among them."""
+    made = tiny_hf.model(tie_word_embeddings=False)
+    made.lm_head.weight.zero_()
+    made.lm_head.weight[END] = 1.0
+    made.model.norm.weight.fill_(1.0)
+    for layer in made.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    made.model.embed_tokens.weight.fill_(1.0)
+    given = torch.full((3, 60), 55)
+    stage = Stage("text", 8 * 120, quiet=True)
+    rows = self_written_rows(made, TOKENIZER, 8, 120, 0.0, 0, stage, given)
+    texts = []
+    for row in rows.tolist():
+        ends = [i for i, token in enumerate(row) if token == END]
+        texts += [tuple(row[a + 1 : b]) for a, b in itertools.pairwise([-1, *ends])]
+    known = {tuple(prompt) for prompt in _prompts(TOKENIZER)["opening"]}
+    spans = [text for text in texts if set(text) == {55}]
+    assert {len(text) for text in spans} <= set(range(*SPAN))
+    assert len(set(map(len, spans))) > 3
+    assert all(text in known for text in texts if text not in spans)
+    assert len(spans) == pytest.approx(2 / 3 * len(texts), abs=len(texts) / 5)

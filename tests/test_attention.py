@@ -1,0 +1,58 @@
+"""Attention without masks gives what transformers' own gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_hf
+import torch
+from transformers import AutoConfig
+
+from dbf2gguf import attention
+from dbf2gguf.kvcache import GrowingCache
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@torch.no_grad()
+def test_same_logits(model_type: str) -> None:
+    """Of whole rows, and token by token with a cache; queries share keys two by two."""
+    reference = tiny_hf.model(model_type=model_type)
+    model = copy.deepcopy(reference)
+    model.set_attn_implementation(attention.CAUSAL)
+    tokens = torch.randint(0, tiny_hf.N_VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
+    wanted = reference(tokens).logits
+    assert (model(tokens).logits - wanted).abs().max() < 1e-4
+    cache = GrowingCache(20)
+    for position in range(20):
+        got = model(tokens[:, position, None], past_key_values=cache, use_cache=True).logits[:, 0]
+        assert (got - wanted[:, position]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_from_there() -> None:
+    model = tiny_hf.model()
+    tokens = torch.randint(0, tiny_hf.N_VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = GrowingCache(9)
+    model(tokens, past_key_values=cache, use_cache=True)
+    cache.crop(4)
+    assert cache.get_seq_length() == 4
+    got = model(tokens[:, 4:], past_key_values=cache, use_cache=True).logits
+    assert (got - model(tokens).logits[:, 4:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "suits"),
+    [
+        ({}, True),
+        ({"sliding_window": 64}, False),
+        ({"attn_logit_softcapping": 50.0}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"layer_types": ["full_attention", "full_attention"]}, True),
+    ],
+)
+def test_which_models_it_suits(changes: dict[str, object], suits: bool) -> None:
+    config = AutoConfig.for_model("llama", **tiny_hf.SIZES)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    assert attention.suits(config) == suits
