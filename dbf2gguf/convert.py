@@ -292,7 +292,7 @@ def _check_options(options: Options, threads: int | None) -> None:
         raise OptionError(
             f"--embed-type {options.embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}"
         )
-    _check_device(options.device)
+    check_machine(options.device, threads)
     for file in [*options.calib, *([options.eval_text] if options.eval_text else [])]:
         if not file.is_file():
             raise OptionError(f"{file}: no such text file")
@@ -312,13 +312,14 @@ def _check_options(options: Options, threads: int | None) -> None:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
     if not 0 <= recipe.chat_share <= 1:
         raise OptionError(f"--chat-share is {recipe.chat_share}; wanted 0 to 1")
-    if threads is not None and threads < 1:
-        raise OptionError(f"--threads is {threads}; wanted 1 or more")
     if not 0 <= seed < MAX_SEED:
         raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
 
 
-def _check_device(device: str) -> None:
+def check_machine(device: str, threads: int | None) -> None:
+    """Raises OptionError for a device that torch does not have here, or a bad number of threads."""
+    if threads is not None and threads < 1:
+        raise OptionError(f"--threads is {threads}; wanted 1 or more")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise OptionError(f"--device {device!r} is unknown; there are cpu, cuda, cuda:N")
     if device == "cpu":
