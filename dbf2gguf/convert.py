@@ -161,7 +161,7 @@ def convert(
         if max_kl is None:
             grid = [DEFAULT_BPW if bpw is None else bpw]
         else:
-            grid = bpw_grid(least_bpw(_linear_shapes(source, skeleton)), MAX_BPW)
+            grid = bpw_grid(least_bpw(_linear_shapes(source, skeleton)), MAX_BPW) or [MAX_BPW]
         plan = make_plan(source, skeleton, grid[0])
         size = _file_size(plan, skeleton, options.embed_type)
         if max_kl is None and not quiet:
