@@ -78,18 +78,20 @@ class TorchScorer:
 
     @torch.no_grad()
     def __call__(self, choices: Sequence[Choice]) -> list[float]:
-        longest = max(len(ids) for ids, _ in choices) - 1
+        inputs = [tuple(ids[:-1]) for ids, _ in choices]
+        batch = {tokens: place for place, tokens in enumerate(dict.fromkeys(inputs))}  # "A" or "B": one row
+        longest = max(map(len, batch))
         if longest > self._n_ctx:
             raise ContextError(
                 f"a choice has {longest} tokens with its context, the model takes {self._n_ctx}"
             )
-        tokens = torch.zeros(len(choices), longest, dtype=torch.int64)  # filler comes last: nothing sees it
-        for row, (ids, _) in zip(tokens, choices, strict=True):
-            row[: len(ids) - 1] = torch.tensor(ids[:-1])
+        tokens = torch.tensor(
+            [[*row, *[0] * (longest - len(row))] for row in batch]
+        )  # no token sees the filler
         hidden = hidden_states(self._model, input_ids=tokens.to(next(self._model.parameters()).device))
         out = []
-        for row, (ids, n) in zip(hidden, choices, strict=True):
-            logits = self._model.get_output_embeddings()(row[n - 1 : len(ids) - 1]).float()
+        for row, (ids, n) in zip(inputs, choices, strict=True):
+            logits = self._model.get_output_embeddings()(hidden[batch[row], n - 1 : len(row)]).float()
             target = torch.tensor(ids[n:], device=logits.device)[:, None]
             out.append(float(torch.log_softmax(logits, -1).gather(1, target).double().sum()))
         return out
