@@ -84,17 +84,22 @@ def read_task(path: str | Path, delimiter: str | None = None, limit: int | None 
     path = Path(path)
     if limit is not None and limit < 1:
         raise OptionError(f"--limit is {limit}, wanted 1 or more")
-    between = DELIMITERS.get(path.stem, DELIMITER) if delimiter is None else delimiter
+    delimiter = delimiter_of(path, delimiter)
     questions: list[Question] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if len(questions) == limit:
                 break
             if line.strip():
-                questions.append(_question(line, between, f"{path}:{number}"))
+                questions.append(_question(line, delimiter, f"{path}:{number}"))
     if not questions:
         raise FormatError(f"{path}: no question in it; wanted one JSON object a line")
     return questions
+
+
+def delimiter_of(path: Path, chosen: str | None) -> str:
+    """The chosen delimiter, or the one that llm-foundry has for a file of this name."""
+    return DELIMITERS.get(path.stem, DELIMITER) if chosen is None else chosen
 
 
 def _question(line: bytes, delimiter: str, where: str) -> Question:
@@ -279,6 +284,7 @@ def print_scores(
                 "model": args.model,
                 "task": name,
                 "file": path,
+                "delimiter": delimiter_of(Path(path), args.delimiter),
                 **asdict(result),
                 "seconds": seconds,
                 "questions_per_second": total / seconds,

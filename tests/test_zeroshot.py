@@ -341,6 +341,7 @@ def test_program_as_csv_and_json(
         ("copa", files[1], 3),
         ("piqa", files[2], 3),
     ]
+    assert [row["delimiter"] for row in rows] == [" ", "\nAnswer: "]
     assert rows[0]["model"] == files[0]
     assert rows[0]["questions_per_second"] == pytest.approx(3 / rows[0]["seconds"])
     assert {row["activations"] for row in rows} == {"int16"}
@@ -348,6 +349,18 @@ def test_program_as_csv_and_json(
     read = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert list(read[0]) == list(rows[0])
     assert [float(row["acc"]) for row in read] == [row["acc"] for row in rows]
+
+
+def test_program_progress(
+    place: tuple[FakeModule, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, one line that is gone before the table's."""
+    _, files = place
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert zeroshot.main([*files[:2], "--limit", "2"]) == 0
+    shown = capsys.readouterr().err.split("\r\x1b[K")
+    assert [text.partition(", acc ")[0] for text in shown] == ["", "copa: 1/2", "copa: 2/2", ""]
+    assert shown[1].endswith(" s left")
 
 
 def test_program_delimiter(
