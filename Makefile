@@ -31,7 +31,7 @@ test: $(INSTALLED)
 $(QUICK): $(MODEL)/config.json
 	mkdir -p $(@D)
 	$(PY) -m dbf2gguf $(MODEL) $@ --calib README.md --calib docs/FORMAT.md --calib Makefile \
-		--preset fast --text-rows 12 --admm-iterations 3 --distill-steps 1
+		--preset fast --text-rows 12 --admm-iterations 3 --distill-steps 1 --force
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

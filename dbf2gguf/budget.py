@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from runtime.format import MAX_BPW, RANK_STEP, Shape, linear_bits, uniform_ranks
 
-__all__ = ["MAX_BPW", "RANK_STEP", "Plan", "Shape", "linear_bits", "plan_uniform"]
+__all__ = ["MAX_BPW", "RANK_STEP", "Plan", "Shape", "least_bpw", "linear_bits", "plan_uniform"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ class Plan:
     def bpw(self) -> float:
         """Bits per weight over all factorized layers."""
         return self.bits / self.weights
+
+
+def least_bpw(shapes: Mapping[str, Shape]) -> float:
+    """Bits per weight where every layer has the smallest inner size."""
+    return sum(linear_bits(*shape, RANK_STEP) for shape in shapes.values()) / sum(
+        rows * cols for rows, cols in shapes.values()
+    )
 
 
 def plan_uniform(shapes: Mapping[str, Shape], bpw: float) -> Plan:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, PRESETS
+from dbf2gguf.search import COLLAPSED_KL
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
 from runtime.errors import BackendError
@@ -27,7 +28,17 @@ def convert_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
     add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
-    add("--bpw", type=float, default=1.2, help="bits per weight of the linear layers: signs, filler, scales")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--bpw", type=float, help="bits per weight of the linear layers: signs, filler, scales (default: 1.2)"
+    )
+    size.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="instead of --bpw: as few bits per weight, in multiples of 0.05, as keep the mean KL from the "
+        "original within X nats a token on held-out text; each of several tries is factorized and distilled",
+    )
     add("--preset", choices=list(PRESETS), default=DEFAULT_PRESET, help="how much work to do")
     add(
         "--calib",
@@ -69,6 +80,12 @@ def convert_parser() -> argparse.ArgumentParser:
         action="version",
         version=", ".join(f"{spec.model_type} ({spec.model_class})" for spec in ARCHS.values()),
         help="print the model families that can be converted (model_type, class) and stop",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help=f"write the file even if the model has collapsed: its mean KL is above {COLLAPSED_KL:g} or not "
+        "finite",
     )
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("-q", "--quiet", action="store_true", help="no progress and no summary")

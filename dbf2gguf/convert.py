@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import context_length
-from dbf2gguf.budget import Plan, linear_bits, plan_uniform
+from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, linear_bits, plan_uniform
 from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
@@ -29,6 +30,7 @@ from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, Recipe, find_recipe
+from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.write import (
@@ -39,11 +41,11 @@ from dbf2gguf.write import (
     write_gguf,
 )
 from runtime.cli import peak_rss
-from runtime.errors import FormatError, OptionError
+from runtime.errors import FormatError, OptionError, QualityError
 
 GRADIENT_BATCH = 4
 MAX_SEED = 1 << 32
-COLLAPSED_KL = 3.0  # nats a token: beyond it a model says nothing sensible
+DEFAULT_BPW = 1.2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Options:
     seed: int
     device: str
     quiet: bool
+    max_kl: float | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Report:
     quality: Quality | None
     seconds: dict[str, float]
     peak_rss: int
+    tries: tuple[tuple[float, float], ...] = ()  # bits per weight asked for and mean KL, one after the other
 
     @property
     def file_bpw(self) -> float:
@@ -88,6 +93,7 @@ class Report:
             "quality": self.quality.describe() if self.quality else None,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
+            "tries": [list(one) for one in self.tries],
         }
 
 
@@ -95,7 +101,8 @@ def convert(
     model: str | Path,
     out: str | Path,
     *,
-    bpw: float = 1.2,
+    bpw: float | None = None,
+    max_kl: float | None = None,
     preset: str = DEFAULT_PRESET,
     calib: Sequence[str | Path] = (),
     eval_text: str | Path | None = None,
@@ -104,6 +111,7 @@ def convert(
     seed: int = 0,
     device: str = "cpu",
     threads: int | None = None,
+    force: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
     **overrides: Any,
@@ -111,13 +119,17 @@ def convert(
     """Factorize the causal language model at `model` and write it to `out` as GGUF.
 
     model      a Hugging Face folder with safetensors, or a GGUF file
-    bpw        bits per weight over the linear layers: signs, filler and scales
+    bpw        bits per weight over the linear layers: signs, filler and scales; 1.2 if there is no max_kl
+    max_kl     instead: take the fewest bits per weight, of multiples of 0.05, whose mean KL on the held-out
+               rows is no more; each try is factorized and distilled anew
     preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
     calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
+    force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
-    An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user.
+    An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user,
+    among them QualityError if no file is good enough to be written.
     """
     options = Options(
         preset=preset,
@@ -129,8 +141,14 @@ def convert(
         seed=seed,
         device=device,
         quiet=quiet,
+        max_kl=max_kl,
+        force=force,
     )
     _check_options(options, threads)
+    if max_kl is not None and (bpw is not None or dry_run):
+        raise OptionError(
+            f"--max-kl finds the bits per weight; leave out {'--dry-run' if dry_run else '--bpw'}"
+        )
     out = Path(out)
     if not dry_run:
         out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
@@ -140,67 +158,154 @@ def convert(
         source = open_source(model, Path(scratch))
         skeleton = _skeleton(source)
         options = replace(options, embed_type=_fit_embed_type(skeleton, embed_type))
-        plan = make_plan(source, skeleton, bpw)
+        if max_kl is None:
+            grid = [DEFAULT_BPW if bpw is None else bpw]
+        else:
+            grid = bpw_grid(least_bpw(_linear_shapes(source, skeleton)), MAX_BPW) or [MAX_BPW]
+        plan = make_plan(source, skeleton, grid[0])
         size = _file_size(plan, skeleton, options.embed_type)
-        if not quiet:
+        if max_kl is None and not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
         if dry_run:
             return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
         check_space(out, size)
-        return _run(source, out, plan, options)
+        return _run(source, skeleton, out, grid, options)
 
 
-def _run(source: Source, out: Path, plan: Plan, options: Options) -> Report:
-    recipe, seed, embed_type = options.recipe, options.seed, options.embed_type
-    stages: list[Stage] = []
+class _Stages(list[Stage]):
+    """The stages of a conversion so far; called to begin the next one."""
 
-    def stage(name: str, total: int) -> Stage:
+    def __init__(self, quiet: bool) -> None:
+        super().__init__()
+        self._quiet = quiet
+
+    def __call__(self, name: str, total: int) -> Stage:
         _return_freed_memory()
-        stages.append(Stage(name, total, options.quiet))
-        return stages[-1]
+        self.append(Stage(name, total, self._quiet))
+        return self[-1]
 
-    torch.manual_seed(seed)
-    with stage("load", 1):
+    def seconds(self) -> dict[str, float]:
+        """Name -> seconds of all stages of that name."""
+        total: dict[str, float] = {}
+        for stage in self:
+            total[stage.name] = total.get(stage.name, 0.0) + stage.seconds
+        return total
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a conversion has at hand whatever the bits per weight."""
+
+    source: Source
+    options: Options
+    model: nn.Module  # the original
+    tokenizer: Any
+    names: dict[str, str]  # of the linear layers: see source.linear_names
+    rows: Tensor
+    held_out: Tensor
+    written: int  # rows that the model wrote
+    importance: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Try:
+    """What one plan gave."""
+
+    plan: Plan
+    factors: dict[str, Factors]  # as stored
+    student: nn.Module  # norms, embedding and head are its own
+    quality: Quality
+    history: list[float]  # of the distillation's loss
+
+
+def _run(source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options) -> Report:
+    """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
+
+    Raises QualityError if none are; a single one may be forced.
+    """
+    stages = _Stages(options.quiet)
+    made = _prepare(source, options, stages)
+    limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
+    tries: list[tuple[float, float]] = []
+    best: tuple[Plan, Quality] | None = None
+    with replacing(out) as temporary:
+
+        def attempt(bpw: float) -> float:
+            """The mean KL with so many bits; if it is good enough, the file for now."""
+            nonlocal best
+            plan = make_plan(source, skeleton, bpw)
+            check_space(out, _file_size(plan, skeleton, options.embed_type))
+            tried = _try(made, plan, stages)
+            kl = tried.quality.kl_mean
+            tries.append((bpw, kl))
+            if options.max_kl is not None and not options.quiet:
+                print(_describe_try(tries, limit), file=sys.stderr)
+            if kl <= limit or (options.force and options.max_kl is None):
+                with stages("write", 1):
+                    _write(temporary, made, tried)
+                best = tried.plan, tried.quality
+            return kl
+
+        smallest(attempt, grid, limit, DEFAULT_BPW)
+        if best is None:
+            raise QualityError(_refusal(out, tries, options))
+    weights = _count_weights(made.model)
+    report = Report(
+        best[0], out, out.stat().st_size, weights, best[1], stages.seconds(), peak_rss(), tuple(tries)
+    )
+    if not options.quiet:
+        print(describe_report(report), file=sys.stderr)
+    return report
+
+
+def _prepare(source: Source, options: Options, stages: _Stages) -> _Prepared:
+    recipe = options.recipe
+    torch.manual_seed(options.seed)
+    with stages("load", 1):
         model = load_model(source, options.device)
         tokenizer = load_tokenizer(source)
     names = linear_names(model, source.arch)
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
-    with stage("text", wanted * _row_tokens(model, recipe)) as progress:
+    with stages("text", wanted * _row_tokens(model, recipe)) as progress:
         rows, held_out, written = _text(model, tokenizer, options, wanted, progress)
-    with stage("gradients", min(recipe.gradient_rows, len(rows))) as progress:
+    with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
         importance = output_importance(model, names, some, GRADIENT_BATCH, progress)
-    with stage("factorize", model.config.num_hidden_layers) as progress:
-        some = rows[: recipe.correct_rows]
-        factors = factorize_model(source, model, plan, some, importance, recipe, seed, progress)
-    student = Student(model, names, factors, copy_dense=recipe.dense_rate > 0)
+    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance)
+
+
+def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
+    """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
+    model, recipe, seed = made.model, made.options.recipe, made.options.seed
+    with stages("factorize", model.config.num_hidden_layers) as progress:
+        some = made.rows[: recipe.correct_rows]
+        factors = factorize_model(made.source, model, plan, some, made.importance, recipe, seed, progress)
+    student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
-    with stage("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, rows, recipe, seed, progress)
+    with stages("distil", recipe.distill_steps) as progress:
+        history = distill(model, student, made.rows, recipe, seed, progress)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
-    with stage("measure", len(held_out)) as progress:
-        final = as_read(student.model, names, factors, embed_type)
-        quality = measure(model, final, held_out, progress)
-    notes = _notes(options, plan, written, rows, held_out, quality, history)
-    with stage("write", 1), replacing(out) as temporary:
-        write_gguf(
-            temporary,
-            source,
-            model,
-            student.model,
-            tokenizer,
-            factors,
-            embed_type,
-            plan.bpw,
-            notes,
-            options.carrier,
-        )
-        verify(temporary, source, factors)
-    seconds = {s.name: s.seconds for s in stages}
-    report = Report(plan, out, out.stat().st_size, _count_weights(model), quality, seconds, peak_rss())
-    if not options.quiet:
-        print(describe_report(report), file=sys.stderr)
-    return report
+    with stages("measure", len(made.held_out)) as progress:
+        final = as_read(student.model, made.names, factors, made.options.embed_type)
+        quality = measure(model, final, made.held_out, progress)
+    return _Try(plan, factors, student.model, quality, history)
+
+
+def _write(path: Path, made: _Prepared, tried: _Try) -> None:
+    options = made.options
+    write_gguf(
+        path,
+        made.source,
+        made.model,
+        tried.student,
+        made.tokenizer,
+        tried.factors,
+        options.embed_type,
+        tried.plan.bpw,
+        _notes(made, tried),
+        options.carrier,
+    )
+    verify(path, made.source, tried.factors)
 
 
 def _return_freed_memory() -> None:
@@ -244,9 +349,12 @@ def _row_tokens(model: nn.Module, recipe: Recipe) -> int:
 
 def make_plan(source: Source, model: nn.Module, bpw: float) -> Plan:
     """The inner size of every linear layer. Raises OptionError if `bpw` is out of range."""
+    return plan_uniform(_linear_shapes(source, model), bpw)
+
+
+def _linear_shapes(source: Source, model: nn.Module) -> dict[str, Shape]:
     names = linear_names(model, source.arch)
-    shapes = {name: tuple(model.get_submodule(path).weight.shape) for name, path in names.items()}
-    return plan_uniform(shapes, bpw)
+    return {name: tuple(model.get_submodule(path).weight.shape) for name, path in names.items()}
 
 
 def as_stored(factors: Factors) -> Factors:
@@ -295,7 +403,10 @@ def _check_options(options: Options, threads: int | None) -> None:
         raise OptionError(
             f"--embed-type {options.embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}"
         )
-    _check_device(options.device)
+    check_machine(options.device, threads)
+    if options.max_kl is not None and not 0 < options.max_kl <= (inf if options.force else COLLAPSED_KL):
+        most = "" if options.force else f" and at most {COLLAPSED_KL:g} without --force"
+        raise OptionError(f"--max-kl is {options.max_kl:g}; wanted more than 0{most}")
     for file in [*options.calib, *([options.eval_text] if options.eval_text else [])]:
         if not file.is_file():
             raise OptionError(f"{file}: no such text file")
@@ -315,13 +426,14 @@ def _check_options(options: Options, threads: int | None) -> None:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
     if not 0 <= recipe.chat_share <= 1:
         raise OptionError(f"--chat-share is {recipe.chat_share}; wanted 0 to 1")
-    if threads is not None and threads < 1:
-        raise OptionError(f"--threads is {threads}; wanted 1 or more")
     if not 0 <= seed < MAX_SEED:
         raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
 
 
-def _check_device(device: str) -> None:
+def check_machine(device: str, threads: int | None) -> None:
+    """Raises OptionError for a device that torch does not have here, or a bad number of threads."""
+    if threads is not None and threads < 1:
+        raise OptionError(f"--threads is {threads}; wanted 1 or more")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise OptionError(f"--device {device!r} is unknown; there are cpu, cuda, cuda:N")
     if device == "cpu":
@@ -386,34 +498,27 @@ def _file_size(plan: Plan, skeleton: nn.Module, embed_type: str) -> int:
     return plan.bits // 8 + dense * nbytes // block
 
 
-def _notes(
-    options: Options,
-    plan: Plan,
-    written: int,
-    rows: Tensor,
-    held_out: Tensor,
-    quality: Quality,
-    history: list[float],
-) -> dict[str, Any]:
+def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
     """The recipe and the receipt as metadata. No times: the same input gives the same bytes."""
+    options, plan = made.options, tried.plan
 
     def digest(tokens: Tensor) -> str:
         return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
-    texts = [file.name for file in options.calib] + ["self-written"] * (written > 0)
+    texts = [file.name for file in options.calib] + ["self-written"] * (made.written > 0)
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
         "dbf.recipe.preset": options.preset,
         "dbf.recipe.bpw": plan.target,
         "dbf.recipe.seed": options.seed,
         "dbf.recipe.text": ", ".join(texts),
-        "dbf.recipe.text_sha256": digest(rows),
-        "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in history]),
-        "dbf.quality.text_sha256": digest(held_out),
-        "dbf.quality.context": held_out.shape[1],
+        "dbf.recipe.text_sha256": digest(made.rows),
+        "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in tried.history]),
+        "dbf.quality.text_sha256": digest(made.held_out),
+        "dbf.quality.context": made.held_out.shape[1],
     }
     notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
-    notes |= {f"dbf.quality.{key}": value for key, value in quality.describe().items()}
+    notes |= {f"dbf.quality.{key}": value for key, value in tried.quality.describe().items()}
     notes |= {
         f"dbf.recipe.version.{name}": _version(name) for name in ("torch", "transformers", "gguf", "numpy")
     }
@@ -445,6 +550,30 @@ def describe_plan(plan: Plan, size: int) -> str:
     return "\n".join(lines)
 
 
+def _describe_try(tries: list[tuple[float, float]], limit: float) -> str:
+    bpw, kl = tries[-1]
+    enough = "good enough" if kl <= limit else "not good enough"
+    return f"try {len(tries)}: {bpw:g} bits per weight: mean KL {kl:.4f}, {enough} for --max-kl {limit:g}"
+
+
+def _refusal(out: Path, tries: list[tuple[float, float]], options: Options) -> str:
+    """Why nothing is written, and what to do."""
+    remedy = "more text (--calib, --text-rows) or a better --preset"
+    bpw, kl = tries[-1]
+    if options.max_kl is None:
+        return (
+            f"{out}: not written: the model has collapsed: the mean KL from the original is {kl:.3f} on "
+            f"held-out text, the limit {COLLAPSED_KL:g}; take more bits (--bpw, now {bpw:g}), {remedy}, or "
+            "--force to write it all the same"
+        )
+    bpw, kl = min(tries, key=lambda one: (not isfinite(one[1]), one[1]))
+    return (
+        f"{out}: not written: of {len(tries)} tries up to {max(tries)[0]:g} bits per weight, none has a mean "
+        f"KL of {options.max_kl:g} or less on held-out text; the least was {kl:.4f}, with {bpw:g}; take a "
+        f"larger --max-kl, {remedy}"
+    )
+
+
 def describe_report(report: Report) -> str:
     """The summary at the end."""
     total = sum(report.seconds.values())
@@ -459,10 +588,7 @@ def describe_report(report: Report) -> str:
             f"held-out text ({q.tokens} tokens): perplexity {q.ppl:.2f} (original {q.ppl_reference:.2f}), "
             f"KL {q.kl_mean:.3f} mean, {q.kl_p99:.2f} p99, same top token {q.same_top1:.1%}"
         )
-        if q.kl_mean > COLLAPSED_KL:
-            lines.append(
-                f"warning: KL above {COLLAPSED_KL:g}: the model has collapsed; take more bits or a better "
-                "preset"
-            )
+        if not q.kl_mean <= COLLAPSED_KL:
+            lines.append(f"warning: KL above {COLLAPSED_KL:g}, written with --force: the model has collapsed")
     lines.append(f"{total:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
     return "\n".join(lines)

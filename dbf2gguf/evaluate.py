@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.archs import context_length
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.progress import Stage
+from runtime.errors import ContextError
+from runtime.tokenizer import Tokenizer
+from runtime.zeroshot import Choice
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,42 @@ def _log_probs(model: nn.Module, tokens: Tensor, first: int) -> Tensor:
     """log p of the tokens after positions first .. last - 1, (positions, n_vocab) float32."""
     hidden = hidden_states(model, input_ids=tokens)[0, first:-1]
     return torch.log_softmax(model.get_output_embeddings()(hidden).float(), -1)
+
+
+class TorchScorer:
+    """A model of transformers as a Scorer of `runtime.zeroshot`: the choices of a question are one batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._n_ctx = context_length(model.config)
+
+    @torch.no_grad()
+    def __call__(self, choices: Sequence[Choice]) -> list[float]:
+        inputs = [tuple(ids[:-1]) for ids, _ in choices]
+        batch = {tokens: place for place, tokens in enumerate(dict.fromkeys(inputs))}  # "A" or "B": one row
+        longest = max(map(len, batch))
+        if longest > self._n_ctx:
+            raise ContextError(
+                f"a choice has {longest} tokens with its context, the model takes {self._n_ctx}"
+            )
+        tokens = torch.tensor(
+            [[*row, *[0] * (longest - len(row))] for row in batch]
+        )  # no token sees the filler
+        hidden = hidden_states(self._model, input_ids=tokens.to(next(self._model.parameters()).device))
+        out = []
+        for row, (ids, n) in zip(inputs, choices, strict=True):
+            logits = self._model.get_output_embeddings()(hidden[batch[row], n - 1 : len(row)]).float()
+            target = torch.tensor(ids[n:], device=logits.device)[:, None]
+            out.append(float(torch.log_softmax(logits, -1).gather(1, target).double().sum()))
+        return out
+
+
+def plain_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A tokenizer of transformers as the runtime's, which puts the same begin token before a text and takes
+    a control token's name in it for plain text."""
+    bos = tokenizer.bos_token_id
+    return Tokenizer(
+        tokenizer.backend_tokenizer.to_str(),
+        bos_id=bos,
+        add_bos=bos is not None and tokenizer("a")["input_ids"][:1] == [bos],
+    )

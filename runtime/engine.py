@@ -69,6 +69,16 @@ def _rate(n: int, seconds: float) -> float:
     return n / seconds if n > 0 and seconds > 0 else 0.0
 
 
+def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    same = 0
+    for a, b in zip(one, two, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
 class Engine:
     """One conversation on a backend.
 
@@ -86,8 +96,10 @@ class Engine:
         """Forget the cache."""
         self._held = []
 
-    def logits(self, ids: Sequence[int], n_last: int | None = None) -> Floats:
-        """Logits of the last n_last tokens of ids (all if None), evaluated from scratch.
+    def logits(self, ids: Sequence[int], n_last: int | None = None, reuse: bool = False) -> Floats:
+        """Logits of the last n_last tokens of ids (all if None).
+
+        reuse  whether tokens before these that are in the cache are taken from it, not evaluated again
 
         -> (n_last, n_vocab) float32; row i scores what follows token len(ids) - n_last + i
 
@@ -97,8 +109,8 @@ class Engine:
         n_last = len(ids) if n_last is None else n_last
         if not 1 <= n_last <= len(ids):
             raise OptionError(f"logits: n_last is {n_last}, wanted 1..{len(ids)}")
-        self.reset()
-        return self._eval(ids, n_last)
+        same = self._keep(ids, n_last if reuse else len(ids))
+        return self._eval(ids[same:], n_last)
 
     def generate(
         self,
@@ -131,13 +143,7 @@ class Engine:
         if max_tokens == 0:
             stats.finish = "length"
             return
-        same = 0
-        for old, new in zip(self._held, ids[:-1], strict=False):  # the last token is needed for its logits
-            if old != new:
-                break
-            same += 1
-        stats.reused_tokens = same
-        del self._held[same:]
+        same = stats.reused_tokens = self._keep(ids, 1)
         start = perf_counter()
         row = self._eval(ids[same:], 1)[0]
         stats.prefill_seconds = perf_counter() - start
@@ -161,6 +167,13 @@ class Engine:
                 return
             start = perf_counter()
             row = self._eval(ids[-1:], 1)[0]
+
+    def _keep(self, ids: Sequence[int], n_last: int) -> int:
+        """Forget what the cache holds beyond the beginning of ids, whose last n_last tokens will be
+        evaluated; returns how many it goes on to hold."""
+        same = min(common_prefix(self._held, ids), len(ids) - n_last)
+        del self._held[same:]
+        return same
 
     def _check(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:

@@ -31,3 +31,7 @@ class ContextError(DbfError):
 
 class TemplateError(DbfError):
     """A model's chat template is broken, forbidden something, or tried something forbidden."""
+
+
+class QualityError(DbfError):
+    """A conversion came out too far from the original to be written."""

@@ -71,6 +71,18 @@ def test_prefix_is_reused() -> None:
     assert backend.calls == [(2, 1, 1)]
 
 
+def test_logits_reuse_the_prefix() -> None:
+    engine, backend = make()
+    engine.logits([5, 6, 7, 8])
+    backend.calls.clear()
+    rows = engine.logits([5, 6, 7, 9, 10], 1, reuse=True)
+    assert rows.argmax(axis=1).tolist() == [next_token([5, 6, 7, 9, 10], 300)]
+    rows = engine.logits([5, 6, 7, 9, 10], 3, reuse=True)  # what is wanted is evaluated again
+    assert rows.argmax(axis=1).tolist() == [next_token([5, 6, 7, 9, 10][:n], 300) for n in (3, 4, 5)]
+    engine.logits([5, 6, 7, 9, 10], 1)
+    assert backend.calls == [(2, 3, 1), (3, 2, 3), (5, 0, 1)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(0, 4)), max_size=6)

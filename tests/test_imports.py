@@ -24,6 +24,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         "runtime", "runtime.bench.__main__", "runtime.chat", "runtime.perplexity", "runtime.engine",
         "runtime.gguf", "runtime.model", "runtime.sampling", "runtime.template", "runtime.tokenizer",
+        "runtime.zeroshot", "dbf2gguf.zeroshot",
     ],
 )  # fmt: skip
 def test_light(module: str) -> None:

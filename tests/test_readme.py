@@ -16,7 +16,7 @@ def help_texts() -> str:
     parsers = [cli.convert_parser(), cli.inspect_parser(), cli.export_parser()]
     parsers += [
         importlib.import_module(f"runtime.{name}").build_parser()
-        for name in ("chat", "perplexity", "bench.__main__")
+        for name in ("chat", "perplexity", "zeroshot", "bench.__main__")
     ]
     return "\n".join(parser.format_help() for parser in parsers)
 
