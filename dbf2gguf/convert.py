@@ -33,6 +33,7 @@ from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, Recipe, find_
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files, self_written_rows
+from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
     dequantized,
     ggml_type,
@@ -128,6 +129,9 @@ def convert(
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
     force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
+    What is finished is kept in the folder `out`.work until the end: a conversion that was stopped goes on
+    from there when it is called again with the same arguments, and ends with the same bytes.
+
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user,
     among them QualityError if no file is good enough to be written.
     """
@@ -169,7 +173,15 @@ def convert(
         if dry_run:
             return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
         check_space(out, size)
-        return _run(source, skeleton, out, grid, options)
+        work = Work.open(out.with_name(out.name + ".work"), _key(source, options), quiet)
+        try:
+            report = _run(source, skeleton, out, grid, options, work)
+        except BaseException:
+            if not work.parts():
+                work.remove()
+            raise
+        work.remove()
+        return report
 
 
 class _Stages(list[Stage]):
@@ -205,6 +217,7 @@ class _Prepared:
     held_out: Tensor
     written: int  # rows that the model wrote
     importance: dict[str, Tensor]
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -218,13 +231,15 @@ class _Try:
     history: list[float]  # of the distillation's loss
 
 
-def _run(source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options) -> Report:
+def _run(
+    source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options, work: Work
+) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
 
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, options, stages)
+    made = _prepare(source, options, stages, work)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality] | None = None
@@ -258,7 +273,7 @@ def _run(source: Source, skeleton: nn.Module, out: Path, grid: list[float], opti
     return report
 
 
-def _prepare(source: Source, options: Options, stages: _Stages) -> _Prepared:
+def _prepare(source: Source, options: Options, stages: _Stages, work: Work) -> _Prepared:
     recipe = options.recipe
     torch.manual_seed(options.seed)
     with stages("load", 1):
@@ -267,23 +282,30 @@ def _prepare(source: Source, options: Options, stages: _Stages) -> _Prepared:
     names = linear_names(model, source.arch)
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
     with stages("text", wanted * _row_tokens(model, recipe)) as progress:
-        rows, held_out, written = _text(model, tokenizer, options, wanted, progress)
+        rows, held_out, written = work.keep(
+            "text", lambda: _text(model, tokenizer, options, wanted, progress)
+        )
     with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
-        importance = output_importance(model, names, some, GRADIENT_BATCH, progress)
-    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance)
+        importance = work.keep(
+            "gradients", lambda: output_importance(model, names, some, GRADIENT_BATCH, progress)
+        )
+    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance, work)
 
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe, made.options.seed
+    work = made.work.within(f"{plan.target:g}-")
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
-        factors = factorize_model(made.source, model, plan, some, made.importance, recipe, seed, progress)
+        factors = factorize_model(
+            made.source, model, plan, some, made.importance, recipe, seed, progress, work
+        )
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
     with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe, seed, progress)
+        history = distill(model, student, made.rows, recipe, seed, progress, work)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)
@@ -306,6 +328,23 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
         options.carrier,
     )
     verify(path, made.source, tried.factors)
+
+
+def _key(source: Source, options: Options) -> dict[str, Any]:
+    """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names."""
+    weights = [source.gguf] if source.gguf else sorted(source.path.glob("*.safetensors"))
+    described = [path for path in sorted(source.path.glob("*.json")) if not source.gguf]
+    device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+    return {
+        "model": digest_of([*weights, *described]),
+        "recipe": options.recipe.describe(),
+        "calib": [digest_of([file]) for file in options.calib],
+        "eval_text": digest_of([options.eval_text]) if options.eval_text else None,
+        "seed": options.seed,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
+    }
 
 
 def _return_freed_memory() -> None:

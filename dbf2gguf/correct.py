@@ -9,7 +9,7 @@ that write to it), and l a share of H's mean diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,7 @@ from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
+from dbf2gguf.work import Work
 
 BATCH_ROWS = 8
 
@@ -43,13 +44,15 @@ def factorize_model(
     recipe: Recipe,
     seed: int,
     stage: Stage,
+    work: Work,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
     ->              GGUF name -> factors, batch 1
-    `stage` gets one step for each block.
+    `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
+    again.
     """
     result: dict[str, Factors] = {}
     layers = decoder_layers(model, source.arch)
@@ -73,6 +76,7 @@ def factorize_model(
                     recipe,
                     seed + index * len(source.arch.linears),
                     result,
+                    work,
                 )
             student_states = [_call(layer, s, arguments) for s in student_states]
         finally:
@@ -97,6 +101,7 @@ def _factorize_group(
     recipe: Recipe,
     seed: int,
     result: dict[str, Factors],
+    work: Work,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping)
@@ -114,16 +119,23 @@ def _factorize_group(
         )
 
     together = _equal_shapes(group.linears, prefix, plan)
-    if importance_in.is_cuda:
-        factorized: Iterable[Factors] = map(factorize_some, together)
-    else:
+    if not importance_in.is_cuda:
         together = [[name] for names in together for name in names]
-        factorized = map_on_cores(factorize_some, together)
-    for names, factors in zip(together, factorized, strict=True):
-        dense = factors.dense()
+    missing = []
+    for names in together:  # what shares a batch is made together again, so that it comes out the same
+        kept = {prefix + name: work.load(prefix + name) for name in names}
+        if not all(kept.values()):
+            missing.append(names)
+            continue
+        for name, part in kept.items():
+            result[name] = Factors(**{key: value.to(importance_in.device) for key, value in part.items()})
+    on_device = map if importance_in.is_cuda else map_on_cores
+    for names, factors in zip(missing, on_device(factorize_some, missing), strict=True):
         for place, name in enumerate(names):
             result[prefix + name] = factors[place : place + 1]
-            modules[name].weight = nn.Parameter(dense[place], requires_grad=False)
+            work.save(prefix + name, {k: v.clone() for k, v in vars(result[prefix + name]).items()})
+    for name, module in modules.items():
+        module.weight = nn.Parameter(result[prefix + name].dense()[0], requires_grad=False)
 
 
 def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[list[str]]:

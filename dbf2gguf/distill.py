@@ -8,7 +8,9 @@ embedding and head, whose bits are spent anyway, at rates relative to their root
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,6 +24,7 @@ from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.graphs import Recorder
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
+from dbf2gguf.work import Work
 
 SCALES = ("s_out", "s_mid", "s_in")
 PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
@@ -32,6 +35,7 @@ ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
 COMPILED_STEPS = 100  # on a GPU: so many steps pay for the half minute that compiling takes
 WARM_UP_CALLS = 3  # before a step is recorded
+SAVE_SECONDS = 300  # between two states of the training that are kept
 
 
 class FactorStack(nn.Module):
@@ -188,14 +192,21 @@ def with_linears(model: nn.Module, linears: Mapping[str, nn.Module], copy_dense:
 
 
 def distill(
-    teacher: nn.Module, student: Student, rows: Tensor, recipe: Recipe, seed: int, stage: Stage
+    teacher: nn.Module,
+    student: Student,
+    rows: Tensor,
+    recipe: Recipe,
+    seed: int,
+    stage: Stage,
+    work: Work,
 ) -> list[float]:
     """Train the student in place.
 
     rows  (n, tokens) int64 text; every row is used before any is used again
     ->    mean KL of each step, nats a token
 
-    `stage` gets one step for each optimizer step.
+    `stage` gets one step for each optimizer step, `work` the state of the training now and then and at the
+    end; where it has one, the training goes on from there.
     """
     steps = recipe.distill_steps
     if steps == 0:
@@ -214,9 +225,17 @@ def distill(
     for group in groups:
         group["lr"] = torch.zeros((), device=device) if compiled else 0.0
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiled)
-    batches = _batches(rows, recipe.distill_batch, seed)
-    history = []
-    tokens = next(batches).to(device)
+    trained = [p for group in groups for p in group["params"]]
+    history: list[float] = []
+    if saved := work.load("distilled"):
+        history = saved["history"]
+        for p, value in zip(trained, saved["parameters"], strict=True):
+            p.data.copy_(value)
+        if len(history) < steps:
+            optimizer.load_state_dict(saved["optimizer"])
+        stage.step(n=len(history))
+    tokens = torch.empty(min(recipe.distill_batch, len(rows)), rows.shape[1], dtype=rows.dtype, device=device)
+    batches = itertools.islice(_batches(rows, len(tokens), seed), len(history), steps)
     kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
 
     def train() -> Tensor:
@@ -228,15 +247,21 @@ def distill(
 
     with _compiled(teacher, student.model) if compiled else nullcontext():
         run = Recorder(WARM_UP_CALLS)(train) if compiled else train
-        for step in range(steps):
-            if step:
-                tokens.copy_(next(batches))
+        last_saved = time.monotonic()
+        for step, batch in enumerate(batches, len(history)):
+            tokens.copy_(batch)
             for group in optimizer.param_groups:
                 rate = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
                 group["lr"] = group["lr"].fill_(rate) if compiled else rate
             history.append(float(run()))
             recent = history[-8:]
             stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
+            done = step + 1 == steps
+            if done or time.monotonic() - last_saved >= SAVE_SECONDS:
+                state = {} if done else optimizer.state_dict()
+                parameters = [p.detach() for p in trained]
+                work.save("distilled", {"history": history, "parameters": parameters, "optimizer": state})
+                last_saved = time.monotonic()
     student.requires_grad_(False)
     return history
 

@@ -37,8 +37,8 @@ def test_a_cropped_cache_goes_on_from_there() -> None:
     model(tokens, past_key_values=cache, use_cache=True)
     cache.crop(4)
     assert cache.get_seq_length() == 4
-    got = model(tokens[:, 4:], past_key_values=cache, use_cache=True).logits
-    assert (got - model(tokens).logits[:, 4:]).abs().max() < 1e-4
+    got = model(tokens[:, 4:5], past_key_values=cache, use_cache=True).logits
+    assert (got - model(tokens).logits[:, 4:5]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, linear_names, load_model, open_source
+from dbf2gguf.work import Work
 
 RECIPE = Recipe(row_tokens=32, correct_rows=48, admm_iterations=12, damping=0.1)
 
@@ -38,7 +39,9 @@ class Setup:
     def corrected(self, seed: int = 0, rows: Tensor | None = None) -> dict[str, Factors]:
         stage = Stage("factorize", 2, quiet=True)
         rows = self.rows if rows is None else rows
-        return factorize_model(self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage)
+        return factorize_model(
+            self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage, Work(None)
+        )
 
     def plain(self) -> dict[str, Factors]:
         """Every layer on its own, no importances."""

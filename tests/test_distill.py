@@ -26,6 +26,7 @@ from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import linear_names
+from dbf2gguf.work import Work
 
 RECIPE = Recipe(
     row_tokens=32, distill_steps=30, distill_batch=4, warmup_steps=3, scale_rate=1.5e-2, sign_rate=5e-2
@@ -48,7 +49,7 @@ class Setup:
 
     def train(self, student: Student, recipe: Recipe = RECIPE, seed: int = 0) -> list[float]:
         stage = Stage("distil", recipe.distill_steps, quiet=True)
-        return distill(self.model, student, self.rows, recipe, seed, stage)
+        return distill(self.model, student, self.rows, recipe, seed, stage, Work(None))
 
     @torch.no_grad()
     def kl(self, student: Student) -> float:

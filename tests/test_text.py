@@ -242,7 +242,7 @@ def test_prompts_follow_where_a_text_ends() -> None:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     made.model.embed_tokens.weight.fill_(1.0)
-    given = torch.full((3, 60), 55)
+    given = torch.full((30, 60), 55)
     stage = Stage("text", 8 * 120, quiet=True)
     rows = self_written_rows(made, TOKENIZER, 8, 120, 0.0, 0, stage, given)
     texts = []

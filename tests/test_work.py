@@ -1,0 +1,154 @@
+"""Conversions that were stopped go on where they were and end with the same bytes."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_hf
+import torch
+
+import dbf2gguf.convert
+import dbf2gguf.distill
+from dbf2gguf.convert import convert
+from dbf2gguf.work import Work
+from runtime.errors import QualityError
+
+PART = {"rows": torch.arange(6).view(2, 3), "n": 3, "history": [0.5, 0.25]}
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(a[k], b[k]) if isinstance(b[k], torch.Tensor) else a[k] == b[k] for k in b)
+
+
+def test_parts_are_kept(tmp_path: Path) -> None:
+    work = Work.open(tmp_path / "w", {"seed": 1}, quiet=True)
+    assert same(work.keep("a", lambda: PART), PART)
+    again = Work.open(tmp_path / "w", {"seed": 1}, quiet=True)
+    assert same(again.keep("a", lambda: pytest.fail("made again")), PART)
+    assert again.within("b-").load("a") is None
+    assert again.parts() == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no digest", "no file"])
+def test_damaged_parts_are_made_again(tmp_path: Path, damage: str) -> None:
+    work = Work.open(tmp_path / "w", {}, quiet=True)
+    work.save("a", PART)
+    file = tmp_path / "w" / "a.pt"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    elif damage == "no digest":
+        (tmp_path / "w" / "a.sha256").unlink()
+    else:
+        file.unlink()
+    assert work.load("a") is None
+    assert work.keep("a", lambda: 7) == 7
+    assert work.load("a") == 7
+
+
+def test_another_conversion_starts_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Work.open(tmp_path / "w", {"seed": 1, "model": "a"}, quiet=True).save("a", PART)
+    (tmp_path / "w" / "notes.txt").write_text("mine")
+    work = Work.open(tmp_path / "w", {"seed": 2, "model": "a"}, quiet=False)
+    assert "of another conversion (seed changed); starting afresh" in capsys.readouterr().err
+    assert work.load("a") is None
+    work.remove()
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["notes.txt"]
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    work = Work(None)
+    assert work.keep("a", lambda: 1) == 1
+    assert work.keep("a", lambda: 2) == 2
+
+
+class Stop(Exception):
+    """What ends a conversion in the middle."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stopped_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Stopped before or after a part is written, again and again; every step of distillation is one."""
+    model = tiny_hf.write_folder(tmp_path / "model")
+    options = tiny_hf.QUICK | {"distill_steps": 4, "preset": "best", "distill_batch": 2}
+    wanted = tmp_path / "wanted.gguf"
+    convert(model, wanted, **options)
+    assert not (tmp_path / "wanted.gguf.work").exists()
+
+    monkeypatch.setattr(dbf2gguf.distill, "SAVE_SECONDS", 0)
+    generator, save, left = random.Random(seed), Work.save, 0
+
+    def fragile(self: Work, name: str, part: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Stop
+        save(self, name, part)
+
+    monkeypatch.setattr(Work, "save", fragile)
+    out, stops = tmp_path / "out.gguf", 0
+    while True:
+        left = generator.randint(2, 9)
+        try:
+            convert(model, out, **options)
+            break
+        except Stop:
+            stops += 1
+            assert not out.exists()
+    assert stops > 1
+    assert out.read_bytes() == wanted.read_bytes()
+    assert not (tmp_path / "out.gguf.work").exists()
+
+
+def test_killed(tmp_path: Path) -> None:
+    """SIGKILL while texts are written, while layers are factorized, and while the model is distilled."""
+    model = tiny_hf.write_folder(tmp_path / "model")
+    command = [sys.executable, "-m", "dbf2gguf", str(model), "", "--bpw", "4", "-t", "1", "--text-rows", "16"]
+    command += ["--correct-rows", "4", "--admm-iterations", "3", "--distill-steps", "8"]
+    out, wanted = tmp_path / "out.gguf", tmp_path / "wanted.gguf"
+    subprocess.run([part or str(wanted) for part in command], check=True, capture_output=True)
+    for last in ("text: started", "factorize: started", "distil: started"):
+        process = subprocess.Popen(
+            [part or str(out) for part in command], stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(last):
+                break
+        process.kill()
+        process.communicate()
+        assert not out.exists()
+    done = subprocess.run([part or str(out) for part in command], check=True, capture_output=True, text=True)
+    assert "going on from" in done.stderr
+    assert out.read_bytes() == wanted.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "wanted.gguf"]
+
+
+def test_a_refused_file_needs_no_second_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--force after a refusal writes what is there."""
+    model = tiny_hf.write_folder(tmp_path / "model")
+    out = tmp_path / "out.gguf"
+    monkeypatch.setattr(dbf2gguf.convert, "COLLAPSED_KL", 1e-9)
+    with pytest.raises(QualityError):
+        convert(model, out, **tiny_hf.QUICK)
+    monkeypatch.setattr(dbf2gguf.distill, "_gradients", lambda *_: pytest.fail("distilled again"))
+    convert(model, out, force=True, **tiny_hf.QUICK)
+    assert out.is_file()
+
+
+def test_other_options_start_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_hf.write_folder(tmp_path / "model")
+    out = tmp_path / "out.gguf"
+    work = Work.open(tmp_path / "out.gguf.work", {"seed": 7}, quiet=True)
+    work.save("text", "no text at all")
+    convert(model, out, **tiny_hf.QUICK | {"quiet": False})
+    assert "starting afresh" in capsys.readouterr().err
+    assert out.is_file()
