@@ -1,0 +1,97 @@
+"""The same model, wider: zeros fill rows up to whole blocks of 256, which llama.cpp's K and IQ types want.
+
+With n of N channels in use, the mean square that RMSNorm divides by is n/N of what it was, and so are its
+epsilon and, squared, its weights. Heads are added whole, at the end of each group of queries or as
+groups after the last, and what they put out is multiplied by zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbf2gguf.archs import HEAD_NORMS, ArchSpec
+from dbf2gguf.source import decoder_layers
+from runtime.errors import UnsupportedModelError
+
+BLOCK = 256
+
+
+def padded(model: nn.Module, arch: ArchSpec) -> nn.Module:
+    """A model with the same logits in which every linear layer and the embedding have rows of whole BLOCKs;
+    `model` itself where that is so already.
+
+    Exact in real numbers, but for head norms (Qwen3's): a config has one epsilon, so theirs shrinks, too.
+    """
+    from transformers import AutoModelForCausalLM
+
+    old = model.config
+    head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
+    width, inner = whole(old.hidden_size), whole(old.intermediate_size)
+    heads, kv_heads = pad_heads(old.num_attention_heads, old.num_key_value_heads, head_dim, width)
+    config = copy.deepcopy(old)
+    config.hidden_size, config.intermediate_size, config.head_dim = width, inner, head_dim
+    config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+    config.rms_norm_eps = old.rms_norm_eps * old.hidden_size / width
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    if all(getattr(old, name) == getattr(config, name) for name in sizes):
+        return model
+
+    wider = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    norms = {arch.out_norm} | {
+        f"{arch.layers}.{index}.{path}"
+        for index in range(len(decoder_layers(model, arch)))
+        for path in arch.norms.values()
+        if path not in HEAD_NORMS.values()
+    }
+    rows = _rows_of_heads(old, heads // kv_heads, head_dim)
+    query, output = arch.linears["attn_q"], arch.linears["attn_output"]
+    for name, values in model.named_parameters():
+        target = wider.get_parameter(name)
+        target.zero_()
+        if name.removesuffix(".weight") in norms:
+            values = values * math.sqrt(old.hidden_size / width)
+        place: list[Any] = [slice(n) for n in values.shape]
+        if name.endswith((f".{query}.weight", f".{query}.bias")):
+            place[0] = rows
+        elif name.endswith(f".{output}.weight"):
+            place[1] = rows
+        target[tuple(place)] = values
+    return wider
+
+
+def whole(n: int, block: int = BLOCK) -> int:
+    """The smallest multiple of `block` that is >= n."""
+    return -(-n // block) * block
+
+
+def pad_heads(heads: int, kv_heads: int, head_dim: int, width: int) -> tuple[int, int]:
+    """The least numbers of query and of key/value heads that keep every head and its group, where all query
+    heads together have whole BLOCKs; of two ways, the one that makes groups no larger.
+
+    width  of the residual stream: transformers wants it to be a multiple of the number of heads
+
+    Raises UnsupportedModelError if there is none.
+    """
+    group, steps = heads // kv_heads, BLOCK // math.gcd(BLOCK, head_dim)
+    ways = [(g * kv, g, kv) for g in range(group, group + steps) for kv in range(kv_heads, kv_heads + steps)]
+    fitting = [way for way in ways if way[0] * head_dim % BLOCK == 0 and width % way[0] == 0]
+    if not fitting:
+        raise UnsupportedModelError(
+            f"{heads} heads of {head_dim} in {kv_heads} groups cannot be padded to a multiple of {BLOCK} that "
+            f"divides a width of {width}"
+        )
+    total, _, kv = min(fitting)
+    return total, kv
+
+
+def _rows_of_heads(config: Any, group: int, head_dim: int) -> Tensor:
+    """Where the rows of the query heads go when groups grow to `group` heads: (heads * head_dim,) int64."""
+    heads = torch.arange(config.num_attention_heads)
+    old_group = config.num_attention_heads // config.num_key_value_heads
+    places = heads // old_group * group + heads % old_group
+    return (places[:, None] * head_dim + torch.arange(head_dim)).flatten()

@@ -1,0 +1,68 @@
+"""Perplexity and KL of any model, by the code of `runtime.perplexity`.
+
+The original's predictions are computed once and kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.progress import Stage
+from runtime.perplexity import Comparison, Divergence, Score, score
+
+Logits = Callable[[list[int]], NDArray[Any]]
+"""ids (ctx) -> logits of the last ctx - ctx // 2 positions, (positions, n_vocab) float32."""
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """A transformers model as a function."""
+
+    @torch.no_grad()
+    def logits(ids: list[int]) -> NDArray[np.float32]:
+        tokens = torch.tensor([ids], device=next(model.parameters()).device)
+        hidden = hidden_states(model, input_ids=tokens)[0, len(ids) // 2 :]
+        found: NDArray[np.float32] = model.get_output_embeddings()(hidden).float().cpu().numpy()
+        return found
+
+    return logits
+
+
+class Judge:
+    """Scores models against one original on one text.
+
+    original  computes the original's logits, each chunk's once
+    pieces    what runtime.perplexity.chunks returned
+    folder    where those logits are kept: 4 bytes for every scored position and token of the vocabulary
+    """
+
+    def __init__(
+        self, original: Logits, pieces: Sequence[list[int]], folder: Path, quiet: bool = False
+    ) -> None:
+        self.pieces, self._quiet = pieces, quiet
+        self._files: dict[tuple[int, ...], Path] = {}
+        with Stage("original", len(pieces), quiet) as stage:
+            for number, ids in enumerate(pieces):
+                self._files[tuple(ids)] = folder / f"original-{number}.npy"
+                np.save(self._files[tuple(ids)], original(ids))
+                stage.step()
+
+    def original(self, ids: list[int]) -> NDArray[np.float32]:
+        """The original's logits of one of the pieces."""
+        found: NDArray[np.float32] = np.load(self._files[tuple(ids)])
+        return found
+
+    def measure(self, name: str, logits: Logits) -> tuple[Score, Divergence]:
+        """Score `logits`; `name` is shown meanwhile. Raises OptionError for another vocabulary, BackendError
+        for logits that are no numbers."""
+        comparison = Comparison(logits, self.original)
+        with Stage(name, len(self.pieces), self._quiet) as stage:
+            result = score(comparison, self.pieces, lambda _n, ppl: stage.step(note=f"perplexity {ppl:.2f}"))
+        return result, comparison.result()
