@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +14,13 @@ import pytest
 import tiny_hf
 import torch
 from gguf import GGMLQuantizationType as Type
+from make_gguf import write_model
 
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.budget import linear_bits as bits_of_linear
-from dbf2gguf.calibrate import output_importance
 from dbf2gguf.compare import llama_cpp, onecomp, onecomp_child, plot, published
-from dbf2gguf.compare.__main__ import COLUMNS, build_parser, main
+from dbf2gguf.compare.__main__ import COLUMNS, main
+from dbf2gguf.compare.llama_cpp import MissingPeerError
 from dbf2gguf.compare.padding import pad_heads, padded, whole
 from dbf2gguf.compare.rows import (
     LLAMA_CPP,
@@ -39,8 +38,9 @@ from dbf2gguf.convert import convert, make_plan
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import linear_names, load_model, load_tokenizer, open_source
 from dbf2gguf.write import write_dense
+from runtime import perplexity
 from runtime.bench.report import Table
-from runtime.errors import FormatError, OptionError, UnsupportedModelError
+from runtime.errors import FormatError, UnsupportedModelError
 
 PROTOCOL = Protocol("tiny", "text.txt", "0" * 64, 16, 3)
 
@@ -82,7 +82,7 @@ def test_pad_heads(heads: int, kv_heads: int, head_dim: int, width: int, wanted:
 
 
 def test_heads_that_cannot_be_padded() -> None:
-    with pytest.raises(UnsupportedModelError, match="5 heads of 256 in 1 groups"):
+    with pytest.raises(UnsupportedModelError, match="5 heads of 256 in 1 groups cannot be padded"):
         pad_heads(5, 1, 256, 768)
 
 
@@ -91,22 +91,21 @@ def test_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "tolerance"),
+    ("model_type", "changes"),
     [
-        ("llama", {}, 2e-5),
-        ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}, 2e-5),
+        ("llama", {}),
+        ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}),
         # 6 heads of 48 in 2 groups: 16 heads in 2 groups of 8, so rows move
-        ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48}, 2e-5),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, 2e-5),
-        ("mistral", {"sliding_window": None}, 2e-5),
-        ("qwen2", {}, 2e-5),
-        ("qwen3", {}, 1e-4),  # its head norms' epsilon changes, too
+        ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),
+        ("qwen3", {"rms_norm_eps": 1e-6}),  # small: its head norms get another one
     ],
-)  # fmt: skip
-def test_padded_logits(model_type: str, changes: dict[str, Any], tolerance: float) -> None:
-    """In float64, with an epsilon large enough to be seen."""
-    eps = 1e-6 if model_type == "qwen3" else 0.1
-    model = tiny_hf.model(1, model_type, rms_norm_eps=eps, **changes)
+)
+def test_padded_logits(model_type: str, changes: dict[str, Any]) -> None:
+    """With an epsilon large enough to be seen."""
+    model = tiny_hf.model(1, model_type, **{"rms_norm_eps": 0.1, **changes})
     wider = padded(model, ARCHS[model_type])
     assert wider is not model
     for name, path in linear_names(wider, ARCHS[model_type]).items():
@@ -116,7 +115,7 @@ def test_padded_logits(model_type: str, changes: dict[str, Any], tolerance: floa
     wanted = model.double()(ids).logits
     got = wider.double()(ids).logits
     assert wanted.std() > 0.5
-    assert float((got - wanted).abs().max()) < tolerance
+    assert float((got - wanted).abs().max()) < 2e-5
 
 
 def test_nothing_to_pad() -> None:
@@ -228,7 +227,9 @@ def test_rows_survive_a_file(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "rows.csv", PROTOCOL) == rows
 
 
-@pytest.mark.parametrize("change", [{"ctx": 17}, {"chunks": 4}, {"model": "other"}, {"text_sha256": "1" * 64}])
+@pytest.mark.parametrize(
+    "change", [{"ctx": 17}, {"chunks": 4}, {"model": "other"}, {"text_sha256": "1" * 64}]
+)
 def test_rows_of_another_protocol(tmp_path: Path, change: dict[str, Any]) -> None:
     write_rows(tmp_path / "rows.csv", [row(), row(name="Q3_K_S", **change)])
     with pytest.raises(FormatError, match="row 2 was measured with"):
@@ -248,11 +249,13 @@ def test_rows_that_are_none(tmp_path: Path, old: str, new: str, message: str) ->
 
 
 def test_merged() -> None:
-    rows = [row(OURS, "b", bpw=1.2), row(OURS, "a", bpw=2.0), row(), row(ORIGINAL, "x"), row(OURS, "b", ppl=9.0)]
-    assert [(r.series, r.name) for r in merged(rows)] == [
-        (ORIGINAL, "x"), (LLAMA_CPP, "Q2_K"), (OURS, "b"), (OURS, "a"),
+    """The last of a name stays; bits fall within a series."""
+    rows = [row(OURS, "b", bpw=1.2), row(OURS, "a", bpw=2.0), row(), row(ORIGINAL, "x")]
+    found = merged([*rows, row(OURS, "b", bpw=1.2, ppl=9.0)])
+    assert [(r.series, r.name) for r in found] == [
+        (ORIGINAL, "x"), (LLAMA_CPP, "Q2_K"), (OURS, "a"), (OURS, "b"),
     ]  # fmt: skip
-    assert merged(rows)[2].ppl == 9.0
+    assert found[-1].ppl == 9.0
 
 
 def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,3 +266,354 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0] == "|  | type | bpw of linears | file, MiB | perplexity | mean KL | same top-1 |"
     assert lines[2] == "| llama.cpp | Q2_K | 2.94 | 60.2 | 50.90 ± 1.50 | 0.840 | 54.0% |"
     assert lines[3] == "| original | bfloat16 | 16.00 | – | 50.90 ± 1.50 | 0.000 | 54.0% |"
+
+
+# The program -----------------------------------------------------------------------------------------------
+
+MEASURED = ["--ctx", "16", "--chunks", "3", "-q", "-t", "1"]
+
+IMATRIX = """
+import sys
+if "--version" in sys.argv:
+    print("version: 8000 (abc)", file=sys.stderr)
+    sys.exit()
+out, text = (sys.argv[sys.argv.index(option) + 1] for option in ("-o", "-f"))
+assert len(open(text, encoding="utf-8").read()) > 100
+open(out, "w").write("importances")
+"""
+
+QUANTIZE = """
+import sys
+import gguf
+_, _, imatrix, source, out, kind, *_ = sys.argv
+if kind == "Q9":
+    sys.exit("there is no Q9")
+assert open(imatrix).read() == "importances"
+reader = gguf.GGUFReader(source)
+writer = gguf.GGUFWriter(out, "llama")
+for field in reader.fields.values():
+    if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+        element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], element)
+for tensor in reader.tensors:
+    matrix = tensor.data.ndim == 2
+    qtype = gguf.GGMLQuantizationType[kind] if matrix else tensor.tensor_type
+    data = gguf.quants.quantize(tensor.data.astype("float32"), qtype) if matrix else tensor.data
+    writer.add_tensor(tensor.name, data, raw_dtype=qtype)
+writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
+if kind == "Q5_0":
+    print("WARNING: 3 of 14 tensor(s) required fallback quantization")
+"""
+
+
+def write_program(path: Path, code: str) -> Path:
+    path.write_text(f"#!{sys.executable}\n{code}", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def llama_bin(tmp_path: Path) -> Path:
+    """llama-quantize and llama-imatrix, as far as they are used; the quantizers are gguf-py's."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write_program(folder / "llama-imatrix", IMATRIX)
+    write_program(folder / "llama-quantize", QUANTIZE)
+    return folder
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [str(folder / "tiny"), *more, "--text", str(folder / "text.txt"), *MEASURED]
+
+
+def calibrated(folder: Path) -> list[str]:
+    return ["--calib", str(folder / "calib.txt"), "--calib-rows", "4"]
+
+
+def by_name(text: str) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads(text)}
+
+
+def test_ours_is_what_the_runtime_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(folder, str(folder / "ours.gguf")), "--peers", "none", "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = by_name(out)
+    assert rows["float32"]["kl"] == 0
+    assert rows["float32"]["same_top1"] == 1
+    assert rows["float32"]["bpw"] == 32
+    found = rows["ours.gguf"]
+    assert main_perplexity(folder, "ours.gguf", capsys) == pytest.approx(found["ppl"], abs=1e-4)
+    assert found["kl"] > 0
+    assert found["file_mib"] == round((folder / "ours.gguf").stat().st_size / 2**20, 2)
+    assert "distill_steps 2" in found["made_with"]
+
+
+def main_perplexity(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> float:
+    args = [str(folder / name), str(folder / "text.txt"), "--ctx", "16", "--chunks", "3", "-t", "1", "--json"]
+    assert perplexity.main(args) == 0
+    return float(json.loads(capsys.readouterr().out)["ppl"])
+
+
+def test_llama_cpp(folder: Path, llama_bin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [*arguments(folder), *calibrated(folder), "--peers", "llama.cpp", "--llama-bin", str(llama_bin)]
+    assert main([*args, "--types", "Q8_0,Q9,Q4_0,Q5_0", "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "skipped llama.cpp Q9: llama-quantize ends with code 1: there is no Q9",
+        "skipped llama.cpp Q5_0: llama-quantize Q5_0: 3 of 14 tensor(s) required fallback: rows of these are "
+        "no multiples of the type's blocks",
+    ]
+    rows = by_name(out)
+    assert list(rows) == ["float32", "F16", "Q8_0", "Q4_0"]
+    assert [rows[name]["bpw"] for name in ("F16", "Q8_0", "Q4_0")] == [16, 8.5, 4.5]
+    assert 0 <= rows["F16"]["kl"] < 1e-4 < rows["Q8_0"]["kl"] * 10 < rows["Q4_0"]["kl"]
+    assert rows["F16"]["ppl"] == pytest.approx(rows["float32"]["ppl"], rel=1e-3)
+    assert (
+        "8000 (abc), imatrix of 512 tokens of calib.txt; padded: width 32 -> 256" in rows["Q4_0"]["made_with"]
+    )
+
+
+def test_kept_files_are_used(folder: Path, llama_bin: Path, tmp_path: Path) -> None:
+    args = [*arguments(folder), *calibrated(folder), "--peers", "llama.cpp", "--llama-bin", str(llama_bin)]
+    args += ["--types", "Q8_0", "--keep", str(tmp_path / "kept")]
+    assert main(args) == 0
+    write_program(llama_bin / "llama-quantize", "raise SystemExit('not again')")
+    before = (tmp_path / "kept/Q8_0.gguf").stat().st_mtime_ns
+    assert main(args) == 0
+    assert (tmp_path / "kept/Q8_0.gguf").stat().st_mtime_ns == before
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["Q8_0.gguf", "f16.gguf", "imatrix.gguf"]
+
+
+def test_missing_peers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Skipped, with a line that says how to get them; the rest goes on."""
+    python = write_program(tmp_path / "python", "raise ModuleNotFoundError(\"No module named 'onecomp'\")")
+    args = [*arguments(folder), *calibrated(folder), "--llama-bin", str(tmp_path)]
+    args += ["--onecomp-python", str(python), "--published", "4", "--published-iterations", "2"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        f"skipped llama.cpp: no llama-quantize and no llama-imatrix in {tmp_path}; build"
+    )
+    assert lines[1].startswith(
+        f"skipped onecomp: {python} cannot import onecomp (ModuleNotFoundError: No module"
+    )
+    assert lines[1].endswith("V/bin/pip install onecomp; then give --onecomp-python V/bin/python")
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| original", "| DBF as published"]
+
+
+def test_one_tool_is_missing(tmp_path: Path, llama_bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (llama_bin / "llama-quantize").unlink()
+    monkeypatch.setenv("PATH", str(llama_bin))
+    with pytest.raises(MissingPeerError, match=r"^no llama-quantize on PATH; build"):
+        llama_cpp.find_tools(None)
+    with pytest.raises(MissingPeerError, match="no such program; it needs Python"):
+        onecomp.find(str(tmp_path / "python"))
+
+
+ONECOMP = """
+import torch
+from types import SimpleNamespace as DBFResult
+from transformers import AutoModelForCausalLM
+__version__ = "1.4"
+
+
+class DBF:
+    option = "iters"
+    def __init__(self, target_bits, **options):
+        self.target_bits, self.results = target_bits, {}
+        setattr(self, self.option, options.get(self.option, 600))
+
+
+class MDBF(DBF):
+    option = "admm_outer_iters"
+    def __init__(self, **options):
+        raise RuntimeError("something in MDBF")
+
+
+def CalibrationConfig(calibration_dataset, max_length, num_calibration_samples, strategy, batch_size):
+    assert len(open(calibration_dataset, encoding="utf-8").read()) > 100
+    assert (max_length, num_calibration_samples, strategy) == (128, 4, "concat_chunk")
+
+
+def ModelConfig(path, dtype, device):
+    return path
+
+
+class Runner:
+    def __init__(self, model_config, quantizer, calibration_config, qep):
+        self.path, self.quantizer = model_config, quantizer
+
+    def run(self):
+        zeros = torch.zeros
+        for name in "ab":
+            self.quantizer.results[name] = DBFResult(dbf_mid=zeros(8), dbf_Da=zeros(32), dbf_Db=zeros(64))
+
+    def save_dequantized_model(self, out):
+        model = AutoModelForCausalLM.from_pretrained(self.path)
+        model.model.layers[0].mlp.up_proj.weight.data *= 0.5
+        model.save_pretrained(out)
+"""
+
+
+def test_onecomp(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Through the child process, with a package that has onecomp's names."""
+    (tmp_path / "onecomp.py").write_text(ONECOMP, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    args = [*arguments(folder), *calibrated(folder), "--peers", "onecomp", "--onecomp", "mdbf:1,dbf:1.5"]
+    assert main([*args, "--onecomp-iterations", "7", "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "skipped onecomp MDBF 1: onecomp ends with code 1: RuntimeError: something in MDBF\n"
+    found = by_name(out)["DBF 1.5"]
+    bits = 8 * (32 + 64) + 16 * (8 + 32 + 64)
+    assert found["bpw"] == round(bits / (32 * 64), 4)
+    assert found["kl"] > 0
+    assert found["file_mib"] is None
+    assert found["made_with"].startswith("onecomp 1.4 on c")
+    assert ", 7 iterations, calibrated on 512 tokens of calib.txt" in found["made_with"]
+
+
+def test_published(folder: Path) -> None:
+    """Importances weigh errors as they should: weighted, the error is smaller than that of plain factors."""
+    source = open_source(folder / "tiny", folder)
+    model = load_model(source)
+    names = linear_names(model, source.arch)
+    rows = torch.randint(0, tiny_hf.N_VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    path = names["blk.1.ffn_down"]
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    inputs = published.input_importance(model, names, rows, 3, Stage("", 4, quiet=True))
+    hook.remove()
+    moment = torch.cat(seen).square().mean((0, 1))
+    assert torch.allclose(inputs["blk.1.ffn_down"].square(), moment / moment.mean(), rtol=1e-3, atol=1e-5)
+    assert not model.get_submodule(path)._forward_pre_hooks
+
+    plan = make_plan(source, model, 4.0)
+    flat = {n: torch.ones(cols) for n, (_, cols) in plan.shapes.items()}
+    outputs = {n: torch.ones(rows) for n, (rows, _) in plan.shapes.items()}
+    skewed = {n: torch.linspace(0.05, 2, len(v)) for n, v in flat.items()}
+    errors = []
+    for importance in (skewed, flat):
+        factors = published.factorize_each(
+            model, names, plan, importance, outputs, 10, 0, Stage("", 14, quiet=True)
+        )
+        assert factors.keys() == names.keys()
+        lost = [
+            ((f.dense()[0] - model.get_submodule(names[n]).weight) * skewed[n]).square().sum()
+            for n, f in factors.items()
+        ]
+        errors.append(float(torch.stack(lost).sum()))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_rows_are_reused_saved_and_drawn(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one command that adds our rows to the peers': nothing else is run again."""
+    saved = tmp_path / "rows.csv"
+    args = [*arguments(folder), *calibrated(folder), "--peers", "published", "--published", "4"]
+    assert main([*args, "--published-iterations", "2", "--save", str(saved)]) == 0
+    capsys.readouterr()
+    peers = saved.read_text(encoding="utf-8").splitlines()
+    assert len(peers) == 3
+    args = [*arguments(folder, str(folder / "ours.gguf")), "--with", str(saved), "--save", str(saved)]
+    assert main([*args, "-o", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[:3] == peers
+    assert out == saved.read_text(encoding="utf-8")
+    assert out.splitlines()[3].startswith("dbf2gguf,ours.gguf,")
+    assert main([*arguments(folder), "--with", str(saved), "-o", "csv"]) == 0  # nothing to measure
+    assert capsys.readouterr().out == out
+    assert main([*arguments(folder), "--with", str(saved), "--chunks", "2"]) == 1
+    assert "row 1 was measured with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot(folder: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row(), row(OURS, "a", bpw=1.2, ppl=66.0), row(OURS, "b", bpw=2.0, ppl=44.0)]
+    rows += [row(PUBLISHED, "1.2", bpw=1.2, ppl=1250.0), row(ORIGINAL, "bfloat16", bpw=16, ppl=23.5)]
+    files = [tmp_path / f"{n}{suffix}" for n in "ab"]
+    for file in files:
+        plot.plot(file, rows, suffix[1:])
+    content = files[0].read_bytes()
+    assert content == files[1].read_bytes()
+    assert len(content) > 10000
+    assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+def test_plot_through_the_program(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    args = [
+        *arguments(folder, str(folder / "ours.gguf")),
+        "--peers",
+        "none",
+        "--plot",
+        str(tmp_path / "p.svg"),
+    ]
+    assert main(args) == 0
+    assert (tmp_path / "p.svg").stat().st_size > 10000
+
+
+def test_no_matplotlib(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the work."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*arguments(folder), "--peers", "none", "--plot", "p.png"]) == 1
+    assert capsys.readouterr().err == (
+        "error: --plot needs the package matplotlib; run: pip install 'dbf2gguf[plot]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--peers", "gptq"], "--peers: 'gptq' is unknown; there are llama.cpp, published, onecomp, none"),
+        (["--peers", "published"], "--calib: peers need text to calibrate on; or say --peers none"),
+        (["--plot", "p.gif"], "--plot p.gif: wanted a name that ends in .png, .svg, .pdf"),
+        (["--onecomp", "gptq:2", "--calib", "calib.txt", "--peers", "onecomp"], "methods are dbf, mdbf"),
+        (
+            ["--onecomp", "dbf", "--calib", "calib.txt", "--peers", "onecomp"],
+            "wanted METHOD:BITS such as dbf",
+        ),
+        (["--peers", "published", "--calib", "calib.txt", "--calib-rows", "9999"], "rows of 128 tokens; see"),
+        (["--peers", "none", "--chunks", "0"], "0 chunks, wanted 1 or more"),
+        (["--peers", "none", "-t", "0"], "--threads is 0; wanted 1 or more"),
+        (["--save", "none/rows.csv"], "does not exist"),
+    ],
+)
+def test_errors(
+    folder: Path,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main([*arguments(folder), *more]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_files_of_another_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(folder, str(tmp_path / "x.gguf")), "--peers", "none"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'x.gguf'}: no such file\n"
+    other = write_model(tmp_path / "other.gguf", change=adds_bos)
+    assert main([*arguments(folder, str(other)), "--peers", "none"]) == 1
+    assert f"{other}: its tokens of {folder / 'text.txt'} are not those of" in capsys.readouterr().err
+
+
+def adds_bos(meta: dict[str, Any], _tensors: object) -> None:
+    meta["tokenizer.ggml.add_bos_token"] = True
+
+
+def test_the_context_is_too_long(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(folder), "--ctx", "200", "--peers", "none"]) == 1
+    assert "--ctx is 200; this model was trained for 128 tokens" in capsys.readouterr().err

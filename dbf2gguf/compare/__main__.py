@@ -143,7 +143,7 @@ def _measurements(
     for file in files:
         if not file.is_file():
             raise OptionError(f"{file}: no such file")
-    if (files or peers) and not any(row.series == ORIGINAL for row in known):
+    if not any(row.series == ORIGINAL for row in known):
         yield _original(run)
     for file in files:
         yield run.run_file(OURS, file.name, file, _recipe(file))

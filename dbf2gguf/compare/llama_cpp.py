@@ -58,9 +58,11 @@ def quantize(tools: Tools, model: Path, imatrix: Path, kind: str, out: Path, thr
     a matrix got another type because its rows do not fit."""
     command = [tools.quantize, "--imatrix", imatrix, model, out, kind, *([threads] if threads else [])]
     output = _run(command)
-    fallback = re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", output)
+    fallback = re.search(r"\d+ of \d+ tensor\(s\) required fallback", output)
     if fallback:
-        raise BackendError(f"llama-quantize {kind}: {fallback[0]}: the rows are no multiples of 256")
+        raise BackendError(
+            f"llama-quantize {kind}: {fallback[0]}: rows of these are no multiples of the type's blocks"
+        )
 
 
 def _version(program: Path) -> str:

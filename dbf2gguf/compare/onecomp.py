@@ -81,13 +81,14 @@ def quantize(
     Raises BackendError with onecomp's last words if it fails.
     """
     words = [wanted.method, wanted.bits, iterations, rows, row_tokens]
-    command = [python, onecomp_child.__file__, model, text, out, *words]
+    # -P: this folder, which holds a module onecomp, stays out of sys.path
+    command = [python, "-P", onecomp_child.__file__, model, text, out, *words]
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, encoding="utf-8", errors="replace", check=False
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it does not say why"]
-        raise BackendError(f"onecomp {wanted.name} ends with code {done.returncode}: {lines[-1]}")
+        raise BackendError(f"onecomp ends with code {done.returncode}: {lines[-1]}")
 
 
 def read_bits(folder: Path) -> dict[str, Any]:

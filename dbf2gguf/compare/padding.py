@@ -31,15 +31,15 @@ def padded(model: nn.Module, arch: ArchSpec) -> nn.Module:
 
     old = model.config
     head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
-    width, inner = whole(old.hidden_size), whole(old.intermediate_size)
+    widths = (old.hidden_size, old.intermediate_size, old.num_attention_heads * head_dim)
+    if all(n % BLOCK == 0 for n in widths):
+        return model
+    width = whole(old.hidden_size)
     heads, kv_heads = pad_heads(old.num_attention_heads, old.num_key_value_heads, head_dim, width)
     config = copy.deepcopy(old)
-    config.hidden_size, config.intermediate_size, config.head_dim = width, inner, head_dim
-    config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+    config.hidden_size, config.intermediate_size = width, whole(old.intermediate_size)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = heads, kv_heads, head_dim
     config.rms_norm_eps = old.rms_norm_eps * old.hidden_size / width
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    if all(getattr(old, name) == getattr(config, name) for name in sizes):
-        return model
 
     wider = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     norms = {arch.out_norm} | {
@@ -82,8 +82,8 @@ def pad_heads(heads: int, kv_heads: int, head_dim: int, width: int) -> tuple[int
     fitting = [way for way in ways if way[0] * head_dim % BLOCK == 0 and width % way[0] == 0]
     if not fitting:
         raise UnsupportedModelError(
-            f"{heads} heads of {head_dim} in {kv_heads} groups cannot be padded to a multiple of {BLOCK} that "
-            f"divides a width of {width}"
+            f"{heads} heads of {head_dim} in {kv_heads} groups cannot be padded to a multiple of {BLOCK}: "
+            f"their number must divide the width, {width}"
         )
     total, _, kv = min(fitting)
     return total, kv
