@@ -617,3 +617,13 @@ def adds_bos(meta: dict[str, Any], _tensors: object) -> None:
 def test_the_context_is_too_long(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments(folder), "--ctx", "200", "--peers", "none"]) == 1
     assert "--ctx is 200; this model was trained for 128 tokens" in capsys.readouterr().err
+
+
+def test_a_peer_that_fails(folder: Path, llama_bin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows measured before it are kept."""
+    write_program(llama_bin / "llama-imatrix", IMATRIX.split("out, text")[0] + "sys.exit('out of luck')")
+    args = [*arguments(folder), *calibrated(folder), "--peers", "llama.cpp", "--llama-bin", str(llama_bin)]
+    assert main([*args, "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "skipped llama.cpp: llama-imatrix ends with code 1: out of luck\n"
+    assert list(by_name(out)) == ["float32", "F16"]

@@ -45,7 +45,7 @@ from dbf2gguf.source import linear_names, load_model, open_source
 from dbf2gguf.write import write_dense, write_gguf
 from runtime import cli, perplexity
 from runtime.bench.report import FORMATS, Table
-from runtime.errors import DbfError, OptionError
+from runtime.errors import BackendError, DbfError, OptionError, UnsupportedModelError
 
 PEERS = ("llama.cpp", "published", "onecomp")
 GRADIENT_ROWS = 16
@@ -138,7 +138,7 @@ def compare(args: argparse.Namespace) -> int:
 def _measurements(
     run: Comparison, args: argparse.Namespace, peers: Sequence[str], known: list[Row]
 ) -> Iterator[Row]:
-    """Every row that is to be measured, as it is done; a missing peer is skipped with a line that says so."""
+    """Every row that is to be measured, as it is done; a peer that is missing or fails is skipped."""
     files = [Path(file) for file in args.files]
     for file in files:
         if not file.is_file():
@@ -155,7 +155,7 @@ def _measurements(
     for peer in peers:
         try:
             yield from makers[peer](run)
-        except MissingPeerError as error:
+        except (MissingPeerError, BackendError, UnsupportedModelError) as error:
             print(f"skipped {peer}: {error}", file=sys.stderr)
 
 

@@ -46,9 +46,11 @@ def plot(path: Path, rows: Sequence[Row], form: str) -> None:
             continue
         axes.plot([p[0] for p in points], [p[1] for p in points], label=series, **style)
         for bpw, ppl, name in points:
+            text, offset = (f"{bpw:.2f}", (0, -14)) if series in (OURS, PUBLISHED) else (name, (6, 4))
             axes.annotate(
-                name, (bpw, ppl), xytext=(6, 4), textcoords="offset points", fontsize=8, color=style["color"]
-            )
+                text, (bpw, ppl), xytext=offset, textcoords="offset points", fontsize=8, color=style["color"],
+                ha="left" if offset[0] else "center",
+            )  # fmt: skip
     originals = [row.ppl for row in rows if row.series == ORIGINAL]
     if originals:
         axes.axhline(originals[0], color="black", linestyle=":", linewidth=1, label="original")
