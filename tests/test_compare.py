@@ -357,7 +357,7 @@ def main_perplexity(folder: Path, name: str, capsys: pytest.CaptureFixture[str])
 
 def test_llama_cpp(folder: Path, llama_bin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = [*arguments(folder), *calibrated(folder), "--peers", "llama.cpp", "--llama-bin", str(llama_bin)]
-    assert main([*args, "--types", "Q8_0,Q9,Q4_0,Q5_0", "-o", "json"]) == 0
+    assert main([*args, "--types", "F16,Q8_0,Q9,Q4_0,Q5_0", "-o", "json"]) == 0
     out, err = capsys.readouterr()
     assert err.splitlines() == [
         "skipped llama.cpp Q9: llama-quantize ends with code 1: there is no Q9",
@@ -575,11 +575,9 @@ def test_no_matplotlib(
         (["--peers", "gptq"], "--peers: 'gptq' is unknown; there are llama.cpp, published, onecomp, none"),
         (["--peers", "published"], "--calib: peers need text to calibrate on; or say --peers none"),
         (["--plot", "p.gif"], "--plot p.gif: wanted a name that ends in .png, .svg, .pdf"),
-        (["--onecomp", "gptq:2", "--calib", "calib.txt", "--peers", "onecomp"], "methods are dbf, mdbf"),
-        (
-            ["--onecomp", "dbf", "--calib", "calib.txt", "--peers", "onecomp"],
-            "wanted METHOD:BITS such as dbf",
-        ),
+        (["--onecomp", "gptq:2"], "methods are dbf, mdbf"),
+        (["--onecomp", "dbf"], "wanted METHOD:BITS such as dbf:1.5"),
+        (["--published-iterations", "0"], "--published-iterations is 0; wanted 1 or more"),
         (["--peers", "published", "--calib", "calib.txt", "--calib-rows", "9999"], "rows of 128 tokens; see"),
         (["--peers", "none", "--chunks", "0"], "0 chunks, wanted 1 or more"),
         (["--peers", "none", "-t", "0"], "--threads is 0; wanted 1 or more"),

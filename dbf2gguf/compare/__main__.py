@@ -51,6 +51,11 @@ PEERS = ("llama.cpp", "published", "onecomp")
 GRADIENT_ROWS = 16
 
 
+def numbers(text: str) -> list[float]:
+    """ "2,1.2" -> [2.0, 1.2], for argparse."""
+    return [float(part) for part in text.split(",")]
+
+
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(
         "python -m dbf2gguf.compare",
@@ -76,9 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME,...",
         help=f"of {', '.join(PEERS)}, or none (default: all; with --with, none)",
     )
-    add("--types", default=",".join(llama_cpp.TYPES), metavar="TYPE,...", help="llama-quantize's types")
+    add(
+        "--types",
+        default=",".join(llama_cpp.TYPES),
+        metavar="TYPE,...",
+        help="llama-quantize's types; F16: padding alone",
+    )
     add("--llama-bin", metavar="DIR", help="folder of llama-quantize and llama-imatrix (default: PATH)")
-    add("--published", default="2.0,1.2", metavar="BPW,...", help="bits of DBF as published")
+    add("--published", type=numbers, default="2.0,1.2", metavar="BPW,...", help="bits of DBF as published")
     add("--published-iterations", type=int, default=25, metavar="N", help="its ADMM rounds")
     add("--onecomp", default="dbf:2,mdbf:2", metavar="METHOD:BITS,...", help="what onecomp makes: dbf, mdbf")
     add("--onecomp-iterations", type=int, default=0, metavar="N", help="its ADMM rounds; 0: its own default")
@@ -104,13 +114,12 @@ def build_parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> int:
     """Measure what the options ask for and print the table."""
     peers = _peers(args)
+    _check(args)
     if args.plot:
         plot.check(Path(args.plot))
     for path in filter(None, (args.save, args.plot)):
         check_output(Path(path), [Path(args.model), Path(args.text), *map(Path, args.files)])
     if args.threads is not None:
-        if args.threads < 1:
-            raise OptionError(f"--threads is {args.threads}; wanted 1 or more")
         torch.set_num_threads(args.threads)
     with _folder(args.keep) as folder, tempfile.TemporaryDirectory(prefix="dbf-compare-") as scratch:
         run = Comparison(args, folder, Path(scratch))
@@ -143,6 +152,8 @@ def _measurements(
     for file in files:
         if not file.is_file():
             raise OptionError(f"{file}: no such file")
+    if peers:  # read before the work: what is wrong with it is said at once
+        _note(args, f"peers are calibrated on {run.calibrated_on()}")
     if not any(row.series == ORIGINAL for row in known):
         yield _original(run)
     for file in files:
@@ -179,7 +190,10 @@ def _llama_cpp(run: Comparison) -> Iterator[Row]:
         f"{now.num_attention_heads}, inner {was.intermediate_size} -> {now.intermediate_size}"
     )  # fmt: skip
     _make(dense, lambda out: write_dense(out, run.source, model, run.tokenizer))
-    yield run.read_file(LLAMA_CPP, F16, dense, f"gguf-py {version('gguf')}{note}")
+    kinds = args.types.split(",")
+    if F16 in kinds:
+        yield run.read_file(LLAMA_CPP, F16, dense, f"gguf-py {version('gguf')}{note}")
+        kinds.remove(F16)
     rows, length = run.calibration.shape
     with Stage("imatrix", 1, args.quiet):
         _make(
@@ -188,7 +202,7 @@ def _llama_cpp(run: Comparison) -> Iterator[Row]:
                 tools, dense, run.calibration_text, out, length, rows, args.threads
             ),
         )
-    for kind in args.types.split(","):
+    for kind in kinds:
         file = folder / f"{kind}.gguf"
         try:
             _make(
@@ -205,13 +219,11 @@ def _published(run: Comparison) -> Iterator[Row]:
     args, source, model = run.args, run.source, run.model
     names, rows = linear_names(model, source.arch), run.calibration
     iterations = args.published_iterations
-    if iterations < 1:
-        raise OptionError(f"--published-iterations is {iterations}; wanted 1 or more")
     with Stage("inputs", len(rows), args.quiet) as stage:
         inputs = published.input_importance(model, names, rows, GRADIENT_BATCH, stage)
     with Stage("gradients", len(rows[:GRADIENT_ROWS]), args.quiet) as stage:
         outputs = output_importance(model, names, rows[:GRADIENT_ROWS], GRADIENT_BATCH, stage)
-    for bpw in map(float, args.published.split(",")):
+    for bpw in args.published:
         plan = make_plan(source, model, bpw)
         file = run.folder / f"published-{bpw:g}.gguf"
 
@@ -233,10 +245,9 @@ def _published(run: Comparison) -> Iterator[Row]:
 
 def _onecomp(run: Comparison) -> Iterator[Row]:
     args = run.args
-    wanted = onecomp.parse(args.onecomp)
     onecomp.find(args.onecomp_python)
     rows, length = run.calibration.shape
-    for one in wanted:
+    for one in onecomp.parse(args.onecomp):
         folder = run.folder / f"onecomp-{one.method}-{one.bits:g}"
         try:
             if not (folder / "bits.json").is_file():
@@ -277,6 +288,20 @@ def _peers(args: argparse.Namespace) -> tuple[str, ...]:
         if name not in PEERS:
             raise OptionError(f"--peers: {name!r} is unknown; there are {', '.join(PEERS)}, none")
     return names
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be told without the model. Raises OptionError."""
+    onecomp.parse(args.onecomp)
+    for name, least in {
+        "threads": 1,
+        "calib_rows": 1,
+        "published_iterations": 1,
+        "onecomp_iterations": 0,
+    }.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {least} or more")
 
 
 @contextmanager

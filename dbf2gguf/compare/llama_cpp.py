@@ -12,8 +12,8 @@ from pathlib import Path
 
 from runtime.errors import BackendError
 
-TYPES = ("Q3_K_S", "Q2_K", "IQ2_M", "IQ2_XXS", "IQ1_M")
 F16 = "F16"
+TYPES = (F16, "Q3_K_S", "Q2_K", "IQ2_M", "IQ2_XXS", "IQ1_M")
 HOW_TO_GET = (
     "build them from llama.cpp (https://github.com/ggml-org/llama.cpp, or vendor/llama.cpp of the sdist of "
     "llama-cpp-python): cmake -B build -DLLAMA_BUILD_TOOLS=ON -DLLAMA_CURL=OFF && "

@@ -1,4 +1,4 @@
-"""Perplexity and KL of any model, by the code of `runtime.perplexity`.
+"""Perplexity of any model, by the code of `runtime.perplexity`, and how far it is from the original.
 
 The original's predictions are computed once and kept on disk.
 """
@@ -6,17 +6,19 @@ The original's predictions are computed once and kept on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.progress import Stage
-from runtime.perplexity import Comparison, Divergence, Score, score
+from runtime.errors import OptionError
+from runtime.perplexity import Score, score
 
 Logits = Callable[[list[int]], NDArray[Any]]
 """ids (ctx) -> logits of the last ctx - ctx // 2 positions, (positions, n_vocab) float32."""
@@ -33,6 +35,16 @@ def logits_of(model: nn.Module) -> Logits:
         return found
 
     return logits
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far predictions are from the original's; KL(original || model) in nats a token."""
+
+    kl_mean: float
+    kl_error: float  # standard error of the mean
+    kl_p99: float
+    same_top1: float  # share of predictions with the same likeliest token
 
 
 class Judge:
@@ -62,7 +74,27 @@ class Judge:
     def measure(self, name: str, logits: Logits) -> tuple[Score, Divergence]:
         """Score `logits`; `name` is shown meanwhile. Raises OptionError for another vocabulary, BackendError
         for logits that are no numbers."""
-        comparison = Comparison(logits, self.original)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def compared(ids: list[int]) -> NDArray[Any]:
+            rows = logits(ids)
+            found.append(_compare(self.original(ids)[:-1], rows[:-1]))
+            return rows
+
         with Stage(name, len(self.pieces), self._quiet) as stage:
-            result = score(comparison, self.pieces, lambda _n, ppl: stage.step(note=f"perplexity {ppl:.2f}"))
-        return result, comparison.result()
+            result = score(compared, self.pieces, lambda _n, ppl: stage.step(note=f"perplexity {ppl:.2f}"))
+        kl, same = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return result, Divergence(
+            kl_mean=float(kl.mean(dtype=np.float64)),
+            kl_error=float(kl.std(dtype=np.float64) / max(len(kl) - 1, 1) ** 0.5),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            same_top1=float(same.mean(dtype=np.float64)),
+        )
+
+
+def _compare(base: NDArray[Any], rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """KL(base || rows) and whether the likeliest tokens are the same, both (positions,)."""
+    if base.shape != rows.shape:
+        raise OptionError(f"logits of {rows.shape[1]} tokens; the original has {base.shape[1]}")
+    expected, got = (torch.from_numpy(x).float().log_softmax(-1) for x in (base, rows))
+    return (expected.exp() * (expected - got)).sum(-1), expected.argmax(-1) == got.argmax(-1)
