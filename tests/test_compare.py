@@ -21,7 +21,7 @@ from dbf2gguf.budget import linear_bits as bits_of_linear
 from dbf2gguf.compare import llama_cpp, onecomp, onecomp_child, plot, published
 from dbf2gguf.compare.__main__ import COLUMNS, main
 from dbf2gguf.compare.llama_cpp import MissingPeerError
-from dbf2gguf.compare.padding import pad_heads, padded, whole
+from dbf2gguf.compare.padding import pad_heads, padded, unpadded, whole
 from dbf2gguf.compare.rows import (
     LLAMA_CPP,
     ORIGINAL,
@@ -90,7 +90,7 @@ def test_whole() -> None:
     assert [whole(n) for n in (1, 256, 257, 576)] == [256, 256, 512, 768]
 
 
-@pytest.mark.parametrize(
+PADDED = pytest.mark.parametrize(
     ("model_type", "changes"),
     [
         ("llama", {}),
@@ -103,6 +103,9 @@ def test_whole() -> None:
         ("qwen3", {"rms_norm_eps": 1e-6}),  # small: its head norms get another one
     ],
 )
+
+
+@PADDED
 def test_padded_logits(model_type: str, changes: dict[str, Any]) -> None:
     """With an epsilon large enough to be seen."""
     model = tiny_hf.model(1, model_type, **{"rms_norm_eps": 0.1, **changes})
@@ -116,6 +119,36 @@ def test_padded_logits(model_type: str, changes: dict[str, Any]) -> None:
     got = wider.double()(ids).logits
     assert wanted.std() > 0.5
     assert float((got - wanted).abs().max()) < 2e-5
+
+
+@PADDED
+def test_unpadded(model_type: str, changes: dict[str, Any]) -> None:
+    """What quantizers do to columns that only zeros meet is dropped; the rest is kept."""
+    arch = ARCHS[model_type]
+    model = tiny_hf.model(1, model_type, **{"rms_norm_eps": 0.1, **changes})
+    wider = padded(model, arch)
+    for name, values in unpadded(wider, model, arch).named_parameters():
+        assert torch.allclose(values, model.get_parameter(name), rtol=1e-6), name
+    for path in linear_names(wider, arch).values():
+        rows = wider.get_submodule(path).weight
+        rows[rows.any(1)] += 0.01 * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+    narrow = unpadded(wider, model, arch)
+    assert (narrow is wider) == ("head_dim" in changes)  # groups grow, and their new heads are heard now
+    ids = torch.randint(0, tiny_hf.N_VOCAB, (2, 20), generator=torch.Generator().manual_seed(3))
+    tolerance = 0.05 if model_type == "qwen3" else 1e-4  # its head norms have another epsilon
+    assert torch.allclose(narrow(ids).logits, wider(ids).logits, atol=tolerance)
+    assert not torch.allclose(narrow(ids).logits, model(ids).logits, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("model.layers.1.mlp.down_proj", (40, 0)), ("model.embed_tokens", (7, 40))]
+)
+def test_padding_that_is_not_zero(name: str, place: tuple[int, int]) -> None:
+    model = tiny_hf.model()
+    wider = padded(model, ARCHS["llama"])
+    wider.get_submodule(name).weight[place] = 0.01
+    assert unpadded(wider, model, ARCHS["llama"]) is wider
+    assert unpadded(model, model, ARCHS["llama"]) is model
 
 
 def test_nothing_to_pad() -> None:

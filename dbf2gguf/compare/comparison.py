@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import runtime
 from dbf2gguf.archs import context_length
+from dbf2gguf.compare.padding import unpadded
 from dbf2gguf.compare.rows import Protocol, Row, linear_bits
 from dbf2gguf.compare.score import Judge, Logits, logits_of
 from dbf2gguf.source import Source, load_model, load_tokenizer, open_source
@@ -127,8 +128,8 @@ class Comparison:
             return self.row(series, name, *linear_bits(file), file.stat().st_size, logits, made_with)
 
     def read_file(self, series: str, name: str, file: Path, made_with: str) -> Row:
-        """Measure an ordinary GGUF: dequantize it and run it in transformers."""
+        """Measure an ordinary GGUF, padded or not: dequantize it and run it in transformers."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            model = load_model(open_source(file, Path(folder)))
+            model = unpadded(load_model(open_source(file, Path(folder))), self.model, self.source.arch)
             size = file.stat().st_size
             return self.row(series, name, *linear_bits(file), size, logits_of(model), made_with)

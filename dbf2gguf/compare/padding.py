@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import HEAD_NORMS, ArchSpec
-from dbf2gguf.source import decoder_layers
 from runtime.errors import UnsupportedModelError
 
 BLOCK = 256
@@ -42,26 +41,71 @@ def padded(model: nn.Module, arch: ArchSpec) -> nn.Module:
     config.rms_norm_eps = old.rms_norm_eps * old.hidden_size / width
 
     wider = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    norms = {arch.out_norm} | {
-        f"{arch.layers}.{index}.{path}"
-        for index in range(len(decoder_layers(model, arch)))
-        for path in arch.norms.values()
-        if path not in HEAD_NORMS.values()
-    }
-    rows = _rows_of_heads(old, heads // kv_heads, head_dim)
-    query, output = arch.linears["attn_q"], arch.linears["attn_output"]
+    places = _Places(old, config, arch)
     for name, values in model.named_parameters():
         target = wider.get_parameter(name)
         target.zero_()
-        if name.removesuffix(".weight") in norms:
-            values = values * math.sqrt(old.hidden_size / width)
-        place: list[Any] = [slice(n) for n in values.shape]
-        if name.endswith((f".{query}.weight", f".{query}.bias")):
-            place[0] = rows
-        elif name.endswith(f".{output}.weight"):
-            place[1] = rows
-        target[tuple(place)] = values
+        target[places.of(name, values.shape)] = values * places.factor(name)
     return wider
+
+
+@torch.no_grad()
+def unpadded(wider: nn.Module, model: nn.Module, arch: ArchSpec) -> nn.Module:
+    """The way back: a copy of `model` with the weights of `wider`, which a quantizer made of `padded(model)`;
+    it computes the same in less time. `wider` itself where nothing was added, or where what was added has an
+    effect now that its zeros are quantized.
+    """
+    if all(p.shape == wider.get_parameter(name).shape for name, p in model.named_parameters()):
+        return wider
+    places = _Places(model.config, wider.config, arch)
+    narrow = copy.deepcopy(model)
+    for name, target in narrow.named_parameters():
+        values, place = wider.get_parameter(name), places.of(name, target.shape)
+        for dim in places.zeros(name):
+            added = torch.ones(values.shape[dim], dtype=torch.bool)
+            added[place[dim]] = False
+            if values.movedim(dim, 0)[added].any():
+                return wider
+        target.copy_(values[place] / places.factor(name))
+    return narrow
+
+
+class _Places:
+    """Where the parameters of a model lie in those of the padded one, and what they are multiplied by."""
+
+    def __init__(self, old: Any, new: Any, arch: ArchSpec) -> None:
+        """old, new  the configs of both"""
+        layers = range(old.num_hidden_layers)
+        inner = [path for path in arch.norms.values() if path not in HEAD_NORMS.values()]
+        self.norms = {f"{arch.layers}.{index}.{path}.weight" for index in layers for path in inner}
+        self.norms.add(f"{arch.out_norm}.weight")
+        self._arch, self._norm_factor = arch, math.sqrt(old.hidden_size / new.hidden_size)
+        group = new.num_attention_heads // new.num_key_value_heads
+        self._groups_grow = group * old.num_key_value_heads > old.num_attention_heads
+        self._query_rows = _rows_of_heads(old, group, new.head_dim)
+
+    def of(self, name: str, shape: torch.Size) -> tuple[Any, ...]:
+        """The index of a parameter that has `shape` without padding."""
+        query, output = self._arch.linears["attn_q"], self._arch.linears["attn_output"]
+        place: list[Any] = [slice(n) for n in shape]
+        if name.endswith((f".{query}.weight", f".{query}.bias")):
+            place[0] = self._query_rows
+        elif name.endswith(f".{output}.weight"):
+            place[1] = self._query_rows
+        return tuple(place)
+
+    def zeros(self, name: str) -> tuple[int, ...]:
+        """Dimensions of a parameter in which all that is added must be zero to have no effect: outputs, and
+        what reads a head that was added to a group, whose values are not zero."""
+        if name in self.norms:
+            return ()
+        if name == f"{self._arch.embed}.weight":
+            return (1,)
+        reads_heads = name.endswith(f".{self._arch.linears['attn_output']}.weight")
+        return (0, 1) if reads_heads and self._groups_grow else (0,)
+
+    def factor(self, name: str) -> float:
+        return self._norm_factor if name in self.norms else 1.0
 
 
 def whole(n: int, block: int = BLOCK) -> int:
