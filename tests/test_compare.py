@@ -407,7 +407,9 @@ def test_llama_cpp(folder: Path, llama_bin: Path, capsys: pytest.CaptureFixture[
     )
 
 
-def test_kept_files_are_used(folder: Path, llama_bin: Path, tmp_path: Path) -> None:
+def test_kept_files_are_used(
+    folder: Path, llama_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = [*arguments(folder), *calibrated(folder), "--peers", "llama.cpp", "--llama-bin", str(llama_bin)]
     args += ["--types", "Q8_0", "--keep", str(tmp_path / "kept")]
     assert main(args) == 0
@@ -415,7 +417,11 @@ def test_kept_files_are_used(folder: Path, llama_bin: Path, tmp_path: Path) -> N
     before = (tmp_path / "kept/Q8_0.gguf").stat().st_mtime_ns
     assert main(args) == 0
     assert (tmp_path / "kept/Q8_0.gguf").stat().st_mtime_ns == before
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["Q8_0.gguf", "f16.gguf", "imatrix.gguf"]
+    kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
+    assert kept == ["Q8_0.gguf", "f16.gguf", "imatrix.gguf", "origin.txt"]
+    capsys.readouterr()
+    assert main([*args, "--seed", "1"]) == 1
+    assert "holds files of another model, seed or calibration text" in capsys.readouterr().err
 
 
 def test_missing_peers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ llama.cpp gets the model padded with zeros (see `padding`): its bits are then pe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import sys
 import tempfile
@@ -154,6 +155,7 @@ def _measurements(
             raise OptionError(f"{file}: no such file")
     if peers:  # read before the work: what is wrong with it is said at once
         _note(args, f"peers are calibrated on {run.calibrated_on()}")
+        _check_kept(run)
     if not any(row.series == ORIGINAL for row in known):
         yield _original(run)
     for file in files:
@@ -183,13 +185,7 @@ def _llama_cpp(run: Comparison) -> Iterator[Row]:
     args, folder = run.args, run.folder
     tools = llama_cpp.find_tools(args.llama_bin)
     dense, imatrix = folder / "f16.gguf", folder / "imatrix.gguf"
-    model = padded(run.model, run.source.arch)
-    was, now = run.model.config, model.config
-    note = "" if model is run.model else (
-        f"; padded: width {was.hidden_size} -> {now.hidden_size}, heads {was.num_attention_heads} -> "
-        f"{now.num_attention_heads}, inner {was.intermediate_size} -> {now.intermediate_size}"
-    )  # fmt: skip
-    _make(dense, lambda out: write_dense(out, run.source, model, run.tokenizer))
+    note = _write_padded(run, dense)
     kinds = args.types.split(",")
     if F16 in kinds:
         yield run.read_file(LLAMA_CPP, F16, dense, f"gguf-py {version('gguf')}{note}")
@@ -215,6 +211,19 @@ def _llama_cpp(run: Comparison) -> Iterator[Row]:
             print(f"skipped llama.cpp {kind}: {error}", file=sys.stderr)
 
 
+def _write_padded(run: Comparison, file: Path) -> str:
+    """Write the original, padded if need be, as F16; what `made_with` says about that."""
+    model = padded(run.model, run.source.arch)
+    _make(file, lambda out: write_dense(out, run.source, model, run.tokenizer))
+    was, now = run.model.config, model.config
+    if model is run.model:
+        return ""
+    return (
+        f"; padded: width {was.hidden_size} -> {now.hidden_size}, heads {was.num_attention_heads} -> "
+        f"{now.num_attention_heads}, inner {was.intermediate_size} -> {now.intermediate_size}"
+    )
+
+
 def _published(run: Comparison) -> Iterator[Row]:
     args, source, model = run.args, run.source, run.model
     names, rows = linear_names(model, source.arch), run.calibration
@@ -225,7 +234,7 @@ def _published(run: Comparison) -> Iterator[Row]:
         outputs = output_importance(model, names, rows[:GRADIENT_ROWS], GRADIENT_BATCH, stage)
     for bpw in args.published:
         plan = make_plan(source, model, bpw)
-        file = run.folder / f"published-{bpw:g}.gguf"
+        file = run.folder / f"published-{bpw:g}-{iterations}.gguf"
 
         def make(out: Path, plan: Any = plan) -> None:
             with Stage(f"factorize {plan.bpw:.2f}", len(names), args.quiet) as stage:
@@ -248,7 +257,7 @@ def _onecomp(run: Comparison) -> Iterator[Row]:
     onecomp.find(args.onecomp_python)
     rows, length = run.calibration.shape
     for one in onecomp.parse(args.onecomp):
-        folder = run.folder / f"onecomp-{one.method}-{one.bits:g}"
+        folder = run.folder / f"onecomp-{one.method}-{one.bits:g}-{args.onecomp_iterations}"
         try:
             if not (folder / "bits.json").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -313,6 +322,18 @@ def _folder(keep: str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="dbf-compare-") as folder:
         yield Path(folder)
+
+
+def _check_kept(run: Comparison) -> None:
+    """Files in the folder of --keep are of this model and calibration text. Raises OptionError."""
+    rows = run.calibration.to(torch.int32).numpy().tobytes()
+    origin = f"{run.source.name} {run.args.seed} {hashlib.sha256(rows).hexdigest()}\n"
+    mark = run.folder / "origin.txt"
+    if mark.exists() and mark.read_text(encoding="utf-8") != origin:
+        raise OptionError(
+            f"--keep {run.folder}: holds files of another model, seed or calibration text; take another"
+        )
+    mark.write_text(origin, encoding="utf-8")
 
 
 def _make(file: Path, make: Callable[[Path], None]) -> None:
