@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def write_gguf(
     arch = source.arch
     writer = gguf.GGUFWriter(path, arch.gguf)
     try:
-        _add_architecture(writer, source, model)
+        # llama.cpp has no number for DBF1
+        _add_architecture(writer, source, model, gguf.LlamaFileType.GUESSED)
         _add_tokenizer(writer, source, tokenizer, model.get_input_embeddings().weight.shape[0])
         writer.add_uint32("dbf.version", FORMAT_VERSION)
         writer.add_float32("dbf.bits_per_weight", bpw)
@@ -64,12 +67,44 @@ def write_gguf(
         writer.add_string("dbf.norm", arch.norm)
         for key, value in notes.items():
             _add_value(writer, key, value)
-        _add_tensors(writer, arch, student, factors, embed_type, carrier)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+
+        def add_linear(prefix: str, _module: nn.Module, ordered: Callable[[Tensor], Tensor]) -> None:
+            _add_factors(writer, prefix, factors[prefix], ordered, carrier)
+
+        _add_tensors(writer, arch, student, embed_type, add_linear)
+        _finish(writer)
     finally:
         writer.close()
+
+
+def write_dense(path: Path, source: Source, model: nn.Module, tokenizer: Any) -> None:
+    """Write `model` to `path` as an ordinary GGUF, which llama.cpp runs: matrices F16, vectors F32.
+
+    source  where its tokenizer is from; the sizes are those of `model`
+
+    Raises FormatError for a weight that float16 cannot hold.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and parameter.abs().max() > torch.finfo(torch.float16).max:
+            raise FormatError(f"{source.path}: a weight of {name} is too large for F16")
+    writer = gguf.GGUFWriter(path, source.arch.gguf)
+    try:
+        _add_architecture(writer, source, model, gguf.LlamaFileType.MOSTLY_F16)
+        _add_tokenizer(writer, source, tokenizer, model.get_input_embeddings().weight.shape[0])
+
+        def add_linear(prefix: str, module: nn.Module, ordered: Callable[[Tensor], Tensor]) -> None:
+            _add_matrix(writer, f"{prefix}.weight", ordered(module.weight), "f16")
+
+        _add_tensors(writer, source.arch, model, "f16", add_linear)
+        _finish(writer)
+    finally:
+        writer.close()
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
 
 
 def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
@@ -132,14 +167,16 @@ def head_is_tied(model: nn.Module) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module) -> None:
+def _add_architecture(
+    writer: gguf.GGUFWriter, source: Source, model: nn.Module, file_type: gguf.LlamaFileType
+) -> None:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.name)
     weights = model.num_parameters()
     writer.add_size_label(gguf.size_label(weights, weights, 0, 0))
-    writer.add_file_type(gguf.LlamaFileType.GUESSED)  # llama.cpp has no number for DBF1
+    writer.add_file_type(file_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
@@ -272,50 +309,58 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, str(value))
 
 
+def _add_factors(
+    writer: gguf.GGUFWriter, prefix: str, linear: Factors, ordered: Callable[[Tensor], Tensor], carrier: str
+) -> None:
+    """The five tensors of a factorized linear layer; `ordered` puts its rows in the file's order."""
+    for name, matrix in (("dbf_a", ordered(linear.a[0])), ("dbf_b", linear.b[0])):
+        data = pack(matrix.cpu().numpy())
+        if carrier == "i8":
+            writer.add_tensor(f"{prefix}.{name}", data.view(np.int8))
+        else:
+            writer.add_tensor(f"{prefix}.{name}", data, raw_dtype=DBF1_TYPE)
+    scales = (("dbf_out", ordered(linear.s_out[0])), ("dbf_mid", linear.s_mid[0]), ("dbf_in", linear.s_in[0]))
+    for name, vector in scales:
+        _add_vector(writer, f"{prefix}.{name}", vector, np.float16)
+
+
 def _add_tensors(
     writer: gguf.GGUFWriter,
     arch: ArchSpec,
     model: nn.Module,
-    factors: dict[str, Factors],
     embed_type: str,
-    carrier: str,
+    add_linear: Callable[[str, nn.Module, Callable[[Tensor], Tensor]], None],
 ) -> None:
-    def add_matrix(name: str, weight: Tensor) -> None:
-        data, kind = quantized(weight, embed_type)
-        writer.add_tensor(name, data, raw_dtype=kind)
-
-    def add_vector(name: str, vector: Tensor, dtype: type = np.float32) -> None:
-        writer.add_tensor(name, vector.detach().float().cpu().numpy().astype(dtype))
-
-    def add_signs(name: str, matrix: Tensor) -> None:
-        data = pack(matrix.cpu().numpy())
-        if carrier == "i8":
-            writer.add_tensor(name, data.view(np.int8))
-        else:
-            writer.add_tensor(name, data, raw_dtype=DBF1_TYPE)
-
-    add_matrix("token_embd.weight", model.get_input_embeddings().weight)
+    """All tensors in the file's order. `add_linear` adds the weights of one linear layer: of its prefix
+    ("blk.0.attn_q"), its module, and what puts its rows in the file's order."""
+    _add_matrix(writer, "token_embd.weight", model.get_input_embeddings().weight, embed_type)
     if not head_is_tied(model):
-        add_matrix("output.weight", model.get_output_embeddings().weight)
-    add_vector("output_norm.weight", model.get_submodule(arch.out_norm).weight)
+        _add_matrix(writer, "output.weight", model.get_output_embeddings().weight, embed_type)
+    _add_vector(writer, "output_norm.weight", model.get_submodule(arch.out_norm).weight)
     freqs = _rope_freqs(model, arch)
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     for index, layer in enumerate(decoder_layers(model, arch)):
         for name, path in arch.norms.items():
-            add_vector(f"blk.{index}.{name}.weight", layer.get_submodule(path).weight)
+            _add_vector(writer, f"blk.{index}.{name}.weight", layer.get_submodule(path).weight)
         for name, path in arch.linears.items():
-            prefix = f"blk.{index}.{name}"
-            linear = factors[prefix]
-            a, s_out, bias = linear.a[0], linear.s_out[0], layer.get_submodule(path).bias
-            if name in heads and arch.rope_pairing == "adjacent":
-                a, s_out = permute_rope(a, heads[name]), permute_rope(s_out, heads[name])
-                bias = None if bias is None else permute_rope(bias, heads[name])
-            add_signs(f"{prefix}.dbf_a", a)
-            add_signs(f"{prefix}.dbf_b", linear.b[0])
-            add_vector(f"{prefix}.dbf_out", s_out, np.float16)
-            add_vector(f"{prefix}.dbf_mid", linear.s_mid[0], np.float16)
-            add_vector(f"{prefix}.dbf_in", linear.s_in[0], np.float16)
-            if bias is not None:
-                add_vector(f"{prefix}.bias", bias)
+            prefix, module = f"blk.{index}.{name}", layer.get_submodule(path)
+            permuted = name in heads and arch.rope_pairing == "adjacent"
+            ordered = partial(permute_rope, n_heads=heads[name]) if permuted else _as_is
+            add_linear(prefix, module, ordered)
+            if module.bias is not None:
+                _add_vector(writer, f"{prefix}.bias", ordered(module.bias))
+
+
+def _as_is(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _add_matrix(writer: gguf.GGUFWriter, name: str, weight: Tensor, embed_type: str) -> None:
+    data, kind = quantized(weight, embed_type)
+    writer.add_tensor(name, data, raw_dtype=kind)
+
+
+def _add_vector(writer: gguf.GGUFWriter, name: str, vector: Tensor, dtype: type = np.float32) -> None:
+    writer.add_tensor(name, vector.detach().float().cpu().numpy().astype(dtype))

@@ -15,8 +15,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def help_texts() -> str:
     parsers = [cli.convert_parser(), cli.inspect_parser(), cli.export_parser()]
     parsers += [
-        importlib.import_module(f"runtime.{name}").build_parser()
-        for name in ("chat", "perplexity", "zeroshot", "bench.__main__")
+        importlib.import_module(name).build_parser()
+        for name in (
+            "runtime.chat",
+            "runtime.perplexity",
+            "runtime.zeroshot",
+            "runtime.bench.__main__",
+            "dbf2gguf.compare.__main__",
+        )
     ]
     return "\n".join(parser.format_help() for parser in parsers)
 
