@@ -269,7 +269,9 @@ def distill(
 def has_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 take less time than those of float32: on GPUs, and on CPUs that have
     instructions for them (AVX512-BF16, AMX)."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return (
+        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 @contextmanager

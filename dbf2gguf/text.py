@@ -87,6 +87,8 @@ def _document(entry: Any, tokenizer: Any, where: str) -> str:
             return str(entry["text"])
         if "messages" in entry:
             return _chat(entry["messages"], tokenizer, where)
+        if isinstance(entry.get("instances"), list) and "instruction" in entry:
+            return _chat(list(_instance_turns(entry)), tokenizer, where)
         for ask, reply in CHAT_KEYS:
             if ask in entry and reply in entry:
                 turns = (("user", entry[ask]), ("assistant", entry[reply]))
@@ -94,6 +96,17 @@ def _document(entry: Any, tokenizer: Any, where: str) -> str:
                 return _chat(messages, tokenizer, where)
     pairs = ", ".join(f"{ask!r} and {reply!r}" for ask, reply in CHAT_KEYS)
     raise FormatError(f"{where}: wanted an object with 'text', 'messages', or {pairs}")
+
+
+def _instance_turns(entry: dict[str, Any]) -> Iterator[Any]:
+    """Turns of a task of Self-Instruct (arXiv:2212.10560): one instruction, and inputs with their outputs."""
+    for number, instance in enumerate(entry["instances"]):
+        if not isinstance(instance, dict) or "output" not in instance:
+            yield instance  # for `_chat` to refuse
+            continue
+        parts = [entry["instruction"]] * (number == 0) + [instance.get("input") or ""]
+        yield {"role": "user", "content": "\n\n".join(str(part).strip() for part in parts if part)}
+        yield {"role": "assistant", "content": str(instance["output"]).strip()}
 
 
 def _chat(messages: Any, tokenizer: Any, where: str) -> str:

@@ -150,6 +150,26 @@ def test_bad_messages(tmp_path: Path, messages: Any, template: bool) -> None:
         assert "a.jsonl:1" in str(error)  # noqa: PT017
 
 
+def test_self_instruct_tasks(tmp_path: Path) -> None:
+    """The instruction is said once; every input and output is a turn."""
+    task = {
+        "instruction": "cat?",
+        "instances": [{"input": "one", "output": "a"}, {"input": "two", "output": "b"}],
+    }
+    turns = [("user", "cat?\n\none"), ("assistant", "a"), ("user", "two"), ("assistant", "b")]
+    text = TOKENIZER.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+    assert as_set(read(jsonl(tmp_path / "a.jsonl", task))) == pieces([*ids(text), END])
+    bare = {"instruction": "cat?", "instances": [{"input": "", "output": "a"}]}
+    text = TOKENIZER.apply_chat_template(
+        [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "a"}], tokenize=False
+    )
+    assert as_set(read(jsonl(tmp_path / "b.jsonl", bare))) == pieces([*ids(text), END])
+    for instances in ([], [7], [{"input": "one"}]):
+        file = jsonl(tmp_path / "c.jsonl", {"instruction": "cat?", "instances": instances})
+        with pytest.raises(FormatError, match=r"c\.jsonl:1: 'messages'"):
+            read(file)
+
+
 def test_too_short(tmp_path: Path) -> None:
     """What there is, if it is nothing: the caller knows what it needs."""
     (tmp_path / "a.txt").write_text("cat")
