@@ -129,7 +129,7 @@ int dbf_bench_sign_product(double *seconds, int rows, int cols, int batch, int a
     p.copy_bytes = round_up(packed ? packed : (size_t)rows * p.row_bytes);
     p.table_bytes = round_up(p.k->sign_table_bytes(cols));
     p.copies = copies_of(p.copy_bytes, footprint);
-    p.w = aligned_alloc(ALIGN, p.copies * p.copy_bytes);
+    p.w = alloc_weights(p.copies * p.copy_bytes);
     p.table = aligned_alloc(ALIGN, DBF_FEW * p.table_bytes);
     p.q = aligned_alloc(ALIGN, (size_t)cols * DBF_BLOCK * sizeof *p.q);
     p.isum = aligned_alloc(ALIGN, DBF_GEMM_ROWS * DBF_BLOCK * sizeof *p.isum);
@@ -238,7 +238,7 @@ int dbf_bench_read(double *seconds, size_t bytes, int n_threads, double duration
     reading_t r = { .lines = bytes / ALIGN, .touch = 1 };
     int code = pool_new(&r.pool, n_threads);
     if (code) return code;
-    r.data = aligned_alloc(ALIGN, r.lines * ALIGN);
+    r.data = alloc_weights(r.lines * ALIGN);
     code = r.data ? pool_run(r.pool, part_of, &r) : DBF_ENOMEM;
     r.touch = 0;
     double end = now() + duration;

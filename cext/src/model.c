@@ -91,6 +91,15 @@ static void advise(const uint8_t *begin, const uint8_t *end, int advice)
     if (from < to) madvise((void *)from, to - from, advice);
 }
 
+void *alloc_weights(size_t bytes)
+{
+    uint8_t *p = aligned_alloc(ALIGN, round_up(bytes));
+#ifdef MADV_HUGEPAGE
+    if (p) advise(p, p + bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+
 /* Drop the pages of one layer's sign matrices and of what lies between them. All of them, each time that one matrix
  * is done: reading a page maps its neighbours too, and so brings back some of those that were dropped before. */
 static void drop_layer(const dbf_layer *layer)
@@ -181,12 +190,8 @@ static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
     m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
     if (!m->layers) return DBF_ENOMEM;
     size_t bytes = lay_out(m, w);
-    m->packed = aligned_alloc(ALIGN, bytes);
+    m->packed = alloc_weights(bytes);
     if (!m->packed) return DBF_ENOMEM;
-#ifdef MADV_HUGEPAGE
-    /* every token reads all of it: with fewer, larger pages, fewer of their addresses must be looked up */
-    advise(m->packed, m->packed + bytes, MADV_HUGEPAGE);
-#endif
     lay_out(m, w);
     size_t norm = (size_t)m->config.d_model * sizeof(float), head = (size_t)m->config.head_dim * sizeof(float);
     for (int i = 0; i < m->config.n_layers; i++) {

@@ -26,6 +26,10 @@ typedef struct linear {
     const float *bias;
 } linear_t;
 
+/* memory for free(), on large pages where the system has them: every token reads all of it, and so fewer of its addresses
+ * must be looked up */
+void *alloc_weights(size_t bytes);
+
 enum { Q, K, V, O, GATE, UP, DOWN, N_LINEARS };
 
 typedef struct layer {
