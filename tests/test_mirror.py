@@ -77,9 +77,9 @@ def test_constants():
         assert getattr(mirror, name) == int(c[f"DBF_{name}"])
     for name in ("Q6_K_HIGH", "Q6_K_SCALES", "Q6_K_D"):
         assert getattr(mirror, name) == int(c[name])
-    exps = [name for name in c if name.startswith("EXP_")]
-    assert len(exps) == 11
-    for name in exps:
+    numbers = [name for name in c if name.startswith(("EXP_", "GELU_"))]
+    assert len(numbers) == 13
+    for name in numbers:
         assert getattr(mirror, name) == mirror.f32(c[name]), name
 
 

@@ -262,11 +262,40 @@ static void silu_mul_simd(float *y, const float *gate, const float *up, int n)
     for (; i < n; i++) y[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
 }
 
+static void gelu_mul_simd(float *y, const float *gate, const float *up, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf g = vf_load(gate + i);
+        vf a = g * (vf_set1(GELU_1) + vf_set1(GELU_3) * (g * g));
+        vf_store(y + i, g / (vf_set1(1.0f) + vf_exp(-a)) * vf_load(up + i));
+    }
+    for (; i < n; i++) y[i] = gelu_f32(gate[i]) * up[i];
+}
+
 static void add_simd(float *y, const float *x, int n)
 {
     int i = 0;
     for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(y + i) + vf_load(x + i));
     for (; i < n; i++) y[i] = y[i] + x[i];
+}
+
+static void scale_simd(float *y, float factor, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(y + i) * vf_set1(factor));
+    for (; i < n; i++) y[i] = y[i] * factor;
+}
+
+static void softcap_simd(float *y, float cap, int n)
+{
+    int i = 0;
+    float twice = 2.0f / cap;
+    for (; i + VW <= n; i += VW) {
+        vf e = vf_exp(vf_load(y + i) * vf_set1(twice));
+        vf_store(y + i, vf_set1(cap) - vf_set1(cap + cap) / (e + vf_set1(1.0f)));
+    }
+    for (; i < n; i++) y[i] = softcap_f32(y[i], cap, twice);
 }
 
 static void to_f16_simd(uint16_t *y, const float *x, int n)
@@ -324,7 +353,10 @@ static void set_float_kernels(kernels_t *k)
     k->softmax = softmax_simd;
     k->mix = mix_simd;
     k->silu_mul = silu_mul_simd;
+    k->gelu_mul = gelu_mul_simd;
     k->add = add_simd;
+    k->scale = scale_simd;
+    k->softcap = softcap_simd;
     k->to_f16 = to_f16_simd;
     k->from_f16 = from_f16_simd;
     k->to_q8_0 = to_q8_0_simd;

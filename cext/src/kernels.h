@@ -135,8 +135,18 @@ typedef struct kernels {
     /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i];  error: 9 u |y| for |gate| <= 80 */
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
 
+    /* y[i] = gate[i] / (1 + exp(-a)) * up[i],  a = 2 sqrt(2/pi) (gate[i] + 0.044715 gate[i]^3), which is GELU with tanh
+     * error: (6 |a| + 9) u |y| for |a| <= 80 */
+    void (*gelu_mul)(float *y, const float *gate, const float *up, int n);
+
     /* y[i] = y[i] + x[i];  error: u |y| */
     void (*add)(float *y, const float *x, int n);
+
+    /* y[i] = y[i] * factor;  error: u |y| */
+    void (*scale)(float *y, float factor, int n);
+
+    /* y[i] = cap * tanh(y[i] / cap),  cap > 0;  error: 9 u cap */
+    void (*softcap)(float *y, float cap, int n);
 
     /* float32 to float16, round to nearest even */
     void (*to_f16)(uint16_t *y, const float *x, int n);

@@ -268,9 +268,25 @@ static void silu_mul(float *y, const float *gate, const float *up, int n)
     for (int i = 0; i < n; i++) y[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
 }
 
+static void gelu_mul(float *y, const float *gate, const float *up, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = gelu_f32(gate[i]) * up[i];
+}
+
 static void add(float *y, const float *x, int n)
 {
     for (int i = 0; i < n; i++) y[i] = y[i] + x[i];
+}
+
+static void scale(float *y, float factor, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = y[i] * factor;
+}
+
+static void softcap(float *y, float cap, int n)
+{
+    float twice = 2.0f / cap;
+    for (int i = 0; i < n; i++) y[i] = softcap_f32(y[i], cap, twice);
 }
 
 static void to_f16(uint16_t *y, const float *x, int n)
@@ -348,7 +364,10 @@ const kernels_t kernels_ref = {
     .softmax = softmax,
     .mix = mix,
     .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
     .add = add,
+    .scale = scale,
+    .softcap = softcap,
     .to_f16 = to_f16,
     .from_f16 = from_f16,
     .to_q8_0 = to_q8_0,
