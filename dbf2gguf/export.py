@@ -118,7 +118,7 @@ def _tensors(model: ModelFile, kind: Type) -> Iterator[_Tensor]:
     weights = model.weights
     linears = {}
     for index, layer in enumerate(weights.layers):
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        parts = layer.linears.values()
         linears |= {f"blk.{index}.{name}": part for name, part in zip(LINEARS, parts, strict=True)}
     matrices = {"token_embd.weight": weights.embed, "output.weight": weights.head}
     for name, info in model.file.tensors.items():

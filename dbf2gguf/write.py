@@ -83,7 +83,7 @@ def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
     try:
         heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
         for index, layer in enumerate(file.weights.layers):
-            stored = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+            stored = layer.linears.values()
             for kind, linear in zip(LINEARS, stored, strict=True):
                 name = f"blk.{index}.{kind}"
                 if name not in factors:

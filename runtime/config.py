@@ -30,6 +30,12 @@ one scale a vector, in -8191 .. 8191 (14 bits) or in -126 .. 126."""
 ADJACENT, HALVES = 0, 1
 """RoPE pairing: (2i, 2i+1), llama.cpp's "norm" order, or (i, i + dims/2), its "neox" order."""
 
+SILU, GELU = 0, 1
+"""Activations; GELU is the one with tanh."""
+
+NO_ROPE, ROPE, LOCAL_ROPE = -1, 0, 1
+"""What rotates a layer's queries and keys: nothing, or a table of `rope_tables`."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -47,6 +53,13 @@ class Config:
     rope_theta: float
     rope_dims: int  # leading dimensions of each head that RoPE rotates; even, <= head_dim
     rope_pairing: int  # ADJACENT or HALVES
+    rope_factor: float = 1.0  # positions are divided by it, but for layers with LOCAL_ROPE
+    rope_theta_local: float = 10000.0  # of layers with LOCAL_ROPE
+    activation: int = SILU
+    embed_scale: float = 1.0  # embeddings are multiplied by it
+    attn_scale: float = 0.0  # and scores of attention by this; 0: 1/sqrt(head_dim)
+    attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
+    logit_softcap: float = 0.0  # the same of logits
 
 
 def kv_row_bytes(config: Config, kv_type: str) -> int:
@@ -106,6 +119,11 @@ class Dense:
     data: NDArray[np.uint8]  # (rows, bytes of a row)
 
 
+NORMS = ("attn_norm", "ffn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_post_norm")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Names of a block's norms and linear layers."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder block."""
@@ -121,12 +139,21 @@ class Layer:
     down: Linear
     q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE; both or none
     k_norm: NDArray[np.float32] | None = None
+    attn_post_norm: NDArray[np.float32] | None = None  # (d_model,) of RMSNorm of what o adds to the stream
+    ffn_post_norm: NDArray[np.float32] | None = None  # (d_model,) and of what down adds
+    window: int = 0  # a query sees so many positions, its own the last; 0: all of them
+    rope: int = ROPE  # NO_ROPE, ROPE or LOCAL_ROPE
 
     @property
-    def norms(self) -> list[NDArray[np.float32]]:
-        """All norms' weights."""
-        every = (self.attn_norm, self.ffn_norm, self.q_norm, self.k_norm)
-        return [w for w in every if w is not None]
+    def norms(self) -> dict[str, NDArray[np.float32]]:
+        """The norms' weights that there are, by their names."""
+        every = {name: getattr(self, name) for name in NORMS}
+        return {name: w for name, w in every.items() if w is not None}
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers by their names, in the file's order."""
+        return {name: getattr(self, name) for name in LINEARS}
 
 
 @dataclass(frozen=True)
@@ -140,16 +167,24 @@ class Weights:
     rope_freqs: NDArray[np.float32] | None = None  # (rope_dims/2,), divides the frequencies
 
 
-def rope_table(config: Config, freqs: NDArray[np.float32] | None, n_ctx: int) -> NDArray[np.float32]:
+def rope_tables(config: Config, weights: Weights, n_ctx: int) -> NDArray[np.float32]:
     """cos and sin of every rotation, computed once in float64 and shared by all backends.
 
-    ->  (n_ctx, rope_dims/2, 2) float32: [p, i] = cos, sin of p * theta^(-2i/dims) / freqs[i]
+    ->  (tables, n_ctx, rope_dims/2, 2) float32: of ROPE, and of LOCAL_ROPE if there are layers that have it,
+        [p, i] = cos, sin of p * theta^(-2i/dims) / (factor * rope_freqs[i])
 
-    Source: RoFormer, arXiv:2104.09864; `freqs` is llama.cpp's tensor rope_freqs.weight.
+    Source: RoFormer, arXiv:2104.09864; `weights.rope_freqs` is llama.cpp's tensor rope_freqs.weight.
     """
+    count = 1 + max(layer.rope for layer in weights.layers)
     half = config.rope_dims // 2
-    inv = config.rope_theta ** (-np.arange(half, dtype=np.float64) * 2.0 / config.rope_dims)
-    if freqs is not None:
-        inv = inv / freqs.astype(np.float64)
-    angle = np.arange(n_ctx, dtype=np.float64)[:, None] * inv
-    return np.ascontiguousarray(np.stack([np.cos(angle), np.sin(angle)], axis=-1), dtype=np.float32)
+    tables = np.empty((count, n_ctx, half, 2), np.float32)
+    for kind, table in enumerate(tables):
+        theta = config.rope_theta_local if kind == LOCAL_ROPE else config.rope_theta
+        inv = theta ** (-np.arange(half, dtype=np.float64) * 2.0 / config.rope_dims)
+        if kind == ROPE:
+            inv = inv / config.rope_factor
+        if kind == ROPE and weights.rope_freqs is not None:
+            inv = inv / weights.rope_freqs.astype(np.float64)
+        angle = np.arange(n_ctx, dtype=np.float64)[:, None] * inv
+        table[..., 0], table[..., 1] = np.cos(angle), np.sin(angle)
+    return tables

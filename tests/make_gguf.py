@@ -118,7 +118,7 @@ def tensors(weights: Weights, c: Config) -> dict[str, tuple[Any, GGMLQuantizatio
         if layer.q_norm is not None:
             out[f"blk.{i}.attn_q_norm.weight"] = (layer.q_norm, None)
             out[f"blk.{i}.attn_k_norm.weight"] = (layer.k_norm, None)
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        parts = layer.linears.values()
         for name, part in zip(LINEARS, parts, strict=True):
             at = f"blk.{i}.{name}"
             out[f"{at}.dbf_a"] = (part.a, DBF1_TYPE)

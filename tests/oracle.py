@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from runtime.config import ADJACENT, F16, F32, Config, Dense, Linear, Weights
+from runtime.config import ADJACENT, F16, F32, GELU, LOCAL_ROPE, NO_ROPE, Config, Dense, Linear, Weights
 from runtime.format import unpack
 
 
@@ -35,11 +35,17 @@ def rmsnorm(x, w, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
 
 
-def rope(x, config: Config, pos, freqs=None):
+def rope(x, config: Config, pos, freqs=None, kind=0):
     """x: (n, heads, head_dim) at positions pos: (n,)"""
+    if kind == NO_ROPE:
+        return x
     half = config.rope_dims // 2
-    inv = config.rope_theta ** (-2.0 * np.arange(half) / config.rope_dims)
-    angle = pos[:, None] * (inv if freqs is None else inv / freqs)
+    if kind == LOCAL_ROPE:
+        inv = config.rope_theta_local ** (-2.0 * np.arange(half) / config.rope_dims)
+    else:
+        inv = config.rope_theta ** (-2.0 * np.arange(half) / config.rope_dims) / config.rope_factor
+        inv = inv if freqs is None else inv / freqs
+    angle = pos[:, None] * inv
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     y = x.copy()
     at = slice(0, 2 * half, 2) if config.rope_pairing == ADJACENT else slice(0, half)
@@ -49,12 +55,19 @@ def rope(x, config: Config, pos, freqs=None):
     return y
 
 
-def attention(q, k, v):
+def softcap(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def attention(q, k, v, scale=0.0, cap=0.0, window=0):
     """Causal; q: (n, heads, dim), k and v: (n, kv_heads, dim) -> (n, heads * dim)"""
     n, heads, dim = q.shape
     k, v = (np.repeat(t, heads // k.shape[1], axis=1) for t in (k, v))
-    score = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(dim)
-    score[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+    score = softcap(np.einsum("ihd,jhd->hij", q, k) * (scale or dim**-0.5), cap)
+    seen = np.tri(n, dtype=bool)
+    if window:
+        seen &= ~np.tri(n, k=-window, dtype=bool)
+    score[:, ~seen] = -np.inf
     p = np.exp(score - score.max(-1, keepdims=True))
     return np.einsum("hij,jhd->ihd", p / p.sum(-1, keepdims=True), v).reshape(n, -1)
 
@@ -63,11 +76,16 @@ def silu(x):
     return x / (1.0 + np.exp(-x))
 
 
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def forward(config: Config, w: Weights, tokens):
     """Logits of all tokens: (n, n_vocab)"""
     c, n = config, len(tokens)
     pos = np.arange(n)
-    x = dense(w.embed)[tokens]
+    act = gelu if c.activation == GELU else silu
+    x = dense(w.embed)[tokens] * c.embed_scale
     for layer in w.layers:
         h = rmsnorm(x, layer.attn_norm, c.norm_eps)
         q = dbf_linear(layer.q, h).reshape(n, c.n_heads, c.head_dim)
@@ -75,8 +93,10 @@ def forward(config: Config, w: Weights, tokens):
         v = dbf_linear(layer.v, h).reshape(n, c.n_kv_heads, c.head_dim)
         if layer.q_norm is not None:
             q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
-        q, k = rope(q, c, pos, w.rope_freqs), rope(k, c, pos, w.rope_freqs)
-        x = x + dbf_linear(layer.o, attention(q, k, v))
+        q, k = (rope(t, c, pos, w.rope_freqs, layer.rope) for t in (q, k))
+        y = dbf_linear(layer.o, attention(q, k, v, c.attn_scale, c.attn_softcap, layer.window))
+        x = x + (y if layer.attn_post_norm is None else rmsnorm(y, layer.attn_post_norm, c.norm_eps))
         h = rmsnorm(x, layer.ffn_norm, c.norm_eps)
-        x = x + dbf_linear(layer.down, silu(dbf_linear(layer.gate, h)) * dbf_linear(layer.up, h))
-    return rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T
+        y = dbf_linear(layer.down, act(dbf_linear(layer.gate, h)) * dbf_linear(layer.up, h))
+        x = x + (y if layer.ffn_post_norm is None else rmsnorm(y, layer.ffn_post_norm, c.norm_eps))
+    return softcap(rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T, c.logit_softcap)

@@ -15,7 +15,19 @@ import pytest
 import tiny
 
 from runtime import backend
-from runtime.config import ADJACENT, F16, F32, Q4_0, Q6_K, Q8_0, kv_bytes_per_token
+from runtime.config import (
+    ADJACENT,
+    F16,
+    F32,
+    GELU,
+    LOCAL_ROPE,
+    NO_ROPE,
+    Q4_0,
+    Q6_K,
+    Q8_0,
+    ROPE,
+    kv_bytes_per_token,
+)
 from runtime.errors import BackendError, OptionError
 
 cext = pytest.importorskip("cext", reason="the C core is not built")
@@ -37,6 +49,16 @@ MODELS = {
     "20 queries share a KV head": (tiny.config(n_heads=20, n_kv_heads=1, head_dim=128, n_layers=1), {}),
     "head norms": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True}),
     "wide heads": (tiny.config(head_dim=96, rope_dims=96, n_layers=1), {"kind": F32}),
+    "GELU": (tiny.config(activation=GELU, n_layers=1), {}),
+    "windows": (
+        tiny.config(n_layers=4, rope_theta_local=50.0, rope_factor=8.0),
+        {"windows": (1, 5, 0, 40), "ropes": (LOCAL_ROPE, LOCAL_ROPE, ROPE, NO_ROPE)},
+    ),
+    "a window on wide heads": (tiny.config(head_dim=128, rope_dims=128, n_layers=1), {"windows": (33,)}),
+    "scales and soft caps": (
+        tiny.config(embed_scale=48**0.5, attn_scale=0.7, attn_softcap=2.0, logit_softcap=3.0), {"tied": True},
+    ),
+    "norms after": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True, "post_norms": True}),
 }
 
 

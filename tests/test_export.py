@@ -81,7 +81,7 @@ def test_weights(path: Path, tmp_path: Path, outtype: str, capsys: pytest.Captur
     weights = tiny_weights(CONFIG, bias=True)
     with GgufFile(out) as twin, GgufFile(path) as file:
         for i, layer in enumerate(weights.layers):
-            parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+            parts = layer.linears.values()
             for name, part in zip(LINEARS, parts, strict=True):
                 kind = "F16" if name == "ffn_down" and outtype == "q8_0" else outtype.upper()
                 assert twin.tensors[f"blk.{i}.{name}.weight"].type_name == kind

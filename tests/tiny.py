@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from runtime.config import F16, F32, HALVES, Q4_0, Q6_K, Q8_0, Config, Dense, Layer, Linear, Weights
+from runtime.config import F16, F32, HALVES, Q4_0, Q6_K, Q8_0, ROPE, Config, Dense, Layer, Linear, Weights
 
 
 def config(**changes: int | float) -> Config:
@@ -79,10 +79,13 @@ def weights(
     tied: bool = False,
     bias: bool = False,
     head_norms: bool = False,
+    post_norms: bool = False,
+    windows: tuple[int, ...] = (),
+    ropes: tuple[int, ...] = (),
     bpw: float = 4.0,
     seed: int = 0,
 ) -> Weights:
-    """Random weights for `c`."""
+    """Random weights for `c`; windows and ropes are those of the layers."""
     rng = np.random.default_rng(seed)
 
     def lin(rows: int, cols: int, with_bias: bool = False) -> Linear:
@@ -99,8 +102,10 @@ def weights(
             o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model), up=lin(c.d_ff, c.d_model),
             down=lin(c.d_model, c.d_ff),
             q_norm=norm(c.head_dim) if head_norms else None, k_norm=norm(c.head_dim) if head_norms else None,
+            attn_post_norm=norm() if post_norms else None, ffn_post_norm=norm() if post_norms else None,
+            window=windows[i] if windows else 0, rope=ropes[i] if ropes else ROPE,
         )
-        for _ in range(c.n_layers)
+        for i in range(c.n_layers)
     )  # fmt: skip
     embed = dense(rng, kind, c.n_vocab, c.d_model)
     head = embed if tied else dense(rng, kind, c.n_vocab, c.d_model)

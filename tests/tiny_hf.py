@@ -104,7 +104,7 @@ def file_factors(path: Path, source: Source) -> dict[str, Factors]:
     found: dict[str, Factors] = {}
     heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
     for index, layer in enumerate(file.weights.layers):
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        parts = layer.linears.values()
         for name, part in zip(LINEARS, parts, strict=True):
             factors = _factors(part)
             if name in heads and file.config.rope_pairing == ADJACENT:

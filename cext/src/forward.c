@@ -1,9 +1,12 @@
 /* forward.c - the forward pass.  Mirror: runtime/forward.py.
  *
  * x = embedding
- * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x);  some models: RoPE(RMSNorm(Q n)) etc.
+ * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
  *               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
  * logits = Head RMSNorm(x)
+ *
+ * What some models do otherwise is in dbf_config and dbf_layer: GELU, norms of queries and keys and of what is added
+ * to x, a window of attention, scales, soft caps.
  *
  * All threads run forward() side by side and meet at barriers. Rows of matrices are divided among them, in panels.
  * Norms and the like are divided by tokens; for a single token every thread does them for itself, which costs less
@@ -27,6 +30,11 @@ typedef struct job {
 static int min_of(int a, int b)
 {
     return a < b ? a : b;
+}
+
+static int max_of(int a, int b)
+{
+    return a > b ? a : b;
 }
 
 /* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */
@@ -61,12 +69,14 @@ static void widen(const dbf_session *s, float *to, const uint8_t *from, int n)
     if (s->kv_type == DBF_Q8_0) k->from_q8_0(to, from, n * s->model->config.head_dim);
 }
 
-/* normalize and rotate one head's query or key; w may be NULL */
-static void turn(const dbf_session *s, float *x, const float *w, int pos)
+/* normalize one head's query or key, unless w is NULL, and rotate it, unless rope is -1 */
+static void turn(const dbf_session *s, float *x, const float *w, int rope, int pos)
 {
     const dbf_config *c = &s->model->config;
     if (w) s->model->kernels->rmsnorm(x, x, w, c->norm_eps, c->head_dim);
-    s->model->kernels->rope(x, s->rope + (size_t)pos * c->rope_dims, c->rope_dims, c->rope_pairing);
+    if (rope < 0) return;
+    const float *cos_sin = s->rope + ((size_t)rope * s->n_ctx + pos) * c->rope_dims;
+    s->model->kernels->rope(x, cos_sin, c->rope_dims, c->rope_pairing);
 }
 
 /* turn queries and keys, store keys and values; one item is one head of one token */
@@ -80,13 +90,13 @@ static void turn_and_store(const job_t *job, int thread, int layer)
     for (int item = begin; item < end; item++) {
         int i = item / heads, h = item % heads, pos = job->pos + i;
         if (h < c->n_heads) {
-            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, l->q_norm, pos);
+            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, l->norm[Q_NORM], l->rope, pos);
             continue;
         }
         h -= c->n_heads;
         size_t from = ((size_t)i * c->n_kv_heads + h) * dim;
         size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * s->kv_bytes;
-        turn(s, s->k_heads + from, l->k_norm, pos);
+        turn(s, s->k_heads + from, l->norm[K_NORM], l->rope, pos);
         narrow(s, s->k + to, s->k_heads + from);
         narrow(s, s->v + to, s->v_heads + from);
     }
@@ -94,38 +104,48 @@ static void turn_and_store(const job_t *job, int thread, int layer)
 }
 
 /* Attention of n <= QUERIES queries of one KV head: numbers first .. first + n - 1 of all that share it, which are
- * the heads of its group for one token after the other. Keys and values pass in tiles: each is widened to float32
- * once, for all queries, and stays in the L1 cache meanwhile. */
+ * the heads of its group for one token after the other. Query q sees the positions from[q] .. held[q] - 1. Keys and
+ * values pass in tiles: each is widened to float32 once, for all queries, and stays in the L1 cache meanwhile. */
 static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int first, int n)
 {
     dbf_session *s = job->s;
     const dbf_config *c = &s->model->config;
     const kernels_t *k = s->model->kernels;
-    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, tile = tile_rows(dim), held[QUERIES] = { 0 };
+    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, tile = tile_rows(dim);
+    int window = s->model->layers[layer].window, from[QUERIES] = { 0 }, held[QUERIES] = { 0 };
     size_t at[QUERIES], cache = ((size_t)layer * c->n_kv_heads + kv_head) * s->n_ctx * s->kv_bytes;
-    float factor = 1.0f / sqrtf((float)dim), sum[QUERIES];
+    float factor = c->attn_scale > 0.0f ? c->attn_scale : 1.0f / sqrtf((float)dim), sum[QUERIES];
     for (int q = 0; q < n; q++) {
         int i = (first + q) / group, h = kv_head * group + (first + q) % group;
         at[q] = ((size_t)i * c->n_heads + h) * dim;
         held[q] = job->pos + i + 1;
+        from[q] = window > 0 && held[q] > window ? held[q] - window : 0;
         memset(s->attended + at[q], 0, (size_t)dim * sizeof(float));
     }
-    int most = held[n - 1];
+    int least = from[0], most = held[n - 1];
 
-    for (int j = 0; j < most; j += tile) {
+    for (int j = least; j < most; j += tile) {
         widen(s, own->tile, s->k + cache + (size_t)j * s->kv_bytes, min_of(tile, most - j));
-        for (int q = 0; q < n; q++)
-            if (held[q] > j)
-                k->scores(own->score + (size_t)q * s->n_ctx + j, s->q_heads + at[q], own->tile, factor,
-                          min_of(tile, held[q] - j), dim);
+        for (int q = 0; q < n; q++) {
+            int begin = max_of(from[q], j), count = min_of(j + tile, held[q]) - begin;
+            if (count > 0)
+                k->scores(own->score + (size_t)q * s->n_ctx + begin, s->q_heads + at[q],
+                          own->tile + (size_t)(begin - j) * dim, factor, count, dim);
+        }
     }
-    for (int q = 0; q < n; q++) sum[q] = k->softmax(own->score + (size_t)q * s->n_ctx, held[q]);
-    for (int j = 0; j < most; j += tile) {
+    for (int q = 0; q < n; q++) {
+        float *score = own->score + (size_t)q * s->n_ctx + from[q];
+        if (c->attn_softcap > 0.0f) k->softcap(score, c->attn_softcap, held[q] - from[q]);
+        sum[q] = k->softmax(score, held[q] - from[q]);
+    }
+    for (int j = least; j < most; j += tile) {
         widen(s, own->tile, s->v + cache + (size_t)j * s->kv_bytes, min_of(tile, most - j));
-        for (int q = 0; q < n; q++)
-            if (held[q] > j)
-                k->mix(s->attended + at[q], own->score + (size_t)q * s->n_ctx + j, own->tile,
-                       min_of(tile, held[q] - j), dim);
+        for (int q = 0; q < n; q++) {
+            int begin = max_of(from[q], j), count = min_of(j + tile, held[q]) - begin;
+            if (count > 0)
+                k->mix(s->attended + at[q], own->score + (size_t)q * s->n_ctx + begin,
+                       own->tile + (size_t)(begin - j) * dim, count, dim);
+        }
     }
     for (int q = 0; q < n; q++) {
         float *y = s->attended + at[q], inverse = 1.0f / sum[q];
@@ -133,7 +153,7 @@ static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int
     }
 }
 
-/* attention of every query over the positions up to its own; queries are divided so that those of a thread share as
+/* attention of every query over the positions up to its own, or a window of them; queries are divided so that those of a thread share as
  * many KV heads as can be */
 static void attention(const job_t *job, int thread, int layer)
 {
@@ -149,23 +169,41 @@ static void attention(const job_t *job, int thread, int layer)
     meet(s, thread, ATTENTION);
 }
 
-/* SiLU(gate) * up: divided, or a single token by every thread into its own memory */
+/* SiLU(gate) * up, or GELU: divided, or a single token by every thread into its own memory */
 static const float *gated(dbf_session *s, int thread, int n)
 {
     const dbf_model *m = s->model;
     int d_ff = m->config.d_ff, begin, end;
+    void (*act_mul)(float *, const float *, const float *, int) =
+        m->config.activation == DBF_GELU ? m->kernels->gelu_mul : m->kernels->silu_mul;
     if (n == 1) {
-        m->kernels->silu_mul(s->scratch[thread].x, s->gate, s->up, d_ff);
+        act_mul(s->scratch[thread].x, s->gate, s->up, d_ff);
         lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++) {
         float *gate = s->gate + (size_t)i * d_ff;
-        m->kernels->silu_mul(gate, gate, s->up + (size_t)i * d_ff, d_ff);
+        act_mul(gate, gate, s->up + (size_t)i * d_ff, d_ff);
     }
     meet(s, thread, REST);
     return s->gate;
+}
+
+/* x += w(y), or x += RMSNorm(w(y)) */
+static void add_linear(dbf_session *s, int thread, const linear_t *w, const float *y, const float *norm, int n)
+{
+    const dbf_model *m = s->model;
+    int d = m->config.d_model, begin, end;
+    linears(s, thread, (apply_t[]){ { w, y, norm ? s->norm : s->x, norm == NULL } }, 1, n);
+    if (!norm) return;
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *branch = s->norm + (size_t)i * d;
+        m->kernels->rmsnorm(branch, branch, norm, m->config.norm_eps, d);
+        m->kernels->add(s->x + (size_t)i * d, branch, d);
+    }
+    meet(s, thread, REST);
 }
 
 /* Logits of n tokens whose normalized states are x. Rows of the head are divided, panel by panel: one is read from
@@ -195,6 +233,7 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
             float y[DBF_BATCH * DBF_PANEL];
             int some = min_of(DBF_BATCH, n - i);
             dense_gemv(k, y, w, r, rows, x + i * cols, q + i * cols, scale + i, some);
+            if (m->config.logit_softcap > 0.0f) k->softcap(y, m->config.logit_softcap, some * rows);
             for (int j = 0; j < some; j++)
                 memcpy(job->logits + (i + j) * vocab + r, y + j * rows, (size_t)rows * sizeof *y);
         }
@@ -213,15 +252,18 @@ static void forward(void *arg, int thread)
 
     /* embedding */
     pool_split(m->pool, thread, n, &begin, &end);
-    for (int i = begin; i < end; i++)
-        dense_row(m->kernels, s->x + (size_t)i * m->config.d_model, &m->embed, job->tokens[i]);
+    for (int i = begin; i < end; i++) {
+        float *x = s->x + (size_t)i * m->config.d_model;
+        dense_row(m->kernels, x, &m->embed, job->tokens[i]);
+        if (m->config.embed_scale != 1.0f) m->kernels->scale(x, m->config.embed_scale, m->config.d_model);
+    }
     meet(s, thread, REST);
 
     for (int layer = 0; layer < m->config.n_layers; layer++) {
         const layer_t *l = &m->layers[layer];
 
         /* queries, keys, values */
-        const float *x = norms(s, thread, l->attn_norm, 0, n);
+        const float *x = norms(s, thread, l->norm[ATTN_NORM], 0, n);
         linears(s, thread,
                 (apply_t[]){ { &l->linear[Q], x, s->q_heads, 0 },
                              { &l->linear[K], x, s->k_heads, 0 },
@@ -233,14 +275,14 @@ static void forward(void *arg, int thread)
 
         /* attention, added to the residual stream */
         attention(job, thread, layer);
-        linears(s, thread, (apply_t[]){ { &l->linear[O], s->attended, s->x, 1 } }, 1, n);
+        add_linear(s, thread, &l->linear[O], s->attended, l->norm[ATTN_POST_NORM], n);
 
         /* feed-forward, added to the residual stream */
-        x = norms(s, thread, l->ffn_norm, 0, n);
+        x = norms(s, thread, l->norm[FFN_NORM], 0, n);
         linears(s, thread,
                 (apply_t[]){ { &l->linear[GATE], x, s->gate, 0 }, { &l->linear[UP], x, s->up, 0 } }, 2, n);
         x = gated(s, thread, n);
-        linears(s, thread, (apply_t[]){ { &l->linear[DOWN], x, s->x, 1 } }, 1, n);
+        add_linear(s, thread, &l->linear[DOWN], x, l->norm[FFN_POST_NORM], n);
     }
 
     /* logits */

@@ -114,7 +114,8 @@ static void run_model(const dbf_config *c, const dbf_weights *w, const float *ro
     dbf_model_free(model);
 }
 
-static void test_model(int type, int dim, int kv_type, int head_norms)
+/* variant 1: norms of queries and keys, windows, GELU, soft caps and whatever else some models have */
+static void test_model(int type, int dim, int kv_type, int variant)
 {
     static float want[TOKENS * VOCAB], got[TOKENS * VOCAB];
     dbf_layer layers[LAYERS];
@@ -122,8 +123,12 @@ static void test_model(int type, int dim, int kv_type, int head_norms)
         layers[i] = (dbf_layer){ random_floats(D), random_floats(D), random_linear(HEADS * dim, D),
                                  random_linear(KV * dim, D), random_linear(KV * dim, D), random_linear(D, HEADS * dim),
                                  random_linear(FF, D), random_linear(FF, D), random_linear(D, FF),
-                                 head_norms ? random_floats(dim) : NULL, head_norms ? random_floats(dim) : NULL };
-    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f };
+                                 variant ? random_floats(dim) : NULL, variant ? random_floats(dim) : NULL,
+                                 variant ? random_floats(D) : NULL, variant ? random_floats(D) : NULL,
+                                 variant ? 13 - 13 * i : 0, variant ? i - 1 : 0 };
+    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f, DBF_SILU, 1.0f, 0.0f, 0.0f, 0.0f };
+    if (variant) c.activation = DBF_GELU, c.embed_scale = 16.0f, c.attn_scale = 0.3f, c.attn_softcap = 2.0f;
+    if (variant) c.logit_softcap = 5.0f;
     uint16_t *h = random_halves(VOCAB * D);
     float *f = random_floats(VOCAB * D);
     uint8_t *blocks = random_blocks(type, VOCAB * D / (type == DBF_Q6_K ? 256 : 32));
@@ -154,6 +159,7 @@ static void test_model(int type, int dim, int kv_type, int head_norms)
     for (int i = 0; i < LAYERS; i++) {
         free((void *)layers[i].attn_norm), free((void *)layers[i].ffn_norm);
         free((void *)layers[i].q_norm), free((void *)layers[i].k_norm);
+        free((void *)layers[i].attn_post_norm), free((void *)layers[i].ffn_post_norm);
         for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++)
             free((void *)l->a), free((void *)l->b), free((void *)l->s_out), free((void *)l->s_mid),
                 free((void *)l->s_in), free((void *)l->bias);
