@@ -13,6 +13,21 @@ from runtime.errors import FormatError, UnsupportedModelError
 
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+SANDWICH_NORMS = {  # before and after attention and feed-forward
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
+"""Our names of activations -> transformers'."""
+
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+"""Where config.json says which it is."""
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""transformers' layer_types: with a window, and without."""
+
 INPUT = "input"
 """Residual of a linear whose output is added to the block's input."""
 
@@ -37,6 +52,11 @@ class ArchSpec:
     rope_pairing: str  # "adjacent" or "halves", see runtime.config
     activation: str = "silu"
     norm: str = "rms"
+    norm_offset: float = 0.0  # transformers adds it to a norm's weights, which GGUF holds as they are used
+    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    windows: int = 0  # some layers have a sliding window; in llama.cpp, all but every so many
+    local_theta: float | None = None  # RoPE's base there, where a GGUF file does not say
+    layers_of_largest: int = 0  # by which llama.cpp knows those with another scale of attention
     decoder: str = "model"
     layers: str = "model.layers"
     embed: str = "model.embed_tokens"
@@ -62,6 +82,14 @@ class ArchSpec:
     )
 
 
+SANDWICH_GROUPS = (
+    Group(("attn_q", "attn_k", "attn_v")),
+    Group(("attn_output",)),
+    Group(("ffn_gate", "ffn_up")),
+    Group(("ffn_down",)),
+)
+"""Where norms lie between a linear and the residual stream, its output cannot make up for what that lacks."""
+
 ARCHS = {
     spec.model_type: spec
     for spec in (
@@ -69,6 +97,20 @@ ARCHS = {
         ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
+        ArchSpec(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            "gemma3",
+            "halves",
+            activation="gelu_tanh",
+            norms=SANDWICH_NORMS | HEAD_NORMS,
+            groups=SANDWICH_GROUPS,
+            norm_offset=1.0,
+            scaled_embedding=True,
+            windows=6,
+            local_theta=10000.0,
+            layers_of_largest=62,
+        ),
     )
 }
 """Of those that share a GGUF architecture, a GGUF file is read as the first."""
@@ -88,12 +130,14 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
             f"{where}: has a quantization_config: the weights are quantized already; take the original"
         )
     spec = ARCHS[model_type]
+    activations = dict.fromkeys(ACTIVATION_KEYS, (*ACTIVATIONS[spec.activation], None))
     wanted: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu", "swish"),
-        "partial_rotary_factor": (None, 1.0),
+        **activations,
+        "partial_rotary_factor": (1.0, None),
+        "use_bidirectional_attention": (False, None),
     }
     for key, values in wanted.items():
-        got = config.get(key, values[0])
+        got = config.get(key)
         if got not in values:
             raise UnsupportedModelError(
                 f"{where}: {key} = {got!r} is not supported; supported: {values[0]!r}"
@@ -101,20 +145,72 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise FormatError(f"{where}: RoPE parameters are {rope!r}; wanted an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3", "linear"):
-        raise UnsupportedModelError(
-            f"{where}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
-        )
+    for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in ("default", "llama3", "linear"):
+            raise UnsupportedModelError(
+                f"{where}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
+            )
     return spec
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model computes otherwise than Llama, by its config.json; see `runtime.config.Config`."""
+
+    rope_theta: float
+    rope_theta_local: float | None  # of layers with a window; None if it is that of the others
+    rope_factor: float  # of linear scaling
+    windows: tuple[int, ...]  # of each layer; 0 for none
+    embed_scale: float
+    attn_scale: float  # 0: 1/sqrt(head_dim)
+    attn_softcap: float
+    logit_softcap: float
+
+
+def features(config: Any) -> Features:
+    """Those of transformers' config of one of ARCHS."""
+    spec = ARCHS[config.model_type]
+    size = head_dim(config)
+    rope = _rope_parameters(config, FULL)
+    local = _rope_parameters(config, SLIDING)
+    local_theta = local.get("rope_theta") or getattr(config, "rope_local_base_freq", None)
+    linear = rope.get("rope_type", rope.get("type")) == "linear"
+    query = getattr(config, "query_pre_attn_scalar", None) or size
+    window = config.sliding_window if spec.windows else 0
+    return Features(
+        rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
+        rope_theta_local=float(local_theta) if spec.windows and local_theta else None,
+        rope_factor=float(rope["factor"]) if linear else 1.0,
+        windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
+        embed_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
+        attn_scale=0.0 if query == size else query**-0.5,
+        attn_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+
+
+def head_dim(config: Any) -> int:
+    """Dimensions of a head, by transformers' config."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def _rope_parameters(config: Any, layer_type: str) -> dict[str, Any]:
+    """RoPE's parameters in layers of a type; those of SLIDING are empty where they are not set apart."""
+    every = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if layer_type in every:
+        return dict(every[layer_type])
+    return {} if layer_type == SLIDING else dict(every)
 
 
 def context_length(config: Any) -> int:
     """How many tokens a model may have: of transformers' config, what it was trained for, but no more than a
-    sliding window, within which attention is like any other."""
+    sliding window of all layers, within which attention is like any other."""
     trained: int = config.max_position_embeddings
     window: int | None = getattr(config, "sliding_window", None)
-    return min(trained, window) if window else trained
+    spec = ARCHS.get(getattr(config, "model_type", None))
+    return trained if not window or (spec and spec.windows) else min(trained, window)
 
 
 def permute_rope(rows: Any, n_heads: int) -> Any:

@@ -10,7 +10,7 @@ that write to it), and l a share of H's mean diagonal.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -53,9 +53,9 @@ def factorize_model(
     """
     result: dict[str, Factors] = {}
     layers = decoder_layers(model, source.arch)
-    states, arguments = _embed(model, layers[0], rows)
+    states, arguments_of = _embed(model, layers, rows)
     student_states = [s.clone() for s in states]
-    for index, layer in enumerate(layers):
+    for index, (layer, arguments) in enumerate(zip(layers, arguments_of, strict=True)):
         original = {n: layer.get_submodule(p).weight for n, p in source.arch.linears.items()}
         records = [_record(layer, source.arch, s, arguments) for s in states]
         try:
@@ -179,22 +179,28 @@ class _Record:
     output: Tensor
 
 
-def _embed(model: nn.Module, first: nn.Module, rows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The first layer's inputs, in batches, and the other arguments that a layer is called with."""
+def _embed(
+    model: nn.Module, layers: nn.ModuleList, rows: Tensor
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """The first layer's inputs, in batches, and the other arguments that each layer is called with."""
     states: list[Tensor] = []
-    arguments: dict[str, Any] = {}
+    arguments: dict[nn.Module, dict[str, Any]] = {}
 
-    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
-        arguments.update({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        raise _Stop
+    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is layers[0]:
+            states.append(args[0] if args else kwargs["hidden_states"])
+            if arguments:
+                raise _Stop  # the first batch has told those of every layer
+        arguments[module] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     device = next(model.parameters()).device
-    with _hooked(first.register_forward_pre_hook(on_call, with_kwargs=True)):
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(_hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True)))
         for chunk in rows.split(_even_batch(len(rows))):
             with suppress(_Stop):
                 model.get_decoder()(chunk.to(device), use_cache=False)
-    return states, arguments
+    return states, [arguments[layer] for layer in layers]
 
 
 def _even_batch(rows: int) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.archs import Features, features
+from dbf2gguf.calibrate import finished, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
@@ -241,6 +242,7 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
 
 def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> float:
     """Gradients of the mean KL on tokens (batch, tokens); returns it."""
+    f = features(teacher.config)
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
     rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
@@ -256,7 +258,7 @@ def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradien
             gradient = torch.empty_like(flat)
             for start in range(0, len(flat), size):
                 part = slice(start, start + size)
-                kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head)
+                kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head, f)
                 gradient[part] = error @ head
                 if head_gradient is not None:
                     head_gradient += error.mT @ flat[part]
@@ -270,13 +272,19 @@ def _train_step(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradien
 
 
 @torch.no_grad()
-def _kl_gradient(hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed KL(wanted || hidden) of the heads' distributions, and its gradient at the logits."""
-    log_p = torch.log_softmax((hidden @ head.mT).float(), -1)
-    log_wanted = torch.log_softmax((wanted @ wanted_head.mT).float(), -1)
+def _kl_gradient(
+    hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor, f: Features
+) -> tuple[Tensor, Tensor]:
+    """Summed KL(wanted || hidden) of the heads' distributions, and its gradient at the head's products."""
+    logits = finished((hidden @ head.mT).float(), f)
+    log_p = torch.log_softmax(logits, -1)
+    log_wanted = torch.log_softmax(finished((wanted @ wanted_head.mT).float(), f), -1)
     p_wanted = log_wanted.exp()
     kl = (log_wanted.sub_(log_p).mul_(p_wanted)).sum()
-    return kl, log_p.exp_().sub_(p_wanted).to(hidden.dtype)
+    error = log_p.exp_().sub_(p_wanted)
+    if f.logit_softcap:
+        error *= 1 - (logits / f.logit_softcap).square()
+    return kl, error.to(hidden.dtype)
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.calibrate import hidden_states, logits
 from dbf2gguf.progress import Stage
 
 
@@ -61,4 +61,4 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
 def _log_probs(model: nn.Module, tokens: Tensor, first: int) -> Tensor:
     """log p of the tokens after positions first .. last - 1, (positions, n_vocab) float32."""
     hidden = hidden_states(model, input_ids=tokens)[0, first:-1]
-    return torch.log_softmax(model.get_output_embeddings()(hidden).float(), -1)
+    return torch.log_softmax(logits(model, hidden), -1)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import processors
 
-from dbf2gguf.archs import ARCHS, ArchSpec, unpermute_rope
+from dbf2gguf.archs import ACTIVATIONS, ARCHS, FULL, SLIDING, ArchSpec, unpermute_rope
 from runtime import ggml_tokenizer
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
@@ -93,17 +93,47 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": float(get("rope.freq_base", 10000.0)),
-        "hidden_act": "silu",
+        "hidden_act": ACTIVATIONS[arch.activation][0],
+        "hidden_activation": ACTIVATIONS[arch.activation][0],
         "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": any(name.endswith("ffn_up.bias") for name in file.tensors),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if meta.get(f"{arch.gguf}.rope.scaling.type") == "linear":
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
     if "rope_freqs.weight" in file.tensors:
         config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
+    config |= _windows(file, arch, config["num_hidden_layers"])
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        config[name] = get(name) if meta.get(f"{arch.gguf}.{name}") else None
+    if arch.scaled_embedding:  # scores are scaled by it, but in the largest models
+        large = config["num_hidden_layers"] == arch.layers_of_largest
+        config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = meta.get(f"tokenizer.ggml.{key}_token_id")
     return config
+
+
+def _windows(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
+    """The entries of config.json that say which layers have a sliding window, and RoPE's base there."""
+    key = f"{arch.gguf}.attention.sliding_window"
+    window = file.metadata.get(key)
+    if not window:
+        return {"layer_types": [FULL] * n_layers} if arch.windows else {}
+    if not arch.windows:
+        raise UnsupportedModelError(
+            f"{file.path}: {key} is {window!r:.60}: a sliding window is not supported in {arch.gguf!r}"
+        )
+    pattern = file.metadata.get(f"{key}_pattern", [(i + 1) % arch.windows != 0 for i in range(n_layers)])
+    if not isinstance(pattern, list) or len(pattern) != n_layers:
+        raise FormatError(f"{file.path}: {key}_pattern is {pattern!r:.60}; wanted one of each layer")
+    theta = file.metadata.get(f"{arch.gguf}.rope.freq_base_swa", arch.local_theta)
+    return {
+        "sliding_window": window,
+        "layer_types": [SLIDING if windowed else FULL for windowed in pattern],
+        **({"rope_local_base_freq": float(theta)} if theta else {}),
+    }
 
 
 def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
@@ -146,11 +176,15 @@ def _tensors(
         array = array.reshape(info.shape)
         if name in outer:
             target = outer[name]
+            if name == "output_norm.weight":
+                array = array - arch.norm_offset
         else:
             match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
             if match is None or match[2] not in inner:
                 raise UnsupportedModelError(f"{file.path}: no place for tensor {name!r} in {arch.model_type}")
             target = f"{arch.layers}.{match[1]}.{inner[match[2]]}.{match[3]}"
+            if match[2] in arch.norms:
+                array = array - arch.norm_offset
             if match[2] in heads and arch.rope_pairing == "adjacent":
                 array = unpermute_rope(array, heads[match[2]])
         result[target] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)

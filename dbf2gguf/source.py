@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dbf2gguf.archs import ArchSpec, find_arch
+from dbf2gguf.archs import ArchSpec, features, find_arch
 from runtime.errors import FormatError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
@@ -93,16 +93,17 @@ def _check_safetensors(path: Path) -> None:
 
 def load_model(source: Source, device: str = "cpu") -> nn.Module:
     """The reference model, float32, in evaluation mode, without gradients. Raises FormatError."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        capped = features(AutoConfig.from_pretrained(source.path, local_files_only=True)).attn_softcap
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if capped else "sdpa",  # which knows no soft caps
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below

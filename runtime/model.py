@@ -17,7 +17,22 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from runtime.config import ADJACENT, BLOCKS, F16, F32, HALVES, Config, Dense, Layer, Linear, Weights
+from runtime.config import (
+    ADJACENT,
+    BLOCKS,
+    F16,
+    F32,
+    GELU,
+    HALVES,
+    LOCAL_ROPE,
+    ROPE,
+    SILU,
+    Config,
+    Dense,
+    Layer,
+    Linear,
+    Weights,
+)
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1, FORMAT_VERSION, LINEARS, pad8
 from runtime.gguf import GgufFile, TensorInfo, type_name
@@ -25,15 +40,13 @@ from runtime.gguf import GgufFile, TensorInfo, type_name
 I8 = int(GGMLQuantizationType.I8)
 
 ROPE_PAIRINGS = {"adjacent": ADJACENT, "halves": HALVES}
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU}
 
 MAX_SIZE = 1 << 24
 """Largest dimension of a model: sizes and their sums then fit int32 everywhere."""
 
 FORBIDDEN = (
-    ("rope.scaling.type", ("none", "llama3"), "RoPE scaling"),
-    ("attention.sliding_window", (0,), "sliding-window attention"),
-    ("attn_logit_softcapping", (0.0,), "soft-capped attention scores"),
-    ("final_logit_softcapping", (0.0,), "soft-capped logits"),
+    ("rope.scaling.type", ("none", "llama3", "linear"), "RoPE scaling"),
     ("attention.scale", (0.0,), "a scale of attention scores"),
     ("logit_scale", (0.0, 1.0), "a logit scale"),
     ("embedding_scale", (0.0, 1.0), "an embedding scale"),
@@ -44,6 +57,18 @@ FORBIDDEN = (
 )
 """Keys (after the architecture) whose other values stand for features that are not implemented.
 Llama 3's RoPE scaling is: its factors are the tensor rope_freqs.weight."""
+
+NORMS = {
+    "attn_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "attn_post_norm": "post_attention_norm",
+    "ffn_post_norm": "post_ffw_norm",
+}
+"""Fields of Layer -> GGUF names."""
+
+NEEDED_NORMS = ("attn_norm", "ffn_norm")
 
 
 def check_features(path: str | Path, metadata: Mapping[str, Any], arch: str) -> None:
@@ -170,6 +195,30 @@ class _Reader:
             raise self._fail(f"{key} is {value}, wanted a positive number")
         return value
 
+    def _optional(self, key: str, default: float) -> float:
+        """A number that is not negative, and `default` where there is none."""
+        value = float(self._get(key, float, default))
+        if not (value >= 0 and math.isfinite(value)):
+            raise self._fail(f"{key} is {value}, wanted a number of 0 or more")
+        return value
+
+    def _windows(self, n_layers: int) -> list[int]:
+        """The sliding window of each layer; 0 for none."""
+        key = f"{self.arch}.attention.sliding_window"
+        if not self.meta.get(key):
+            return [0] * n_layers
+        window = self._size("attention.sliding_window")
+        pattern = self.meta.get(f"{key}_pattern")
+        if pattern is None:
+            raise self._unsupported(f"{key} is {window}, but {key}_pattern does not say in which layers")
+        if (
+            not isinstance(pattern, list)
+            or len(pattern) != n_layers
+            or not all(type(v) is bool for v in pattern)
+        ):
+            raise self._fail(f"{key}_pattern is {pattern!r:.60}, wanted a bool for each of {n_layers} layers")
+        return [window if windowed else 0 for windowed in pattern]
+
     def _choice(self, key: str, default: str, known: tuple[str, ...]) -> str:
         value = str(self._get(key, str, default))
         if value not in known:
@@ -178,7 +227,7 @@ class _Reader:
 
     def config(self) -> Config:
         check_features(self.file.path, self.meta, self.arch)
-        self._choice("dbf.activation", "silu", ("silu",))
+        activation = self._choice("dbf.activation", "silu", tuple(ACTIVATIONS))
         self._choice("dbf.norm", "rms", ("rms",))
         pairing = self._choice("dbf.rope.pairing", "", tuple(ROPE_PAIRINGS))
         d_model, n_heads = self._size("embedding_length"), self._size("attention.head_count")
@@ -197,6 +246,13 @@ class _Reader:
             rope_theta=self._positive("rope.freq_base", 10000.0),
             rope_dims=self._size("rope.dimension_count", head_dim),
             rope_pairing=ROPE_PAIRINGS[pairing],
+            rope_factor=self._rope_factor(),
+            rope_theta_local=self._positive("rope.freq_base_swa", 10000.0),
+            activation=ACTIVATIONS[activation],
+            embed_scale=self._optional("dbf.scale.embedding", 1.0),
+            attn_scale=self._optional("dbf.scale.attention", 0.0),
+            attn_softcap=self._optional(f"{self.arch}.attn_logit_softcapping", 0.0),
+            logit_softcap=self._optional(f"{self.arch}.final_logit_softcapping", 0.0),
         )
         if config.n_heads % config.n_kv_heads:
             raise self._fail(f"{config.n_heads} heads are no multiple of {config.n_kv_heads} KV heads")
@@ -211,6 +267,10 @@ class _Reader:
         if self._size("attention.value_length", head_dim) != head_dim:
             raise self._unsupported("keys and values of different length are not implemented")
         return config
+
+    def _rope_factor(self) -> float:
+        linear = self.meta.get(f"{self.arch}.rope.scaling.type") == "linear"
+        return self._positive("rope.scaling.factor") if linear else 1.0
 
     # -- tensors ----------------------------------------------------------------------------------------
 
@@ -266,17 +326,26 @@ class _Reader:
         data = self.file.data(name)
         return Dense(info.type, rows, cols, data.view(np.uint8).reshape(rows, -1))
 
-    def _layer(self, i: int, c: Config) -> Layer:
+    def _layer(self, i: int, c: Config, window: int) -> Layer:
         d, heads, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = ((heads, d), (kv, d), (kv, d), (d, heads), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
         q, k, v, o, gate, up, down = (
             self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)
         )
-        attn_norm, ffn_norm = (self._vector(f"blk.{i}.{n}.weight", d) for n in ("attn_norm", "ffn_norm"))
-        q_norm = k_norm = None
-        if f"blk.{i}.attn_q_norm.weight" in self.file.tensors:
-            q_norm, k_norm = (self._vector(f"blk.{i}.attn_{n}_norm.weight", c.head_dim) for n in "qk")
-        return Layer(attn_norm, ffn_norm, q, k, v, o, gate, up, down, q_norm, k_norm)
+        norms = {}
+        for field, name in NORMS.items():
+            if field in NEEDED_NORMS or f"blk.{i}.{name}.weight" in self.file.tensors:
+                size = c.head_dim if field in ("q_norm", "k_norm") else d
+                norms[field] = self._vector(f"blk.{i}.{name}.weight", size)
+        if ("q_norm" in norms) != ("k_norm" in norms):
+            raise self._fail(
+                f"layer {i} has only one of the tensors attn_q_norm.weight and attn_k_norm.weight"
+            )
+        local = window and f"{self.arch}.rope.freq_base_swa" in self.meta
+        return Layer(
+            q=q, k=k, v=v, o=o, gate=gate, up=up, down=down,
+            window=window, rope=LOCAL_ROPE if local else ROPE, **norms,
+        )  # fmt: skip
 
     def weights(self, c: Config) -> Weights:
         embed = self._dense("token_embd.weight", c.n_vocab, c.d_model)
@@ -288,7 +357,7 @@ class _Reader:
                 raise self._fail("tensor rope_freqs.weight holds a value that is not positive")
         weights = Weights(
             embed=embed,
-            layers=tuple(self._layer(i, c) for i in range(c.n_layers)),
+            layers=tuple(self._layer(i, c, window) for i, window in enumerate(self._windows(c.n_layers))),
             out_norm=self._vector("output_norm.weight", c.d_model),
             head=embed if tied else self._dense("output.weight", c.n_vocab, c.d_model),
             rope_freqs=freqs,

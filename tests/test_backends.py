@@ -56,7 +56,8 @@ MODELS = {
     ),
     "a window on wide heads": (tiny.config(head_dim=128, rope_dims=128, n_layers=1), {"windows": (33,)}),
     "scales and soft caps": (
-        tiny.config(embed_scale=48**0.5, attn_scale=0.7, attn_softcap=2.0, logit_softcap=3.0), {"tied": True},
+        tiny.config(embed_scale=48**0.5, attn_scale=0.7, attn_softcap=2.0, logit_softcap=3.0),
+        {"tied": True},
     ),
     "norms after": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True, "post_norms": True}),
 }

@@ -48,6 +48,11 @@ linear, 7 linears a layer and a few layers add up to about 5e-4 of a logit's siz
 at the worst of some thousand logits. Measured: 1e-3 to 4e-3. Wrong signs, scales, rotations or heads: > 0.1.
 """
 
+GEMMA: dict[str, Any] = {
+    "head_dim": 16, "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
+
 MODELS: dict[str, dict[str, Any]] = {
     "gqa-tied": {},
     "mha-separate-head": {"num_key_value_heads": 4, "tie_word_embeddings": False},
@@ -76,7 +81,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 64},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "gemma3": {**GEMMA, "model_type": "gemma3_text"},
+    "gemma3-pattern": {
+        **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
+    },
+    "gemma3-scales": {
+        **GEMMA, "model_type": "gemma3_text", "query_pre_attn_scalar": 30, "final_logit_softcapping": 2.0,
+        "sliding_window": 4, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+    },
 }  # fmt: skip
+
+NUMBA = ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales"]
+"""Models that the Numba backend runs, too."""
 
 
 class Case:
@@ -121,17 +140,26 @@ def test_logits_are_the_dense_twins(make: Callable[[str], Case], name: str) -> N
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
-@pytest.mark.parametrize("name", ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", NUMBA)
 def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
-    """The same logits within the same bound, and the same greedy tokens as C."""
-    case = make(name)
-    tokens = []
-    for backend in ("c", "numba"):
-        with runtime.load(case.out, backend=backend, n_threads=1) as model:
-            assert_close(model.logits(IDS), case.twin_logits(IDS))
-            tokens.append(list(model.generate(IDS[:5], Sampler(temperature=0), 15)))
-    assert tokens[0] == tokens[1]
-    assert len(tokens[0]) > 1
+    """The same logits as C, bit for bit, of a prompt, of tokens one by one, and after a cache that held other
+    tokens behind the shared ones; and the same greedy tokens."""
+    case, wanted = make(name), None
+    other = [*IDS[:9], *IDS[:2:-1]]
+    for backend, threads in (("c", 1), ("c", 3), ("numba", 1)):
+        with runtime.load(case.out, backend=backend, n_threads=threads) as model:
+            run, ids, other_ids = model.backend.eval, np.array(IDS, np.int32), np.array(other, np.int32)
+            whole = run(ids, 0, len(ids))
+            assert_close(whole, case.twin_logits(IDS))
+            steps = [run(ids[i : i + 1], i, 1) for i in range(len(ids))]
+            run(other_ids, 0, 0)
+            reused = run(ids[9:], 9, len(ids) - 9)
+            tokens = list(model.generate(IDS[:5], Sampler(temperature=0), 15))
+        assert len(tokens) > 1
+        wanted = (whole, tokens) if wanted is None else wanted
+        assert tokens == wanted[1]
+        for logits in (whole, np.concatenate(steps), np.concatenate([whole[:9], reused])):
+            np.testing.assert_array_equal(logits.view(np.uint32), wanted[0].view(np.uint32))
 
 
 @pytest.mark.parametrize(("embed_type", "width"), [("q8_0", 32), ("q6_k", 256), ("q4_0", 32)])
@@ -349,7 +377,18 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa-tied", "mha-separate-head", "biases", "wide-heads", "qwen2", "qwen3", "llama-3.2"]
+    "name",
+    [
+        "gqa-tied",
+        "mha-separate-head",
+        "biases",
+        "wide-heads",
+        "qwen2",
+        "qwen3",
+        "llama-3.2",
+        "linear-rope",
+        "gemma3-pattern",
+    ],
 )
 def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
     """The model as llama.cpp writes it, q and k permuted, comes back as the folder it was."""

@@ -56,7 +56,7 @@ def model(seed: int = 0, model_type: str = "llama", **changes: Any) -> Any:
     made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in made.named_parameters():
         if "norm" in name:
-            parameter.uniform_(0.5, 1.5)
+            parameter.uniform_(0.5, 1.5).sub_(ARCHS[model_type].norm_offset)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
         elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -157,10 +157,19 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(
+        config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
+    )
     writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(config.vocab_size)
-    freqs = rope_freqs(made)
+    if arch.windows:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    freqs = rope_freqs(made) if rope["rope_type"] == "llama3" else None
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
     _add_bpe(writer, folder, pre, config.vocab_size)
@@ -172,6 +181,8 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
         if arch.rope_pairing == "adjacent" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = permute_rope(tensor, heads)
+        if name.endswith("norm.weight"):
+            tensor = tensor + arch.norm_offset
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         writer.add_tensor(target, tensor.contiguous().numpy())
