@@ -5,8 +5,8 @@ every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
 logits = Head RMSNorm(x)
 
-What some models do otherwise is in Config and Layer: GELU, norms of queries and keys and of what is added to x,
-a window of attention, scales, soft caps.
+What some models do otherwise is in Config and Layer: GELU, norms of queries and keys and of what is added to
+x, a window of attention, scales, soft caps.
 
 C divides panels of rows among threads; here numba divides the rows of a product. Both let a chunk of tokens
 pass through a layer together. The arithmetic, and so every bit, is the same.

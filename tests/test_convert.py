@@ -85,6 +85,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3-pattern": {
         **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
     },
+    "gemma2": {
+        **GEMMA, "model_type": "gemma2", "layer_types": None, "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3-scales": {
         **GEMMA, "model_type": "gemma3_text", "query_pre_attn_scalar": 30, "final_logit_softcapping": 2.0,
         "sliding_window": 4, "rope_parameters": {
@@ -94,7 +98,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-NUMBA = ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales"]
+NUMBA = ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2"]
 """Models that the Numba backend runs, too."""
 
 
@@ -388,6 +392,7 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "llama-3.2",
         "linear-rope",
         "gemma3-pattern",
+        "gemma2",
     ],
 )
 def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:

@@ -203,7 +203,8 @@ BAD: dict[str, tuple[Edit, str]] = {
         "only one of the tensors attn_q_norm",
     ),
     "post-norm shape": (
-        tensor_is("blk.0.post_attention_norm.weight", np.ones(8, np.float32)), r"has shape \(8,\), wanted \(32,\)"
+        tensor_is("blk.0.post_attention_norm.weight", np.ones(8, np.float32)),
+        r"has shape \(8,\), wanted \(32,\)",
     ),
     "window pattern": (windows(128, [True]), "wanted a bool for each of 2 layers"),
     "window": (windows(1 << 25, [True, False]), "wanted an integer in"),

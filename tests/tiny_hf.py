@@ -164,7 +164,12 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     writer.add_vocab_size(config.vocab_size)
     if arch.windows:
         writer.add_sliding_window(config.sliding_window)
+    if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if getattr(config, "final_logit_softcapping", None):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
