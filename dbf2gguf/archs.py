@@ -42,6 +42,24 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Linears that transformers and llama.cpp hold as one, their rows one after the other. `source.split_fused`
+    puts the parts in the module's place, each under its GGUF name."""
+
+    module: str
+    parts: tuple[str, ...]
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """GGUF name -> module, of the parts."""
+        return {part: f"{self.module}.{part}" for part in self.parts}
+
+
+PHI_QKV = Fused("self_attn.qkv_proj", ("attn_q", "attn_k", "attn_v"))
+PHI_GATE_UP = Fused("mlp.gate_up_proj", ("ffn_gate", "ffn_up"))
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """One model family. Paths are dotted module names of transformers; `norms` and `linears` are relative
     to a decoder layer and map GGUF names to them."""
@@ -74,6 +92,9 @@ class ArchSpec:
         }
     )
     norms: dict[str, str] = field(default_factory=lambda: NORMS)
+    fused: dict[str, Fused] = field(default_factory=dict)  # by its GGUF name
+    partial_rotary: bool = False  # RoPE may turn only the first dimensions of a head
+    longrope: bool = False  # RoPE may have factors of its own for short and for long contexts
     groups: tuple[Group, ...] = (
         Group(("attn_q", "attn_k", "attn_v")),
         Group(("attn_output",), residual=INPUT),
@@ -97,6 +118,21 @@ ARCHS = {
         ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
+        ArchSpec(
+            "phi3",
+            "Phi3ForCausalLM",
+            "phi3",
+            "halves",
+            linears={
+                **PHI_QKV.linears,
+                "attn_output": "self_attn.o_proj",
+                **PHI_GATE_UP.linears,
+                "ffn_down": "mlp.down_proj",
+            },
+            fused={"attn_qkv": PHI_QKV, "ffn_up": PHI_GATE_UP},
+            partial_rotary=True,
+            longrope=True,
+        ),
         ArchSpec(
             "gemma2",
             "Gemma2ForCausalLM",
@@ -146,7 +182,6 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
     activations = dict.fromkeys(ACTIVATION_KEYS, (*ACTIVATIONS[spec.activation], None))
     wanted: dict[str, tuple[Any, ...]] = {
         **activations,
-        "partial_rotary_factor": (1.0, None),
         "use_bidirectional_attention": (False, None),
     }
     for key, values in wanted.items():
@@ -160,9 +195,15 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
         raise FormatError(f"{where}: RoPE parameters are {rope!r}; wanted an object")
     for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind not in ("default", "llama3", "linear"):
+        kinds = ("default", "linear", "llama3", *(("longrope", "su") if spec.longrope else ()))
+        if kind not in kinds:
             raise UnsupportedModelError(
-                f"{where}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
+                f"{where}: RoPE scaling {kind!r} is not supported; supported: {', '.join(kinds)}"
+            )
+        partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if partial not in (None, 1.0) and not spec.partial_rotary:
+            raise UnsupportedModelError(
+                f"{where}: partial_rotary_factor = {partial!r} is not supported; supported: 1.0"
             )
     return spec
 
@@ -174,6 +215,10 @@ class Features:
     rope_theta: float
     rope_theta_local: float | None  # of layers with a window; None if it is that of the others
     rope_factor: float  # of linear scaling
+    rope_dims: int
+    rope_short: tuple[float, ...]  # LongRoPE's factors up to the original context length; empty without it
+    rope_long: tuple[float, ...]  # and beyond
+    n_ctx_original: int
     windows: tuple[int, ...]  # of each layer; 0 for none
     embed_scale: float
     attn_scale: float  # 0: 1/sqrt(head_dim)
@@ -188,13 +233,20 @@ def features(config: Any) -> Features:
     rope = _rope_parameters(config, FULL)
     local = _rope_parameters(config, SLIDING)
     local_theta = local.get("rope_theta") or getattr(config, "rope_local_base_freq", None)
-    linear = rope.get("rope_type", rope.get("type")) == "linear"
+    linear = rope.get("rope_type", rope.get("type")) == "linear"  # the others are in rope_freqs.weight
     query = getattr(config, "query_pre_attn_scalar", None) or size
     window = config.sliding_window if spec.windows else 0
     return Features(
         rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
         rope_theta_local=float(local_theta) if spec.windows and local_theta else None,
         rope_factor=float(rope["factor"]) if linear else 1.0,
+        rope_dims=int(size * (rope.get("partial_rotary_factor") or 1.0)) if spec.partial_rotary else size,
+        rope_short=tuple(rope.get("short_factor") or ()),
+        rope_long=tuple(rope.get("long_factor") or ()),
+        n_ctx_original=int(
+            rope.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", 0)
+        ),
         windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
         embed_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
         attn_scale=0.0 if query == size else query**-0.5,

@@ -102,6 +102,19 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
     }
     if meta.get(f"{arch.gguf}.rope.scaling.type") == "linear":
         config["rope_scaling"] = {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
+    if arch.partial_rotary:
+        config["partial_rotary_factor"] = get("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+    if meta.get(f"{arch.gguf}.rope.scaling.type") == "longrope":
+        if not arch.longrope:
+            raise UnsupportedModelError(
+                f"{file.path}: RoPE scaling 'longrope' is not supported in {arch.gguf!r}"
+            )
+        config["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "attention_factor": float(get("rope.scaling.attn_factor", 1.0)),
+            **{f"{name}_factor": _factors(file, name) for name in ("short", "long")},
+        }
     if "rope_freqs.weight" in file.tensors:
         config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
     config |= _windows(file, arch, config["num_hidden_layers"])
@@ -136,6 +149,13 @@ def _windows(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
     }
 
 
+def _factors(file: GgufFile, name: str) -> list[float]:
+    tensor = f"rope_factors_{name}.weight"
+    if tensor not in file.tensors:
+        raise FormatError(f"{file.path}: no tensor {tensor}, which RoPE scaling 'longrope' needs")
+    return [float(f"{value:.7g}") for value in np.array(file.data(tensor)).reshape(-1)]
+
+
 def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
     """Llama 3's RoPE scaling, of which a GGUF file holds only what it does to each frequency.
 
@@ -156,7 +176,9 @@ def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
 def _tensors(
     file: GgufFile, arch: ArchSpec, config: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    inner = arch.linears | arch.norms
+    parts = {part for fused in arch.fused.values() for part in fused.parts}
+    inner = {name: path for name, path in (arch.linears | arch.norms).items() if name not in parts}
+    inner |= {name: fused.module for name, fused in arch.fused.items()}
     outer = {
         "token_embd.weight": f"{arch.embed}.weight",
         "output_norm.weight": f"{arch.out_norm}.weight",
@@ -165,7 +187,7 @@ def _tensors(
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     result = {}
     for name, info in file.tensors.items():
-        if name == "rope_freqs.weight":
+        if name.startswith("rope_f"):
             continue  # part of config.json
         try:
             array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dbf2gguf.archs import ArchSpec, features, find_arch
+from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
 from runtime.errors import FormatError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
@@ -128,7 +128,38 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
-    return model.to(device).eval().requires_grad_(False)
+    return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
+
+
+class FusedLinear(nn.Module):
+    """Linears side by side in the place of one: their outputs one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.children()], -1)
+
+
+def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
+    """Put FusedLinear in the place of the linears that a family fuses. Raises UnsupportedModelError if their
+    rows are not what config.json says."""
+    config = model.config
+    q, kv = (n * head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
+    rows = {"attn_q": q, "attn_k": kv, "attn_v": kv}
+    for index, layer in enumerate(decoder_layers(model, arch)):
+        for fused in arch.fused.values():
+            module, parts = layer.get_submodule(fused.module), FusedLinear()
+            sizes = [rows.get(part, config.intermediate_size) for part in fused.parts]
+            if module.weight.shape[0] != sum(sizes):
+                raise UnsupportedModelError(
+                    f"{arch.layers}.{index}.{fused.module} has {module.weight.shape[0]} rows; wanted {sizes}"
+                )
+            biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
+            for part, weight, bias in zip(fused.parts, module.weight.split(sizes), biases, strict=True):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+                linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+                parts.add_module(part, linear)
+            layer.set_submodule(fused.module, parts)
+    return model
 
 
 def load_tokenizer(source: Source) -> Any:

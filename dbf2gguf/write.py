@@ -156,10 +156,17 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module)
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(f.rope_theta)
-    writer.add_rope_dimension_count(size)
+    writer.add_rope_dimension_count(f.rope_dims)
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_features(writer, f)
+    if f.rope_short:
+        rotary = model.get_submodule(source.arch.decoder).rotary_emb
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(f.n_ctx_original)
+        writer.add_rope_scaling_attn_factors(float(rotary.attention_scaling))
+    if source.arch.gguf == "phi3":
+        writer.add_sliding_window(0)  # llama.cpp wants the key; the context is no longer than the window
 
 
 def _add_features(writer: gguf.GGUFWriter, f: Features) -> None:
@@ -333,7 +340,11 @@ def _add_tensors(
     if not head_is_tied(model):
         add_matrix("output.weight", model.get_output_embeddings().weight)
     add_vector("output_norm.weight", model.get_submodule(arch.out_norm).weight + arch.norm_offset)
-    freqs = _rope_freqs(model, arch)
+    f = features(model.config)
+    freqs = None if f.rope_short else _rope_freqs(model, arch)
+    for name, factors_of in (("long", f.rope_long), ("short", f.rope_short)):
+        if factors_of:
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors_of, np.float32))
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}

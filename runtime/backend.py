@@ -185,8 +185,9 @@ def check(config: Config, weights: Weights) -> None:
     _check_dense("embed", weights.embed, c)
     _check_dense("head", weights.head, c)
     _expect("out_norm", weights.out_norm, (c.d_model,), np.float32)
-    if weights.rope_freqs is not None:
-        _expect("rope_freqs", weights.rope_freqs, (c.rope_dims // 2,), np.float32)
+    for name in ("rope_freqs", "rope_freqs_long"):
+        if getattr(weights, name) is not None:
+            _expect(name, getattr(weights, name), (c.rope_dims // 2,), np.float32)
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     for i, layer in enumerate(weights.layers):
         if (layer.q_norm is None) != (layer.k_norm is None):

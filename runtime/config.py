@@ -54,7 +54,9 @@ class Config:
     rope_dims: int  # leading dimensions of each head that RoPE rotates; even, <= head_dim
     rope_pairing: int  # ADJACENT or HALVES
     rope_factor: float = 1.0  # positions are divided by it, but for layers with LOCAL_ROPE
+    rope_magnitude: float = 1.0  # cos and sin are multiplied by it, but for layers with LOCAL_ROPE
     rope_theta_local: float = 10000.0  # of layers with LOCAL_ROPE
+    n_ctx_original: int = 0  # contexts longer than this rotate by rope_freqs_long, if there are any
     activation: int = SILU
     embed_scale: float = 1.0  # embeddings are multiplied by it
     attn_scale: float = 0.0  # and scores of attention by this; 0: 1/sqrt(head_dim)
@@ -165,16 +167,21 @@ class Weights:
     out_norm: NDArray[np.float32]  # (d_model,)
     head: Dense  # (n_vocab, d_model); the embedding itself when the head is tied
     rope_freqs: NDArray[np.float32] | None = None  # (rope_dims/2,), divides the frequencies
+    rope_freqs_long: NDArray[np.float32] | None = None  # (rope_dims/2,), the same in long contexts
 
 
 def rope_tables(config: Config, weights: Weights, n_ctx: int) -> NDArray[np.float32]:
     """cos and sin of every rotation, computed once in float64 and shared by all backends.
 
     ->  (tables, n_ctx, rope_dims/2, 2) float32: of ROPE, and of LOCAL_ROPE if there are layers that have it,
-        [p, i] = cos, sin of p * theta^(-2i/dims) / (factor * rope_freqs[i])
+        [p, i] = magnitude * (cos, sin of p * theta^(-2i/dims) / (factor * freqs[i]))
 
-    Source: RoFormer, arXiv:2104.09864; `weights.rope_freqs` is llama.cpp's tensor rope_freqs.weight.
+    Source: RoFormer, arXiv:2104.09864; LongRoPE, arXiv:2402.13753. As in llama.cpp, the room for positions
+    decides between rope_freqs and rope_freqs_long, so that a token's rotation never changes.
     """
+    freqs = weights.rope_freqs
+    if weights.rope_freqs_long is not None and n_ctx > config.n_ctx_original:
+        freqs = weights.rope_freqs_long
     count = 1 + max(layer.rope for layer in weights.layers)
     half = config.rope_dims // 2
     tables = np.empty((count, n_ctx, half, 2), np.float32)
@@ -183,8 +190,9 @@ def rope_tables(config: Config, weights: Weights, n_ctx: int) -> NDArray[np.floa
         inv = theta ** (-np.arange(half, dtype=np.float64) * 2.0 / config.rope_dims)
         if kind == ROPE:
             inv = inv / config.rope_factor
-        if kind == ROPE and weights.rope_freqs is not None:
-            inv = inv / weights.rope_freqs.astype(np.float64)
+        if kind == ROPE and freqs is not None:
+            inv = inv / freqs.astype(np.float64)
+        magnitude = config.rope_magnitude if kind == ROPE else 1.0
         angle = np.arange(n_ctx, dtype=np.float64)[:, None] * inv
-        table[..., 0], table[..., 1] = np.cos(angle), np.sin(angle)
+        table[..., 0], table[..., 1] = magnitude * np.cos(angle), magnitude * np.sin(angle)
     return tables

@@ -46,7 +46,7 @@ MAX_SIZE = 1 << 24
 """Largest dimension of a model: sizes and their sums then fit int32 everywhere."""
 
 FORBIDDEN = (
-    ("rope.scaling.type", ("none", "llama3", "linear"), "RoPE scaling"),
+    ("rope.scaling.type", ("none", "llama3", "linear", "longrope"), "RoPE scaling"),
     ("attention.scale", (0.0,), "a scale of attention scores"),
     ("logit_scale", (0.0, 1.0), "a logit scale"),
     ("embedding_scale", (0.0, 1.0), "an embedding scale"),
@@ -247,6 +247,8 @@ class _Reader:
             rope_dims=self._size("rope.dimension_count", head_dim),
             rope_pairing=ROPE_PAIRINGS[pairing],
             rope_factor=self._rope_factor(),
+            rope_magnitude=self._positive("rope.scaling.attn_factor", 1.0),
+            n_ctx_original=self._size("rope.scaling.original_context_length") if self._longrope else 0,
             rope_theta_local=self._positive("rope.freq_base_swa", 10000.0),
             activation=ACTIVATIONS[activation],
             embed_scale=self._optional("dbf.scale.embedding", 1.0),
@@ -271,6 +273,10 @@ class _Reader:
     def _rope_factor(self) -> float:
         linear = self.meta.get(f"{self.arch}.rope.scaling.type") == "linear"
         return self._positive("rope.scaling.factor") if linear else 1.0
+
+    @property
+    def _longrope(self) -> bool:
+        return self.meta.get(f"{self.arch}.rope.scaling.type") == "longrope"
 
     # -- tensors ----------------------------------------------------------------------------------------
 
@@ -347,20 +353,27 @@ class _Reader:
             window=window, rope=LOCAL_ROPE if local else ROPE, **norms,
         )  # fmt: skip
 
+    def _freqs(self, name: str, c: Config) -> NDArray[np.float32]:
+        freqs = self._vector(name, c.rope_dims // 2)
+        if not (freqs > 0).all():
+            raise self._fail(f"tensor {name} holds a value that is not positive")
+        return freqs
+
     def weights(self, c: Config) -> Weights:
         embed = self._dense("token_embd.weight", c.n_vocab, c.d_model)
         tied = "output.weight" not in self.file.tensors
-        freqs = None
-        if "rope_freqs.weight" in self.file.tensors:
-            freqs = self._vector("rope_freqs.weight", c.rope_dims // 2)
-            if not (freqs > 0).all():
-                raise self._fail("tensor rope_freqs.weight holds a value that is not positive")
+        if self._longrope:
+            freqs, freqs_long = (self._freqs(f"rope_factors_{name}.weight", c) for name in ("short", "long"))
+        else:
+            freqs = self._freqs("rope_freqs.weight", c) if "rope_freqs.weight" in self.file.tensors else None
+            freqs_long = None
         weights = Weights(
             embed=embed,
             layers=tuple(self._layer(i, c, window) for i, window in enumerate(self._windows(c.n_layers))),
             out_norm=self._vector("output_norm.weight", c.d_model),
             head=embed if tied else self._dense("output.weight", c.n_vocab, c.d_model),
             rope_freqs=freqs,
+            rope_freqs_long=freqs_long,
         )
         unknown = [name for name in self.file.tensors if name not in self.used]
         if unknown:

@@ -53,6 +53,16 @@ GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }  # fmt: skip
 
+PHI_LONG: dict[str, Any] = {
+    "model_type": "phi3", "pad_token_id": 0, "hidden_size": 64, "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64, "short_factor": [1.0, 1.1, 1.3, 1.5, 1.75, 2.0],
+        "long_factor": [1.0, 1.5, 3.0, 5.0, 9.0, 20.0],
+    },
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
 MODELS: dict[str, dict[str, Any]] = {
     "gqa-tied": {},
     "mha-separate-head": {"num_key_value_heads": 4, "tie_word_embeddings": False},
@@ -85,6 +95,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3-pattern": {
         **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
     },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "phi3-longrope": PHI_LONG,
     "gemma2": {
         **GEMMA, "model_type": "gemma2", "layer_types": None, "attn_logit_softcapping": 1.5,
         "final_logit_softcapping": 3.0,
@@ -98,7 +110,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-NUMBA = ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2"]
+NUMBA = [
+    "gqa-tied",
+    "odd-sizes",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "gemma3-scales",
+    "gemma2",
+    "phi3",
+    "phi3-longrope",
+]
 """Models that the Numba backend runs, too."""
 
 
@@ -139,8 +162,18 @@ def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_dense_twins(make: Callable[[str], Case], name: str) -> None:
     case = make(name)
-    with runtime.load(case.out, backend="c", n_threads=1) as model:
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32) as model:
         assert_close(model.logits(IDS), case.twin_logits(IDS))
+
+
+def test_longrope_in_long_contexts(make: Callable[[str], Case]) -> None:
+    """Other factors, once there is room for more than the original context."""
+    case, ids = make("phi3-longrope"), IDS * 5
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=128) as model:
+        assert_close(model.logits(ids), case.twin_logits(ids))
+        long = model.logits(IDS)
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=64) as model:
+        assert np.abs(long - model.logits(IDS)).max() > 10 * TOLERANCE * long.std()
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
@@ -151,7 +184,7 @@ def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
     case, wanted = make(name), None
     other = [*IDS[:9], *IDS[:2:-1]]
     for backend, threads in (("c", 1), ("c", 3), ("numba", 1)):
-        with runtime.load(case.out, backend=backend, n_threads=threads) as model:
+        with runtime.load(case.out, backend=backend, n_threads=threads, n_ctx=32) as model:
             run, ids, other_ids = model.backend.eval, np.array(IDS, np.int32), np.array(other, np.int32)
             whole = run(ids, 0, len(ids))
             assert_close(whole, case.twin_logits(IDS))
@@ -393,6 +426,8 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "linear-rope",
         "gemma3-pattern",
         "gemma2",
+        "phi3",
+        "phi3-longrope",
     ],
 )
 def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from make_gguf import CHAT_TEMPLATE, tokenizer_json
 from torch import nn
@@ -160,7 +161,8 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     writer.add_rope_freq_base(
         config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
     )
-    writer.add_rope_dimension_count(head_dim)
+    partial = config.rope_parameters.get("partial_rotary_factor") or 1.0
+    writer.add_rope_dimension_count(int(head_dim * partial))
     writer.add_vocab_size(config.vocab_size)
     if arch.windows:
         writer.add_sliding_window(config.sliding_window)
@@ -174,6 +176,13 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_attn_factors(made.model.rotary_emb.attention_scaling)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for kind in ("long", "short"):
+            factors = np.array(rope[f"{kind}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{kind}.weight", factors)
     freqs = rope_freqs(made) if rope["rope_type"] == "llama3" else None
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
