@@ -43,8 +43,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Fused:
-    """Linears that transformers and llama.cpp hold as one, their rows one after the other. `source.split_fused`
-    puts the parts in the module's place, each under its GGUF name."""
+    """Linears that transformers and llama.cpp hold as one, their rows one after the other.
+    `source.split_fused` puts the parts in the module's place, each under its GGUF name."""
 
     module: str
     parts: tuple[str, ...]
@@ -94,6 +94,7 @@ class ArchSpec:
     norms: dict[str, str] = field(default_factory=lambda: NORMS)
     fused: dict[str, Fused] = field(default_factory=dict)  # by its GGUF name
     partial_rotary: bool = False  # RoPE may turn only the first dimensions of a head
+    no_rope: int = 0  # llama.cpp rotates no queries and keys in every so-manieth layer
     longrope: bool = False  # RoPE may have factors of its own for short and for long contexts
     groups: tuple[Group, ...] = (
         Group(("attn_q", "attn_k", "attn_v")),
@@ -116,6 +117,7 @@ ARCHS = {
     for spec in (
         ArchSpec("llama", "LlamaForCausalLM", "llama", "adjacent"),
         ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
+        ArchSpec("smollm3", "SmolLM3ForCausalLM", "smollm3", "adjacent", no_rope=4),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
         ArchSpec(
@@ -219,6 +221,7 @@ class Features:
     rope_short: tuple[float, ...]  # LongRoPE's factors up to the original context length; empty without it
     rope_long: tuple[float, ...]  # and beyond
     n_ctx_original: int
+    rotates: tuple[bool, ...]  # of each layer: whether it has RoPE; empty if all have
     windows: tuple[int, ...]  # of each layer; 0 for none
     embed_scale: float
     attn_scale: float  # 0: 1/sqrt(head_dim)
@@ -247,6 +250,7 @@ def features(config: Any) -> Features:
             rope.get("original_max_position_embeddings")
             or getattr(config, "original_max_position_embeddings", 0)
         ),
+        rotates=tuple(map(bool, getattr(config, "no_rope_layers", None) or ())) if spec.no_rope else (),
         windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
         embed_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
         attn_scale=0.0 if query == size else query**-0.5,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dbf2gguf.archs import ARCHS, ArchSpec
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.metadata import copy_metadata
-from runtime.config import ADJACENT, Dense, Linear
+from runtime.config import ADJACENT, NO_ROPE, Dense, Linear
 from runtime.errors import FormatError, OptionError, UnsupportedModelError
 from runtime.format import FACTORS, LINEARS, unpack
 from runtime.model import ModelFile, load_model_file
@@ -118,6 +118,9 @@ def _check_features(model: ModelFile) -> None:
         raise UnsupportedModelError(
             f"{model.path}: dbf.scale.attention is {scale:g}; llama.cpp takes {size**-0.5:g} for this model"
         )
+    turned = [layer.rope != NO_ROPE for layer in model.weights.layers]
+    if turned != [not spec.no_rope or (i + 1) % spec.no_rope != 0 for i in range(c.n_layers)]:
+        raise UnsupportedModelError(f"{model.path}: dbf.rope.layers are not those that llama.cpp rotates")
     has = "adjacent" if model.config.rope_pairing == ADJACENT else "halves"
     wanted = spec.rope_pairing
     if has != wanted:

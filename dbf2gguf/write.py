@@ -174,6 +174,8 @@ def _add_features(writer: gguf.GGUFWriter, f: Features) -> None:
     if f.rope_factor != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(f.rope_factor)
+    if not all(f.rotates):
+        writer.add_array("dbf.rope.layers", list(f.rotates))
     if f.windows:
         writer.add_sliding_window(max(f.windows))
         writer.add_sliding_window_pattern([window > 0 for window in f.windows])

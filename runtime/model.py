@@ -25,6 +25,7 @@ from runtime.config import (
     GELU,
     HALVES,
     LOCAL_ROPE,
+    NO_ROPE,
     ROPE,
     SILU,
     Config,
@@ -202,22 +203,31 @@ class _Reader:
             raise self._fail(f"{key} is {value}, wanted a number of 0 or more")
         return value
 
+    def _flags(self, key: str, n_layers: int) -> list[bool]:
+        """A bool for each layer."""
+        values = self.meta.get(key)
+        if not isinstance(values, list) or [type(v) for v in values] != [bool] * n_layers:
+            raise self._fail(f"{key} is {values!r:.60}, wanted a bool for each of {n_layers} layers")
+        return values
+
+    def _ropes(self, windows: list[int]) -> list[int]:
+        """What rotates the queries and keys of each layer."""
+        local = f"{self.arch}.rope.freq_base_swa" in self.meta
+        ropes = [LOCAL_ROPE if window and local else ROPE for window in windows]
+        if "dbf.rope.layers" not in self.meta:
+            return ropes
+        rotates = self._flags("dbf.rope.layers", len(windows))
+        return [rope if yes else NO_ROPE for rope, yes in zip(ropes, rotates, strict=True)]
+
     def _windows(self, n_layers: int) -> list[int]:
         """The sliding window of each layer; 0 for none."""
         key = f"{self.arch}.attention.sliding_window"
         if not self.meta.get(key):
             return [0] * n_layers
         window = self._size("attention.sliding_window")
-        pattern = self.meta.get(f"{key}_pattern")
-        if pattern is None:
+        if f"{key}_pattern" not in self.meta:
             raise self._unsupported(f"{key} is {window}, but {key}_pattern does not say in which layers")
-        if (
-            not isinstance(pattern, list)
-            or len(pattern) != n_layers
-            or not all(type(v) is bool for v in pattern)
-        ):
-            raise self._fail(f"{key}_pattern is {pattern!r:.60}, wanted a bool for each of {n_layers} layers")
-        return [window if windowed else 0 for windowed in pattern]
+        return [window if windowed else 0 for windowed in self._flags(f"{key}_pattern", n_layers)]
 
     def _choice(self, key: str, default: str, known: tuple[str, ...]) -> str:
         value = str(self._get(key, str, default))
@@ -332,7 +342,7 @@ class _Reader:
         data = self.file.data(name)
         return Dense(info.type, rows, cols, data.view(np.uint8).reshape(rows, -1))
 
-    def _layer(self, i: int, c: Config, window: int) -> Layer:
+    def _layer(self, i: int, c: Config, window: int, rope: int) -> Layer:
         d, heads, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = ((heads, d), (kv, d), (kv, d), (d, heads), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
         q, k, v, o, gate, up, down = (
@@ -347,10 +357,9 @@ class _Reader:
             raise self._fail(
                 f"layer {i} has only one of the tensors attn_q_norm.weight and attn_k_norm.weight"
             )
-        local = window and f"{self.arch}.rope.freq_base_swa" in self.meta
         return Layer(
             q=q, k=k, v=v, o=o, gate=gate, up=up, down=down,
-            window=window, rope=LOCAL_ROPE if local else ROPE, **norms,
+            window=window, rope=rope, **norms,
         )  # fmt: skip
 
     def _freqs(self, name: str, c: Config) -> NDArray[np.float32]:
@@ -367,9 +376,11 @@ class _Reader:
         else:
             freqs = self._freqs("rope_freqs.weight", c) if "rope_freqs.weight" in self.file.tensors else None
             freqs_long = None
+        windows = self._windows(c.n_layers)
+        kinds = enumerate(zip(windows, self._ropes(windows), strict=True))
         weights = Weights(
             embed=embed,
-            layers=tuple(self._layer(i, c, window) for i, window in enumerate(self._windows(c.n_layers))),
+            layers=tuple(self._layer(i, c, window, rope) for i, (window, rope) in kinds),
             out_norm=self._vector("output_norm.weight", c.d_model),
             head=embed if tied else self._dense("output.weight", c.n_vocab, c.d_model),
             rope_freqs=freqs,

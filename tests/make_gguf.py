@@ -13,7 +13,7 @@ import tokenizers
 from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from runtime.config import F32, HALVES, LOCAL_ROPE, Config, Dense, Layer, Linear, Weights
+from runtime.config import F32, HALVES, LOCAL_ROPE, NO_ROPE, Config, Dense, Layer, Linear, Weights
 from runtime.format import DBF1_TYPE, LINEARS, pad8
 from runtime.model import NORMS
 
@@ -117,6 +117,8 @@ def features(c: Config, weights: Weights, arch: str = "llama") -> dict[str, Any]
         meta[f"{arch}.attention.sliding_window_pattern"] = [window > 0 for window in windows]
     if any(layer.rope == LOCAL_ROPE for layer in weights.layers):
         meta[f"{arch}.rope.freq_base_swa"] = c.rope_theta_local
+    if any(layer.rope == NO_ROPE for layer in weights.layers):
+        meta["dbf.rope.layers"] = [layer.rope != NO_ROPE for layer in weights.layers]
     if c.rope_factor != 1:
         meta[f"{arch}.rope.scaling.type"] = "linear"
         meta[f"{arch}.rope.scaling.factor"] = c.rope_factor

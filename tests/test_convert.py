@@ -95,6 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3-pattern": {
         **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
     },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
     "phi3": {"model_type": "phi3", "pad_token_id": 0},
     "phi3-longrope": PHI_LONG,
     "gemma2": {
@@ -111,17 +112,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 NUMBA = [
-    "gqa-tied",
-    "odd-sizes",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma3",
-    "gemma3-scales",
-    "gemma2",
-    "phi3",
-    "phi3-longrope",
-]
+    "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
+    "phi3-longrope", "smollm3",
+]  # fmt: skip
 """Models that the Numba backend runs, too."""
 
 
@@ -426,6 +419,7 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "linear-rope",
         "gemma3-pattern",
         "gemma2",
+        "smollm3",
         "phi3",
         "phi3-longrope",
     ],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from make_gguf import tensors, tiny_config, tiny_weights, write, write_model
 
-from runtime.config import ADJACENT, F16, GELU, LOCAL_ROPE, Q4_0, Q8_0, ROPE, Layer, Linear, Weights
+from runtime.config import ADJACENT, F16, GELU, LOCAL_ROPE, NO_ROPE, Q4_0, Q8_0, ROPE, Layer, Linear, Weights
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE
 from runtime.model import load_model_file
@@ -65,17 +65,19 @@ def test_defaults(tmp_path: Path) -> None:
 def test_features(tmp_path: Path) -> None:
     """What only some models have comes back as it was written."""
     config = tiny_config(
-        n_layers=3, activation=GELU, embed_scale=5.5, attn_scale=0.25, attn_softcap=50.0, logit_softcap=30.0,
+        n_layers=4, activation=GELU, embed_scale=5.5, attn_scale=0.25, attn_softcap=50.0, logit_softcap=30.0,
         rope_factor=8.0, rope_theta_local=500.0,
     )  # fmt: skip
     plain, norm = tiny_weights(config), np.linspace(0.5, 1.5, 32, dtype=np.float32)
     head = np.linspace(0.5, 1.5, 8, dtype=np.float32)
     layers = [
         dataclasses.replace(
-            layer, window=window, rope=LOCAL_ROPE if window else ROPE, q_norm=head, k_norm=head[::-1].copy(),
+            layer, window=window, rope=rope, q_norm=head, k_norm=head[::-1].copy(),
             attn_post_norm=norm, ffn_post_norm=norm[::-1].copy(),
         )
-        for layer, window in zip(plain.layers, (16, 0, 16), strict=True)
+        for layer, window, rope in zip(
+            plain.layers, (16, 0, 16, 0), (LOCAL_ROPE, ROPE, NO_ROPE, NO_ROPE), strict=True
+        )
     ]  # fmt: skip
     weights = dataclasses.replace(plain, layers=tuple(layers))
     got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
@@ -207,6 +209,7 @@ BAD: dict[str, tuple[Edit, str]] = {
         r"has shape \(8,\), wanted \(32,\)",
     ),
     "window pattern": (windows(128, [True]), "wanted a bool for each of 2 layers"),
+    "rope layers": (meta_is("dbf.rope.layers", [True]), "wanted a bool for each of 2 layers"),
     "window": (windows(1 << 25, [True, False]), "wanted an integer in"),
     "cap": (meta_is("llama.final_logit_softcapping", -1.0), "wanted a number of 0 or more"),
     "embedding scale": (meta_is("dbf.scale.embedding", float("nan")), "wanted a number of 0 or more"),
