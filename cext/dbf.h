@@ -44,9 +44,10 @@ typedef struct dbf_dense {
 } dbf_dense;
 
 typedef struct dbf_layer {
-    const float *attn_norm, *ffn_norm; /* f32 [d_model] */
+    const float *attn_norm, *ffn_norm; /* f32 [d_model] RMSNorm of what q, k, v and gate, up read; NULL: it is x itself */
     dbf_linear q, k, v, o, gate, up, down;
-    const float *q_norm, *k_norm;      /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL */
+    const float *q_norm, *k_norm;      /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL;
+                                        * with joint_norms [rows of q], [rows of k] */
     const float *attn_post_norm, *ffn_post_norm; /* f32 [d_model] RMSNorm of what o and down add, each NULL for none */
     int32_t window;                    /* a query sees so many positions, its own the last; 0: all of them */
     int32_t rope;                      /* which of the session's RoPE tables; -1: no RoPE */
@@ -61,6 +62,9 @@ typedef struct dbf_config {
     float attn_scale;    /* and scores of attention by this; 0: 1/sqrt(head_dim) */
     float attn_softcap;  /* scores become cap * tanh(score / cap); 0: they stay */
     float logit_softcap; /* the same of logits */
+    float residual_scale; /* what o and down add to the residual stream is multiplied by it */
+    float logit_scale;   /* and logits by this, before the cap */
+    int32_t joint_norms; /* 1: q_norm and k_norm are of all heads of a token together */
 } dbf_config;
 
 typedef struct dbf_weights {

@@ -72,6 +72,7 @@ class ArchSpec:
     norm: str = "rms"
     norm_offset: float = 0.0  # transformers adds it to a norm's weights, which GGUF holds as they are used
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    scale_keys: bool = False  # llama.cpp reads the scales of embeddings, attention, residuals and logits
     windows: int = 0  # some layers have a sliding window; in llama.cpp, all but every so many
     local_theta: float | None = None  # RoPE's base there, where a GGUF file does not say
     layers_of_largest: int = 0  # by which llama.cpp knows those with another scale of attention
@@ -104,6 +105,11 @@ class ArchSpec:
     )
 
 
+AFTER_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
 SANDWICH_GROUPS = (
     Group(("attn_q", "attn_k", "attn_v")),
     Group(("attn_output",)),
@@ -118,6 +124,15 @@ ARCHS = {
         ArchSpec("llama", "LlamaForCausalLM", "llama", "adjacent"),
         ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
         ArchSpec("smollm3", "SmolLM3ForCausalLM", "smollm3", "adjacent", no_rope=4),
+        ArchSpec("granite", "GraniteForCausalLM", "granite", "adjacent", scale_keys=True),
+        ArchSpec(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            "olmo2",
+            "halves",
+            norms=AFTER_NORMS | HEAD_NORMS,
+            groups=SANDWICH_GROUPS,
+        ),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
         ArchSpec(
@@ -227,6 +242,8 @@ class Features:
     attn_scale: float  # 0: 1/sqrt(head_dim)
     attn_softcap: float
     logit_softcap: float
+    residual_scale: float
+    logit_scale: float
 
 
 def features(config: Any) -> Features:
@@ -238,6 +255,7 @@ def features(config: Any) -> Features:
     local_theta = local.get("rope_theta") or getattr(config, "rope_local_base_freq", None)
     linear = rope.get("rope_type", rope.get("type")) == "linear"  # the others are in rope_freqs.weight
     query = getattr(config, "query_pre_attn_scalar", None) or size
+    scale = getattr(config, "attention_multiplier", None) or query**-0.5
     window = config.sliding_window if spec.windows else 0
     return Features(
         rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
@@ -252,10 +270,14 @@ def features(config: Any) -> Features:
         ),
         rotates=tuple(map(bool, getattr(config, "no_rope_layers", None) or ())) if spec.no_rope else (),
         windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
-        embed_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
-        attn_scale=0.0 if query == size else query**-0.5,
+        embed_scale=config.hidden_size**0.5
+        if spec.scaled_embedding
+        else getattr(config, "embedding_multiplier", 1.0),
+        attn_scale=0.0 if scale == size**-0.5 else scale,
         attn_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        residual_scale=getattr(config, "residual_multiplier", 1.0),
+        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
     )
 
 

@@ -66,7 +66,8 @@ def logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def finished(raw: Tensor, f: Features) -> Tensor:
-    """Logits of the head's products, which some models cap."""
+    """Logits of the head's products, which some models scale and cap."""
+    raw = raw * f.logit_scale if f.logit_scale != 1 else raw
     return f.logit_softcap * torch.tanh(raw / f.logit_softcap) if f.logit_softcap else raw
 
 

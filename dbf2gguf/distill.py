@@ -282,6 +282,8 @@ def _kl_gradient(
     p_wanted = log_wanted.exp()
     kl = (log_wanted.sub_(log_p).mul_(p_wanted)).sum()
     error = log_p.exp_().sub_(p_wanted)
+    if f.logit_scale != 1:
+        error *= f.logit_scale
     if f.logit_softcap:
         error *= 1 - (logits / f.logit_softcap).square()
     return kl, error.to(hidden.dtype)

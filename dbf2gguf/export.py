@@ -114,7 +114,7 @@ def _check_features(model: ModelFile) -> None:
     spec, c = _spec(model.architecture), model.config
     size = c.d_model // c.n_heads if c.n_layers == spec.layers_of_largest else c.head_dim
     scale = c.attn_scale or c.head_dim**-0.5
-    if not math.isclose(scale, size**-0.5, rel_tol=1e-5):
+    if not spec.scale_keys and not math.isclose(scale, size**-0.5, rel_tol=1e-5):
         raise UnsupportedModelError(
             f"{model.path}: dbf.scale.attention is {scale:g}; llama.cpp takes {size**-0.5:g} for this model"
         )

@@ -65,7 +65,7 @@ def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
 
 def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
     meta = file.metadata
-    check_features(file.path, meta, arch.gguf)
+    check_features(file.path, meta, arch.gguf, arch.scale_keys)
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"{arch.gguf}.{key}", default)
@@ -117,6 +117,13 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         }
     if "rope_freqs.weight" in file.tensors:
         config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
+    if arch.scale_keys:
+        config |= {
+            "embedding_multiplier": float(get("embedding_scale", 1.0)),
+            "attention_multiplier": float(get("attention.scale", config["head_dim"] ** -0.5)),
+            "residual_multiplier": float(get("residual_scale", 1.0)),
+            "logits_scaling": float(get("logit_scale", 1.0)),
+        }
     config |= _windows(file, arch, config["num_hidden_layers"])
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         config[name] = get(name) if meta.get(f"{arch.gguf}.{name}") else None

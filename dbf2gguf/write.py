@@ -159,17 +159,22 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module)
     writer.add_rope_dimension_count(f.rope_dims)
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_features(writer, f)
+    _add_features(writer, source.arch, f)
     if f.rope_short:
         rotary = model.get_submodule(source.arch.decoder).rotary_emb
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
         writer.add_rope_scaling_orig_ctx_len(f.n_ctx_original)
         writer.add_rope_scaling_attn_factors(float(rotary.attention_scaling))
+    if source.arch.scale_keys:  # logits are divided by the last
+        writer.add_embedding_scale(f.embed_scale)
+        writer.add_attention_scale(f.attn_scale or size**-0.5)
+        writer.add_residual_scale(f.residual_scale)
+        writer.add_logit_scale(1.0 / f.logit_scale)
     if source.arch.gguf == "phi3":
         writer.add_sliding_window(0)  # llama.cpp wants the key; the context is no longer than the window
 
 
-def _add_features(writer: gguf.GGUFWriter, f: Features) -> None:
+def _add_features(writer: gguf.GGUFWriter, arch: ArchSpec, f: Features) -> None:
     """The keys that only some models have: llama.cpp's, and ours for what it knows by the architecture."""
     if f.rope_factor != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -185,10 +190,14 @@ def _add_features(writer: gguf.GGUFWriter, f: Features) -> None:
         writer.add_attn_logit_softcapping(f.attn_softcap)
     if f.logit_softcap:
         writer.add_final_logit_softcapping(f.logit_softcap)
-    if f.embed_scale != 1.0:
-        writer.add_float32("dbf.scale.embedding", f.embed_scale)
-    if f.attn_scale:
-        writer.add_float32("dbf.scale.attention", f.attn_scale)
+    for name, scale, usual in (
+        ("embedding", f.embed_scale, 1.0),
+        ("attention", f.attn_scale, 0.0),
+        ("residual", f.residual_scale, 1.0),
+        ("logits", f.logit_scale, 1.0),
+    ):
+        if scale != usual or arch.scale_keys:
+            writer.add_float32(f"dbf.scale.{name}", scale)
 
 
 def _rope_freqs(model: nn.Module, arch: ArchSpec) -> NDArray[np.float32] | None:

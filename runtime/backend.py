@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime import config as cfg
-from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes
+from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes, norm_size
 from runtime.errors import BackendError, OptionError
 
 NAMES = ("auto", "c", "numba")
@@ -193,7 +193,7 @@ def check(config: Config, weights: Weights) -> None:
         if (layer.q_norm is None) != (layer.k_norm is None):
             raise BackendError(f"layer {i}: q_norm without k_norm, or the other way round")
         for name, norm in layer.norms.items():
-            size = c.head_dim if name in ("q_norm", "k_norm") else c.d_model
+            size = norm_size(c, name)
             _expect(f"layer {i}: {name}", norm, (size,), np.float32)
         if layer.window < 0 or layer.rope not in (cfg.NO_ROPE, cfg.ROPE, cfg.LOCAL_ROPE):
             raise BackendError(f"layer {i}: window is {layer.window}, rope is {layer.rope}")

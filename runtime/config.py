@@ -62,6 +62,9 @@ class Config:
     attn_scale: float = 0.0  # and scores of attention by this; 0: 1/sqrt(head_dim)
     attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
     logit_softcap: float = 0.0  # the same of logits
+    residual_scale: float = 1.0  # what o and down add to the residual stream is multiplied by it
+    logit_scale: float = 1.0  # and logits by this, before the cap
+    joint_norms: int = 0  # 1: q_norm and k_norm are of all heads of a token together
 
 
 def kv_row_bytes(config: Config, kv_type: str) -> int:
@@ -85,6 +88,14 @@ def kv_row_bytes(config: Config, kv_type: str) -> int:
 def kv_bytes_per_token(config: Config, kv_type: str) -> int:
     """Bytes of the KV cache that one token takes; see `kv_row_bytes`."""
     return 2 * config.n_layers * config.n_kv_heads * kv_row_bytes(config, kv_type)
+
+
+def norm_size(c: Config, name: str) -> int:
+    """How many weights a norm of a layer has."""
+    if name not in ("q_norm", "k_norm"):
+        return c.d_model
+    heads = c.n_heads if name == "q_norm" else c.n_kv_heads
+    return c.head_dim * (heads if c.joint_norms else 1)
 
 
 @dataclass(frozen=True)
@@ -130,8 +141,10 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 class Layer:
     """One decoder block."""
 
-    attn_norm: NDArray[np.float32]  # (d_model,)
-    ffn_norm: NDArray[np.float32]  # (d_model,)
+    attn_norm: (
+        NDArray[np.float32] | None
+    )  # (d_model,) of RMSNorm of what q, k, v read; None: the stream itself
+    ffn_norm: NDArray[np.float32] | None  # (d_model,) and of what gate and up read
     q: Linear
     k: Linear
     v: Linear
@@ -139,7 +152,7 @@ class Layer:
     gate: Linear
     up: Linear
     down: Linear
-    q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE; both or none
+    q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE, or all rows; both or none
     k_norm: NDArray[np.float32] | None = None
     attn_post_norm: NDArray[np.float32] | None = None  # (d_model,) of RMSNorm of what o adds to the stream
     ffn_post_norm: NDArray[np.float32] | None = None  # (d_model,) and of what down adds

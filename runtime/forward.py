@@ -185,6 +185,9 @@ class NumbaBackend(Backend):
             for i in range(max(first - begin, 0), x.shape[0]):
                 norm = self._rmsnorm(x[i], self._weights.out_norm)
                 logits[begin + i - first] = head_logits(self._weights.head, norm)
+                if self._config.logit_scale != 1.0:
+                    factor = np.float32(self._config.logit_scale)
+                    kernels.scale(logits[begin + i - first], factor, self._config.n_vocab)
                 if self._config.logit_softcap > 0:
                     cap = np.float32(self._config.logit_softcap)
                     kernels.softcap(logits[begin + i - first], cap, self._config.n_vocab)
@@ -201,6 +204,10 @@ class NumbaBackend(Backend):
         kernels.rmsnorm(y, x, w, np.float32(self._config.norm_eps), x.size)
         return y
 
+    def _norms(self, x: Floats, w: Floats | None) -> Floats:
+        """RMSNorm of every row, or x itself if w is None."""
+        return x if w is None else np.stack([self._rmsnorm(row, w) for row in x])
+
     def _chunk(self, weights: Weights, tokens: list[int], pos: int) -> Floats:
         """The residual streams of some tokens after the last layer; keys and values go to the cache."""
         c, n = self._config, len(tokens)
@@ -212,15 +219,18 @@ class NumbaBackend(Backend):
 
         for i, (layer, w) in enumerate(zip(weights.layers, self._linears, strict=True)):
             # queries, keys, values
-            h = np.stack([self._rmsnorm(row, layer.attn_norm) for row in x])
-            q = self._linear(w["q"], h).reshape(n, c.n_heads, c.head_dim)
-            k = self._linear(w["k"], h).reshape(n, c.n_kv_heads, c.head_dim)
-            v = self._linear(w["v"], h).reshape(n, c.n_kv_heads, c.head_dim)
+            h = self._norms(x, layer.attn_norm)
+            q, k, v = (self._linear(w[name], h) for name in "qkv")
 
-            # RoPE, KV cache
+            # norms of queries and keys, RoPE, KV cache
+            q_norm, k_norm = layer.q_norm, layer.k_norm
+            if c.joint_norms:
+                q, k, q_norm, k_norm = self._norms(q, q_norm), self._norms(k, k_norm), None, None
+            q = q.reshape(n, c.n_heads, c.head_dim)
+            k, v = (t.reshape(n, c.n_kv_heads, c.head_dim) for t in (k, v))
             for j in range(n):
-                self._turn(q[j], layer.q_norm, layer.rope, pos + j)
-                self._turn(k[j], layer.k_norm, layer.rope, pos + j)
+                self._turn(q[j], q_norm, layer.rope, pos + j)
+                self._turn(k[j], k_norm, layer.rope, pos + j)
                 self._store(k[j], v[j], i, pos + j)
 
             # attention, added to the residual stream
@@ -228,7 +238,7 @@ class NumbaBackend(Backend):
             self._add_linear(x, w["o"], attended, layer.attn_post_norm)
 
             # feed-forward, added to the residual stream
-            h = np.stack([self._rmsnorm(row, layer.ffn_norm) for row in x])
+            h = self._norms(x, layer.ffn_norm)
             gate, up = self._linear(w["gate"], h), self._linear(w["up"], h)
             act_mul = kernels.silu_mul if c.activation == SILU else kernels.gelu_mul
             act_mul(gate.reshape(-1), gate.reshape(-1), up.reshape(-1), gate.size)
@@ -239,10 +249,10 @@ class NumbaBackend(Backend):
         return linear(w, x, self._qmax)
 
     def _add_linear(self, x: Floats, w: _Linear, y: Floats, norm: Floats | None) -> None:
-        """x += w(y), or x += RMSNorm(w(y))"""
-        branch = self._linear(w, y)
-        if norm is not None:
-            branch = np.stack([self._rmsnorm(row, norm) for row in branch])
+        """x += w(y); in some models, w(y) is normalized or scaled first"""
+        branch = self._norms(self._linear(w, y), norm)
+        if self._config.residual_scale != 1.0:
+            kernels.scale(branch.reshape(-1), np.float32(self._config.residual_scale), branch.size)
         _add(x, branch)
 
     def _turn(self, heads: Any, norm: Floats | None, rope: int, pos: int) -> None:

@@ -33,6 +33,7 @@ from runtime.config import (
     Layer,
     Linear,
     Weights,
+    norm_size,
 )
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1, FORMAT_VERSION, LINEARS, pad8
@@ -48,10 +49,6 @@ MAX_SIZE = 1 << 24
 
 FORBIDDEN = (
     ("rope.scaling.type", ("none", "llama3", "linear", "longrope"), "RoPE scaling"),
-    ("attention.scale", (0.0,), "a scale of attention scores"),
-    ("logit_scale", (0.0, 1.0), "a logit scale"),
-    ("embedding_scale", (0.0, 1.0), "an embedding scale"),
-    ("residual_scale", (0.0, 1.0), "a residual scale"),
     ("attention.causal", (True,), "non-causal attention"),
     ("use_parallel_residual", (False,), "parallel residual branches"),
     ("expert_count", (0,), "mixture of experts"),
@@ -69,12 +66,24 @@ NORMS = {
 }
 """Fields of Layer -> GGUF names."""
 
-NEEDED_NORMS = ("attn_norm", "ffn_norm")
+NORM_PAIRS = (("attn_norm", "attn_post_norm"), ("ffn_norm", "ffn_post_norm"))
+"""Each layer has one of either, or both."""
+
+SCALES = (
+    ("attention.scale", (0.0,), "a scale of attention scores"),
+    ("logit_scale", (0.0, 1.0), "a logit scale"),
+    ("embedding_scale", (0.0, 1.0), "an embedding scale"),
+    ("residual_scale", (0.0, 1.0), "a residual scale"),
+)
+"""Such keys whose meaning differs from architecture to architecture; `dbf.scale.*` say it without doubt."""
 
 
-def check_features(path: str | Path, metadata: Mapping[str, Any], arch: str) -> None:
-    """Raise UnsupportedModelError if a GGUF's metadata speak of a feature that is not implemented."""
-    for name, harmless, feature in FORBIDDEN:
+def check_features(path: str | Path, metadata: Mapping[str, Any], arch: str, scales: bool = False) -> None:
+    """Raise UnsupportedModelError if a GGUF's metadata speak of a feature that is not implemented.
+
+    scales  whether the caller knows what the keys of SCALES mean
+    """
+    for name, harmless, feature in FORBIDDEN if scales else FORBIDDEN + SCALES:
         value = metadata.get(f"{arch}.{name}")
         if value is not None and value not in harmless:
             raise UnsupportedModelError(
@@ -236,7 +245,9 @@ class _Reader:
         return value
 
     def config(self) -> Config:
-        check_features(self.file.path, self.meta, self.arch)
+        check_features(
+            self.file.path, self.meta, self.arch, any(k.startswith("dbf.scale.") for k in self.meta)
+        )
         activation = self._choice("dbf.activation", "silu", tuple(ACTIVATIONS))
         self._choice("dbf.norm", "rms", ("rms",))
         pairing = self._choice("dbf.rope.pairing", "", tuple(ROPE_PAIRINGS))
@@ -265,6 +276,9 @@ class _Reader:
             attn_scale=self._optional("dbf.scale.attention", 0.0),
             attn_softcap=self._optional(f"{self.arch}.attn_logit_softcapping", 0.0),
             logit_softcap=self._optional(f"{self.arch}.final_logit_softcapping", 0.0),
+            residual_scale=self._optional("dbf.scale.residual", 1.0),
+            logit_scale=self._optional("dbf.scale.logits", 1.0),
+            joint_norms=self._joint_norms(n_heads * head_dim, head_dim),
         )
         if config.n_heads % config.n_kv_heads:
             raise self._fail(f"{config.n_heads} heads are no multiple of {config.n_kv_heads} KV heads")
@@ -283,6 +297,11 @@ class _Reader:
     def _rope_factor(self) -> float:
         linear = self.meta.get(f"{self.arch}.rope.scaling.type") == "linear"
         return self._positive("rope.scaling.factor") if linear else 1.0
+
+    def _joint_norms(self, rows: int, head_dim: int) -> int:
+        """Whether queries are normalized all heads together; the norm's length tells it."""
+        norm = self.file.tensors.get("blk.0.attn_q_norm.weight")
+        return int(norm is not None and norm.shape == (rows,) and rows != head_dim)
 
     @property
     def _longrope(self) -> bool:
@@ -348,12 +367,14 @@ class _Reader:
         q, k, v, o, gate, up, down = (
             self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)
         )
-        norms = {}
+        norms: dict[str, NDArray[np.float32] | None] = {"attn_norm": None, "ffn_norm": None}
         for field, name in NORMS.items():
-            if field in NEEDED_NORMS or f"blk.{i}.{name}.weight" in self.file.tensors:
-                size = c.head_dim if field in ("q_norm", "k_norm") else d
-                norms[field] = self._vector(f"blk.{i}.{name}.weight", size)
-        if ("q_norm" in norms) != ("k_norm" in norms):
+            if f"blk.{i}.{name}.weight" in self.file.tensors:
+                norms[field] = self._vector(f"blk.{i}.{name}.weight", norm_size(c, field))
+        for pair in NORM_PAIRS:
+            if all(norms.get(field) is None for field in pair):
+                raise self._fail(f"tensor blk.{i}.{pair[0]}.weight is missing")
+        if (norms.get("q_norm") is None) != (norms.get("k_norm") is None):
             raise self._fail(
                 f"layer {i} has only one of the tensors attn_q_norm.weight and attn_k_norm.weight"
             )
@@ -371,11 +392,13 @@ class _Reader:
     def weights(self, c: Config) -> Weights:
         embed = self._dense("token_embd.weight", c.n_vocab, c.d_model)
         tied = "output.weight" not in self.file.tensors
+        freqs: NDArray[np.float32] | None = None
+        freqs_long: NDArray[np.float32] | None = None
         if self._longrope:
-            freqs, freqs_long = (self._freqs(f"rope_factors_{name}.weight", c) for name in ("short", "long"))
-        else:
-            freqs = self._freqs("rope_freqs.weight", c) if "rope_freqs.weight" in self.file.tensors else None
-            freqs_long = None
+            freqs = self._freqs("rope_factors_short.weight", c)
+            freqs_long = self._freqs("rope_factors_long.weight", c)
+        elif "rope_freqs.weight" in self.file.tensors:
+            freqs = self._freqs("rope_freqs.weight", c)
         windows = self._windows(c.n_layers)
         kinds = enumerate(zip(windows, self._ropes(windows), strict=True))
         weights = Weights(

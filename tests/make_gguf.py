@@ -127,6 +127,8 @@ def features(c: Config, weights: Weights, arch: str = "llama") -> dict[str, Any]
         (f"{arch}.final_logit_softcapping", c.logit_softcap, 0.0),
         ("dbf.scale.embedding", c.embed_scale, 1.0),
         ("dbf.scale.attention", c.attn_scale, 0.0),
+        ("dbf.scale.residual", c.residual_scale, 1.0),
+        ("dbf.scale.logits", c.logit_scale, 1.0),
     ):
         if value != usual:
             meta[key] = value

@@ -35,6 +35,10 @@ def rmsnorm(x, w, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
 
 
+def maybe_norm(x, w, eps):
+    return x if w is None else rmsnorm(x, w, eps)
+
+
 def rope(x, config: Config, pos, freqs=None, kind=0):
     """x: (n, heads, head_dim) at positions pos: (n,)"""
     if kind == NO_ROPE:
@@ -87,16 +91,18 @@ def forward(config: Config, w: Weights, tokens):
     act = gelu if c.activation == GELU else silu
     x = dense(w.embed)[tokens] * c.embed_scale
     for layer in w.layers:
-        h = rmsnorm(x, layer.attn_norm, c.norm_eps)
-        q = dbf_linear(layer.q, h).reshape(n, c.n_heads, c.head_dim)
-        k = dbf_linear(layer.k, h).reshape(n, c.n_kv_heads, c.head_dim)
-        v = dbf_linear(layer.v, h).reshape(n, c.n_kv_heads, c.head_dim)
-        if layer.q_norm is not None:
+        h = maybe_norm(x, layer.attn_norm, c.norm_eps)
+        q, k, v = (dbf_linear(w, h) for w in (layer.q, layer.k, layer.v))
+        if c.joint_norms:
+            q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
+        q = q.reshape(n, c.n_heads, c.head_dim)
+        k, v = (t.reshape(n, c.n_kv_heads, c.head_dim) for t in (k, v))
+        if layer.q_norm is not None and not c.joint_norms:
             q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
         q, k = (rope(t, c, pos, w.rope_freqs, layer.rope) for t in (q, k))
         y = dbf_linear(layer.o, attention(q, k, v, c.attn_scale, c.attn_softcap, layer.window))
-        x = x + (y if layer.attn_post_norm is None else rmsnorm(y, layer.attn_post_norm, c.norm_eps))
-        h = rmsnorm(x, layer.ffn_norm, c.norm_eps)
+        x = x + maybe_norm(y, layer.attn_post_norm, c.norm_eps) * c.residual_scale
+        h = maybe_norm(x, layer.ffn_norm, c.norm_eps)
         y = dbf_linear(layer.down, act(dbf_linear(layer.gate, h)) * dbf_linear(layer.up, h))
-        x = x + (y if layer.ffn_post_norm is None else rmsnorm(y, layer.ffn_post_norm, c.norm_eps))
-    return softcap(rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T, c.logit_softcap)
+        x = x + maybe_norm(y, layer.ffn_post_norm, c.norm_eps) * c.residual_scale
+    return softcap(rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T * c.logit_scale, c.logit_softcap)

@@ -59,6 +59,14 @@ MODELS = {
         tiny.config(embed_scale=48**0.5, attn_scale=0.7, attn_softcap=2.0, logit_softcap=3.0),
         {"tied": True},
     ),
+    "norms after only, and of all heads": (
+        tiny.config(joint_norms=1),
+        {"head_norms": True, "post_norms": True, "pre_norms": False},
+    ),
+    "scales of what is added and of logits": (
+        tiny.config(residual_scale=0.22, logit_scale=0.125, logit_softcap=3.0),
+        {"bias": True},
+    ),
     "norms after": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True, "post_norms": True}),
 }
 

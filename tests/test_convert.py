@@ -95,6 +95,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3-pattern": {
         **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
     },
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
+    },
+    "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
     "phi3": {"model_type": "phi3", "pad_token_id": 0},
     "phi3-longrope": PHI_LONG,
@@ -113,7 +119,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 NUMBA = [
     "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
-    "phi3-longrope", "smollm3",
+    "phi3-longrope", "smollm3", "granite", "olmo2",
 ]  # fmt: skip
 """Models that the Numba backend runs, too."""
 
@@ -419,6 +425,9 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "linear-rope",
         "gemma3-pattern",
         "gemma2",
+        "granite",
+        "granite-plain",
+        "olmo2",
         "smollm3",
         "phi3",
         "phi3-longrope",

@@ -182,9 +182,9 @@ def test_gradients_pass_through_the_signs(monkeypatch: pytest.MonkeyPatch, part:
             assert torch.allclose(getattr(stack, name).grad[i], scale.grad * rms, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cap", [0.0, 3.0])
-def test_kl_gradient_is_autograds(cap: float) -> None:
-    f = replace(features(tiny_hf.model().config), logit_softcap=cap)
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (1.0, 3.0), (0.3, 2.0)])
+def test_kl_gradient_is_autograds(scale: float, cap: float) -> None:
+    f = replace(features(tiny_hf.model().config), logit_scale=scale, logit_softcap=cap)
     generator = torch.Generator().manual_seed(6)
 
     def normal(*shape: int) -> Tensor:
@@ -192,7 +192,8 @@ def test_kl_gradient_is_autograds(cap: float) -> None:
 
     hidden, wanted, head = normal(7, 12).requires_grad_(), normal(7, 12), normal(30, 12)
     kl, error = _kl_gradient(hidden.detach(), wanted, head, head, f)
-    capped = [h @ head.mT if not cap else cap * torch.tanh(h @ head.mT / cap) for h in (hidden, wanted)]
+    scaled = [h @ head.mT * scale for h in (hidden, wanted)]
+    capped = [cap * torch.tanh(x / cap) if cap else x for x in scaled]
     log_q, log_p = (torch.log_softmax(x, -1) for x in capped)
     expected = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
     expected.backward()

@@ -66,7 +66,7 @@ def test_features(tmp_path: Path) -> None:
     """What only some models have comes back as it was written."""
     config = tiny_config(
         n_layers=4, activation=GELU, embed_scale=5.5, attn_scale=0.25, attn_softcap=50.0, logit_softcap=30.0,
-        rope_factor=8.0, rope_theta_local=500.0,
+        rope_factor=8.0, rope_theta_local=500.0, residual_scale=0.5, logit_scale=0.125,
     )  # fmt: skip
     plain, norm = tiny_weights(config), np.linspace(0.5, 1.5, 32, dtype=np.float32)
     head = np.linspace(0.5, 1.5, 8, dtype=np.float32)
@@ -82,6 +82,25 @@ def test_features(tmp_path: Path) -> None:
     weights = dataclasses.replace(plain, layers=tuple(layers))
     got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
     assert dataclasses.replace(got.config, norm_eps=config.norm_eps) == config
+    assert same(got.weights, weights)
+
+
+def test_norms_after_only_and_of_all_heads(tmp_path: Path) -> None:
+    config = tiny_config(joint_norms=1)
+    plain = tiny_weights(config)
+    q, k, x = (np.linspace(0.5, 1.5, n, dtype=np.float32) for n in (32, 16, 32))
+    norms = {
+        "attn_norm": None,
+        "ffn_norm": None,
+        "attn_post_norm": x,
+        "ffn_post_norm": x,
+        "q_norm": q,
+        "k_norm": k,
+    }
+    layers = tuple(dataclasses.replace(layer, **norms) for layer in plain.layers)
+    weights = dataclasses.replace(plain, layers=layers)
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
+    assert got.config.joint_norms == 1
     assert same(got.weights, weights)
 
 
@@ -210,6 +229,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "window pattern": (windows(128, [True]), "wanted a bool for each of 2 layers"),
     "rope layers": (meta_is("dbf.rope.layers", [True]), "wanted a bool for each of 2 layers"),
+    "no norm of a layer": (tensor_is("blk.1.ffn_norm.weight", None), "blk.1.ffn_norm.weight is missing"),
     "window": (windows(1 << 25, [True, False]), "wanted an integer in"),
     "cap": (meta_is("llama.final_logit_softcapping", -1.0), "wanted a number of 0 or more"),
     "embedding scale": (meta_is("dbf.scale.embedding", float("nan")), "wanted a number of 0 or more"),

@@ -183,6 +183,11 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
         for kind in ("long", "short"):
             factors = np.array(rope[f"{kind}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+    if arch.scale_keys:
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     freqs = rope_freqs(made) if rope["rope_type"] == "llama3" else None
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)

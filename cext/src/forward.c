@@ -37,11 +37,13 @@ static int max_of(int a, int b)
     return a > b ? a : b;
 }
 
-/* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */
+/* RMSNorm(x) of tokens first .. n-1, or x itself if w is NULL: divided, or a single one by every thread into its own
+ * memory */
 static float *norms(dbf_session *s, int thread, const float *w, int first, int n)
 {
     const dbf_model *m = s->model;
     int d = m->config.d_model, begin, end;
+    if (!w) return s->x + (size_t)first * d;
     if (n - first == 1) {
         m->kernels->rmsnorm(s->scratch[thread].x, s->x + (size_t)first * d, w, m->config.norm_eps, d);
         lap(s, thread, REST);
@@ -79,24 +81,41 @@ static void turn(const dbf_session *s, float *x, const float *w, int rope, int p
     s->model->kernels->rope(x, cos_sin, c->rope_dims, c->rope_pairing);
 }
 
+/* RMSNorm of all heads of a token together, for queries and for keys, in models that have that */
+static void joint_norms(const job_t *job, int thread, const layer_t *l)
+{
+    dbf_session *s = job->s;
+    const dbf_config *c = &s->model->config;
+    int q = c->n_heads * c->head_dim, k = c->n_kv_heads * c->head_dim, begin, end;
+    if (!c->joint_norms || !l->norm[Q_NORM]) return;
+    pool_split(s->model->pool, thread, job->n, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *queries = s->q_heads + (size_t)i * q, *keys = s->k_heads + (size_t)i * k;
+        s->model->kernels->rmsnorm(queries, queries, l->norm[Q_NORM], c->norm_eps, q);
+        s->model->kernels->rmsnorm(keys, keys, l->norm[K_NORM], c->norm_eps, k);
+    }
+    meet(s, thread, REST);
+}
+
 /* turn queries and keys, store keys and values; one item is one head of one token */
 static void turn_and_store(const job_t *job, int thread, int layer)
 {
     dbf_session *s = job->s;
     const dbf_config *c = &s->model->config;
     const layer_t *l = &s->model->layers[layer];
+    const float *q_norm = c->joint_norms ? NULL : l->norm[Q_NORM], *k_norm = c->joint_norms ? NULL : l->norm[K_NORM];
     int heads = c->n_heads + c->n_kv_heads, dim = c->head_dim, begin, end;
     pool_split(s->model->pool, thread, job->n * heads, &begin, &end);
     for (int item = begin; item < end; item++) {
         int i = item / heads, h = item % heads, pos = job->pos + i;
         if (h < c->n_heads) {
-            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, l->norm[Q_NORM], l->rope, pos);
+            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, q_norm, l->rope, pos);
             continue;
         }
         h -= c->n_heads;
         size_t from = ((size_t)i * c->n_kv_heads + h) * dim;
         size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * s->kv_bytes;
-        turn(s, s->k_heads + from, l->norm[K_NORM], l->rope, pos);
+        turn(s, s->k_heads + from, k_norm, l->rope, pos);
         narrow(s, s->k + to, s->k_heads + from);
         narrow(s, s->v + to, s->v_heads + from);
     }
@@ -190,17 +209,18 @@ static const float *gated(dbf_session *s, int thread, int n)
     return s->gate;
 }
 
-/* x += w(y), or x += RMSNorm(w(y)) */
+/* x += w(y); in some models, w(y) is normalized or scaled first */
 static void add_linear(dbf_session *s, int thread, const linear_t *w, const float *y, const float *norm, int n)
 {
     const dbf_model *m = s->model;
-    int d = m->config.d_model, begin, end;
-    linears(s, thread, (apply_t[]){ { w, y, norm ? s->norm : s->x, norm == NULL } }, 1, n);
-    if (!norm) return;
+    int d = m->config.d_model, plain = !norm && m->config.residual_scale == 1.0f, begin, end;
+    linears(s, thread, (apply_t[]){ { w, y, plain ? s->x : s->norm, plain } }, 1, n);
+    if (plain) return;
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++) {
         float *branch = s->norm + (size_t)i * d;
-        m->kernels->rmsnorm(branch, branch, norm, m->config.norm_eps, d);
+        if (norm) m->kernels->rmsnorm(branch, branch, norm, m->config.norm_eps, d);
+        if (m->config.residual_scale != 1.0f) m->kernels->scale(branch, m->config.residual_scale, d);
         m->kernels->add(s->x + (size_t)i * d, branch, d);
     }
     meet(s, thread, REST);
@@ -233,6 +253,7 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
             float y[DBF_BATCH * DBF_PANEL];
             int some = min_of(DBF_BATCH, n - i);
             dense_gemv(k, y, w, r, rows, x + i * cols, q + i * cols, scale + i, some);
+            if (m->config.logit_scale != 1.0f) k->scale(y, m->config.logit_scale, some * rows);
             if (m->config.logit_softcap > 0.0f) k->softcap(y, m->config.logit_softcap, some * rows);
             for (int j = 0; j < some; j++)
                 memcpy(job->logits + (i + j) * vocab + r, y + j * rows, (size_t)rows * sizeof *y);
@@ -270,7 +291,8 @@ static void forward(void *arg, int thread)
                              { &l->linear[V], x, s->v_heads, 0 } },
                 3, n);
 
-        /* RoPE, KV cache */
+        /* norms of queries and keys, RoPE, KV cache */
+        joint_norms(job, thread, l);
         turn_and_store(job, thread, layer);
 
         /* attention, added to the residual stream */

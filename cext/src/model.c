@@ -51,6 +51,7 @@ static int config_ok(const dbf_config *c)
         && c->rope_dims % 2 == 0 && c->rope_dims <= c->head_dim
         && (c->rope_pairing == DBF_ADJACENT || c->rope_pairing == DBF_HALVES) && number_ok(c->norm_eps)
         && (c->activation == DBF_SILU || c->activation == DBF_GELU) && isfinite(c->embed_scale)
+        && isfinite(c->residual_scale) && isfinite(c->logit_scale) && (c->joint_norms == 0 || c->joint_norms == 1)
         && number_ok(c->attn_scale) && number_ok(c->attn_softcap) && number_ok(c->logit_softcap);
 }
 
@@ -73,7 +74,7 @@ static int weights_ok(const dbf_weights *w, const dbf_config *c)
         return 0;
     for (int i = 0; i < c->n_layers; i++) {
         const dbf_layer *l = &w->layers[i];
-        if (!l->attn_norm || !l->ffn_norm || !l->q_norm != !l->k_norm || l->window < 0 || l->rope < -1
+        if (!l->q_norm != !l->k_norm || l->window < 0 || l->rope < -1
             || l->rope >= MAX_ROPES || !linear_ok(&l->q, heads, c->d_model)
             || !linear_ok(&l->k, kv, c->d_model) || !linear_ok(&l->v, kv, c->d_model)
             || !linear_ok(&l->o, c->d_model, heads) || !linear_ok(&l->gate, c->d_ff, c->d_model)
@@ -96,7 +97,9 @@ static const float *norm_of(const dbf_layer *l, int i)
 
 static size_t norm_bytes(const dbf_config *c, int i)
 {
-    return (size_t)(i == Q_NORM || i == K_NORM ? c->head_dim : c->d_model) * sizeof(float);
+    int heads = i == Q_NORM ? c->n_heads : c->n_kv_heads;
+    int n = i == Q_NORM || i == K_NORM ? c->head_dim * (c->joint_norms ? heads : 1) : c->d_model;
+    return (size_t)n * sizeof(float);
 }
 
 /* ---- model ------------------------------------------------------------------------------------------------ */

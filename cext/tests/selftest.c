@@ -126,9 +126,10 @@ static void test_model(int type, int dim, int kv_type, int variant)
                                  variant ? random_floats(dim) : NULL, variant ? random_floats(dim) : NULL,
                                  variant ? random_floats(D) : NULL, variant ? random_floats(D) : NULL,
                                  variant ? 13 - 13 * i : 0, variant ? i - 1 : 0 };
-    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f, DBF_SILU, 1.0f, 0.0f, 0.0f, 0.0f };
+    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f, DBF_SILU, 1.0f, 0.0f, 0.0f, 0.0f,
+                     1.0f, 1.0f, 0 };
     if (variant) c.activation = DBF_GELU, c.embed_scale = 16.0f, c.attn_scale = 0.3f, c.attn_softcap = 2.0f;
-    if (variant) c.logit_softcap = 5.0f;
+    if (variant) c.logit_softcap = 5.0f, c.residual_scale = 0.4f, c.logit_scale = 0.5f;
     uint16_t *h = random_halves(VOCAB * D);
     float *f = random_floats(VOCAB * D);
     uint8_t *blocks = random_blocks(type, VOCAB * D / (type == DBF_Q6_K ? 256 : 32));
