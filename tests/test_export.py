@@ -288,6 +288,10 @@ weight: 1.5e-3 and 7e-3 (f16), 7e-3 and 4e-2 (bf16), 2.6e-2 and 1.4e-1 (q8_0); o
 8e-3, 9e-3 and 8e-2, 2.2e-2 and 1.4e-1. Wrong signs, heads or rotations: > 0.1 rms.
 """
 
+GEMMA: dict[str, Any] = {
+    "head_dim": 16, "num_hidden_layers": 7, "sliding_window": 7, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+
 MODELS: dict[str, dict[str, Any]] = {
     "gqa-tied": {},
     "biases-separate-head-llama3-rope": {
@@ -303,6 +307,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "gemma3": {**GEMMA, "model_type": "gemma3_text"},
+    "gemma3-linear-rope": {
+        **GEMMA, "model_type": "gemma3_text", "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+    },
+    "gemma2": {
+        **GEMMA, "model_type": "gemma2", "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0,
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
+    },
 }  # fmt: skip
 
 
