@@ -19,6 +19,7 @@ SANDWICH_NORMS = {  # before and after attention and feed-forward
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+AFTER_NORMS = {name: path for name, path in SANDWICH_NORMS.items() if name.startswith("post_")}
 ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
 """Our names of activations -> transformers'."""
 
@@ -55,6 +56,7 @@ class Fused:
         return {part: f"{self.module}.{part}" for part in self.parts}
 
 
+GPT2_QKV = Fused("attn.c_attn", ("attn_q", "attn_k", "attn_v"))
 PHI_QKV = Fused("self_attn.qkv_proj", ("attn_q", "attn_k", "attn_v"))
 PHI_GATE_UP = Fused("mlp.gate_up_proj", ("ffn_gate", "ffn_up"))
 
@@ -80,6 +82,7 @@ class ArchSpec:
     layers: str = "model.layers"
     embed: str = "model.embed_tokens"
     out_norm: str = "model.norm"
+    positions: str | None = None  # the embedding of positions, in place of RoPE
     head: str = "lm_head"
     linears: dict[str, str] = field(
         default_factory=lambda: {
@@ -95,7 +98,7 @@ class ArchSpec:
     norms: dict[str, str] = field(default_factory=lambda: NORMS)
     fused: dict[str, Fused] = field(default_factory=dict)  # by its GGUF name
     partial_rotary: bool = False  # RoPE may turn only the first dimensions of a head
-    no_rope: int = 0  # llama.cpp rotates no queries and keys in every so-manieth layer
+    no_rope: int = 0  # some layers have no RoPE; in llama.cpp, one of so many
     longrope: bool = False  # RoPE may have factors of its own for short and for long contexts
     groups: tuple[Group, ...] = (
         Group(("attn_q", "attn_k", "attn_v")),
@@ -104,11 +107,6 @@ class ArchSpec:
         Group(("ffn_down",), residual="post_attention_layernorm"),
     )
 
-
-AFTER_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 
 SANDWICH_GROUPS = (
     Group(("attn_q", "attn_k", "attn_v")),
@@ -135,6 +133,33 @@ ARCHS = {
         ),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
+        ArchSpec(
+            "gpt2",
+            "GPT2LMHeadModel",
+            "gpt2",
+            "halves",
+            activation="gelu_tanh",
+            norm="layer",
+            decoder="transformer",
+            layers="transformer.h",
+            embed="transformer.wte",
+            positions="transformer.wpe",
+            out_norm="transformer.ln_f",
+            linears={
+                **GPT2_QKV.linears,
+                "attn_output": "attn.c_proj",
+                "ffn_up": "mlp.c_fc",
+                "ffn_down": "mlp.c_proj",
+            },
+            fused={"attn_qkv": GPT2_QKV},
+            norms={"attn_norm": "ln_1", "ffn_norm": "ln_2"},
+            groups=(
+                Group(("attn_q", "attn_k", "attn_v")),
+                Group(("attn_output",), residual=INPUT),
+                Group(("ffn_up",)),
+                Group(("ffn_down",), residual="ln_2"),
+            ),
+        ),
         ArchSpec(
             "phi3",
             "Phi3ForCausalLM",
@@ -200,6 +225,9 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
     wanted: dict[str, tuple[Any, ...]] = {
         **activations,
         "use_bidirectional_attention": (False, None),
+        "scale_attn_weights": (True, None),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
     }
     for key, values in wanted.items():
         got = config.get(key)
@@ -229,6 +257,9 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
 class Features:
     """What a model computes otherwise than Llama, by its config.json; see `runtime.config.Config`."""
 
+    n_kv_heads: int
+    d_ff: int
+    norm_eps: float
     rope_theta: float
     rope_theta_local: float | None  # of layers with a window; None if it is that of the others
     rope_factor: float  # of linear scaling
@@ -257,7 +288,11 @@ def features(config: Any) -> Features:
     query = getattr(config, "query_pre_attn_scalar", None) or size
     scale = getattr(config, "attention_multiplier", None) or query**-0.5
     window = config.sliding_window if spec.windows else 0
+    embed_scale = config.hidden_size**0.5
     return Features(
+        n_kv_heads=config.num_attention_heads if spec.positions else config.num_key_value_heads,
+        d_ff=config.n_inner or 4 * config.hidden_size if spec.positions else config.intermediate_size,
+        norm_eps=config.layer_norm_epsilon if spec.norm == "layer" else config.rms_norm_eps,
         rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
         rope_theta_local=float(local_theta) if spec.windows and local_theta else None,
         rope_factor=float(rope["factor"]) if linear else 1.0,
@@ -268,17 +303,21 @@ def features(config: Any) -> Features:
             rope.get("original_max_position_embeddings")
             or getattr(config, "original_max_position_embeddings", 0)
         ),
-        rotates=tuple(map(bool, getattr(config, "no_rope_layers", None) or ())) if spec.no_rope else (),
+        rotates=_rotates(config, spec),
         windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
-        embed_scale=config.hidden_size**0.5
-        if spec.scaled_embedding
-        else getattr(config, "embedding_multiplier", 1.0),
+        embed_scale=embed_scale if spec.scaled_embedding else getattr(config, "embedding_multiplier", 1.0),
         attn_scale=0.0 if scale == size**-0.5 else scale,
         attn_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
     )
+
+
+def _rotates(config: Any, spec: ArchSpec) -> tuple[bool, ...]:
+    if spec.positions:
+        return (False,) * int(config.num_hidden_layers)
+    return tuple(map(bool, config.no_rope_layers)) if spec.no_rope else ()
 
 
 def head_dim(config: Any) -> int:

@@ -28,6 +28,9 @@ from dbf2gguf.source import Source, decoder_layers
 
 BATCH_ROWS = 8
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with after its input: by position and by name."""
+
 
 class _Stop(Exception):
     """Ends a layer's forward pass once its hook has seen what it wanted."""
@@ -179,19 +182,17 @@ class _Record:
     output: Tensor
 
 
-def _embed(
-    model: nn.Module, layers: nn.ModuleList, rows: Tensor
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def _embed(model: nn.Module, layers: nn.ModuleList, rows: Tensor) -> tuple[list[Tensor], list[Arguments]]:
     """The first layer's inputs, in batches, and the other arguments that each layer is called with."""
     states: list[Tensor] = []
-    arguments: dict[nn.Module, dict[str, Any]] = {}
+    arguments: dict[nn.Module, Arguments] = {}
 
     def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is layers[0]:
             states.append(args[0] if args else kwargs["hidden_states"])
             if arguments:
                 raise _Stop  # the first batch has told those of every layer
-        arguments[module] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        arguments[module] = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     device = next(model.parameters()).device
     with ExitStack() as hooks:
@@ -208,12 +209,13 @@ def _even_batch(rows: int) -> int:
     return next(size for size in range(min(BATCH_ROWS, rows), 0, -1) if rows % size == 0)
 
 
-def _call(layer: nn.Module, state: Tensor, arguments: dict[str, Any]) -> Tensor:
-    output = layer(state, **arguments)
+def _call(layer: nn.Module, state: Tensor, arguments: Arguments) -> Tensor:
+    positional, named = arguments
+    output = layer(state, *positional, **named)
     return output[0] if isinstance(output, tuple) else output
 
 
-def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: dict[str, Any]) -> _Record:
+def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: Arguments) -> _Record:
     seen: dict[str, Tensor] = {}
     with _watching(layer, _watched(arch, arch.groups), seen.__setitem__):
         output = _call(layer, state, arguments)
@@ -225,7 +227,7 @@ def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: dict[str
 
 
 def _inputs(
-    layer: nn.Module, arch: ArchSpec, group: Group, states: list[Tensor], arguments: dict[str, Any]
+    layer: nn.Module, arch: ArchSpec, group: Group, states: list[Tensor], arguments: Arguments
 ) -> list[tuple[Tensor, Tensor | None]]:
     """A group's inputs and residuals in the layer as it is now; each pass stops once they are known."""
     result = []

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dbf2gguf.archs import Features, features
+from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
+from dbf2gguf.source import decoder_layers
 
 SCALES = ("s_out", "s_mid", "s_in")
 PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
@@ -230,7 +231,8 @@ def distill(
 @contextmanager
 def _compiled(*models: nn.Module) -> Iterator[None]:
     """The models' layers, compiled while the context lasts: one compilation serves all layers of a model."""
-    layers = [layer for model in models for layer in model.get_decoder().layers]
+    arch = ARCHS[models[0].config.model_type]
+    layers = [layer for model in models for layer in decoder_layers(model, arch)]
     for layer in layers:
         layer.compile()
     try:

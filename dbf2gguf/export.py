@@ -23,7 +23,7 @@ from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.metadata import copy_metadata
 from runtime.config import ADJACENT, NO_ROPE, Dense, Linear
 from runtime.errors import FormatError, OptionError, UnsupportedModelError
-from runtime.format import FACTORS, LINEARS, unpack
+from runtime.format import FACTORS, unpack
 from runtime.model import ModelFile, load_model_file
 
 OUT_TYPES = {
@@ -80,7 +80,7 @@ def export(file: str | Path, out: str | Path, *, outtype: str = "f16", quiet: bo
     finally:
         model.close()
     if not quiet:
-        odd = sum(t.type != kind for t in tensors if len(t.shape) == 2)
+        odd = sum(t.type != kind for t in tensors if isinstance(t.source, list | Dense))
         note = f"; rows of {odd} matrices fit no {kind.name} and are F16" if odd else ""
         print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {kind.name}{note}", file=sys.stderr)
 
@@ -118,8 +118,9 @@ def _check_features(model: ModelFile) -> None:
         raise UnsupportedModelError(
             f"{model.path}: dbf.scale.attention is {scale:g}; llama.cpp takes {size**-0.5:g} for this model"
         )
-    turned = [layer.rope != NO_ROPE for layer in model.weights.layers]
-    if turned != [not spec.no_rope or (i + 1) % spec.no_rope != 0 for i in range(c.n_layers)]:
+    rotates = [layer.rope != NO_ROPE for layer in model.weights.layers]
+    wanted_there = [not spec.no_rope or (i + 1) % spec.no_rope != 0 for i in range(c.n_layers)]
+    if rotates != wanted_there and not spec.positions:
         raise UnsupportedModelError(f"{model.path}: dbf.rope.layers are not those that llama.cpp rotates")
     has = "adjacent" if model.config.rope_pairing == ADJACENT else "halves"
     wanted = spec.rope_pairing
@@ -134,8 +135,7 @@ def _tensors(model: ModelFile, kind: Type) -> Iterator[_Tensor]:
     weights = model.weights
     linears = {}
     for index, layer in enumerate(weights.layers):
-        parts = layer.linears.values()
-        linears |= {f"blk.{index}.{name}": part for name, part in zip(LINEARS, parts, strict=True)}
+        linears |= {f"blk.{index}.{name}": linear for name, linear in layer.gguf_linears.items()}
     fused = _spec(model.architecture).fused
     first = {part.parts[0]: (name, part.parts) for name, part in fused.items()}
     others = {name for part in fused.values() for name in part.parts[1:]}

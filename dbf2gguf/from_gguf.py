@@ -22,7 +22,7 @@ from dbf2gguf.archs import ACTIVATIONS, ARCHS, FULL, SLIDING, ArchSpec, unpermut
 from runtime import ggml_tokenizer
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
-from runtime.model import check_features
+from runtime.model import EPSILONS, NORM_KINDS, check_features
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -91,7 +91,9 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": get("attention.key_length", width // heads),
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        ("layer_norm_epsilon" if arch.norm == "layer" else "rms_norm_eps"): float(
+            f"{get('attention.' + EPSILONS[NORM_KINDS[arch.norm]]):.6g}"
+        ),
         "rope_theta": float(get("rope.freq_base", 10000.0)),
         "hidden_act": ACTIVATIONS[arch.activation][0],
         "hidden_activation": ACTIVATIONS[arch.activation][0],
@@ -117,6 +119,8 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         }
     if "rope_freqs.weight" in file.tensors:
         config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
+    if arch.positions:
+        config["activation_function"], config["n_inner"] = config["hidden_act"], config["intermediate_size"]
     if arch.scale_keys:
         config |= {
             "embedding_multiplier": float(get("embedding_scale", 1.0)),
@@ -189,6 +193,8 @@ def _tensors(
     outer = {
         "token_embd.weight": f"{arch.embed}.weight",
         "output_norm.weight": f"{arch.out_norm}.weight",
+        "output_norm.bias": f"{arch.out_norm}.bias",
+        "position_embd.weight": f"{arch.positions}.weight",
         "output.weight": f"{arch.head}.weight",
     }
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -214,6 +220,8 @@ def _tensors(
             target = f"{arch.layers}.{match[1]}.{inner[match[2]]}.{match[3]}"
             if match[2] in arch.norms:
                 array = array - arch.norm_offset
+            if arch.positions and array.ndim == 2:
+                array = array.T  # GPT-2's Conv1D
             if match[2] in heads and arch.rope_pairing == "adjacent":
                 array = unpermute_rope(array, heads[match[2]])
         result[target] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)

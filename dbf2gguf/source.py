@@ -14,6 +14,8 @@ from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
 from runtime.errors import FormatError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
+CONSTANTS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names that old checkpoints give to what is computed: RoPE's frequencies, GPT-2's causal mask."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             f"{source.path}: shapes contradict config.json: {name!r} is {tuple(got)}; wanted {tuple(wanted)}"
         )
     tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
-    unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(".inv_freq"))
+    unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(CONSTANTS))
     if unknown:
         raise FormatError(
             f"{source.path}: {len(unknown)} tensors have no place in the model that config.json describes, "
@@ -139,27 +141,38 @@ class FusedLinear(nn.Module):
 
 
 def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
-    """Put FusedLinear in the place of the linears that a family fuses. Raises UnsupportedModelError if their
-    rows are not what config.json says."""
-    config = model.config
-    q, kv = (n * head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
+    """Put FusedLinear in the place of the linears that a family fuses, and ordinary linears in that of
+    GPT-2's Conv1D. Raises UnsupportedModelError if rows are not what config.json says."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not arch.fused:
+        return model
+    config, f = model.config, features(model.config)
+    q, kv = (n * head_dim(config) for n in (config.num_attention_heads, f.n_kv_heads))
     rows = {"attn_q": q, "attn_k": kv, "attn_v": kv}
     for index, layer in enumerate(decoder_layers(model, arch)):
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, Conv1D):
+                layer.set_submodule(name, _linear(module.weight.T.contiguous(), module.bias))
         for fused in arch.fused.values():
             module, parts = layer.get_submodule(fused.module), FusedLinear()
-            sizes = [rows.get(part, config.intermediate_size) for part in fused.parts]
+            sizes = [rows.get(part, f.d_ff) for part in fused.parts]
             if module.weight.shape[0] != sum(sizes):
                 raise UnsupportedModelError(
                     f"{arch.layers}.{index}.{fused.module} has {module.weight.shape[0]} rows; wanted {sizes}"
                 )
             biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
             for part, weight, bias in zip(fused.parts, module.weight.split(sizes), biases, strict=True):
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-                linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-                parts.add_module(part, linear)
+                parts.add_module(part, _linear(weight, bias))
             layer.set_submodule(fused.module, parts)
     return model
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def load_tokenizer(source: Source) -> Any:

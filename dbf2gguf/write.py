@@ -20,7 +20,7 @@ from dbf2gguf.metadata import copy_metadata
 from dbf2gguf.q6_k import quantize_q6_k
 from dbf2gguf.source import Source, decoder_layers
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
+from runtime.format import DBF1_TYPE, FORMAT_VERSION, pack, unpack
 from runtime.ggml_tokenizer import SPACE
 from runtime.gguf import GgufFile
 from runtime.model import load_model_file
@@ -89,8 +89,7 @@ def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
     try:
         heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
         for index, layer in enumerate(file.weights.layers):
-            stored = layer.linears.values()
-            for kind, linear in zip(LINEARS, stored, strict=True):
+            for kind, linear in layer.gguf_linears.items():
                 name = f"blk.{index}.{kind}"
                 if name not in factors:
                     raise FormatError(f"{path}: {name} was not written, but is there")
@@ -102,7 +101,7 @@ def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
                 _compare(f"{path}: {name}.dbf_out", linear.s_out, s_out)
                 _compare(f"{path}: {name}.dbf_mid", linear.s_mid, factors[name].s_mid[0])
                 _compare(f"{path}: {name}.dbf_in", linear.s_in, factors[name].s_in[0])
-        count = len(file.weights.layers) * len(LINEARS)
+        count = sum(len(layer.linears) for layer in file.weights.layers)
         if count != len(factors):
             raise FormatError(f"{path}: holds {count} linear layers; wanted {len(factors)}")
     finally:
@@ -149,14 +148,18 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(f.d_ff)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(f.n_kv_heads)
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(f.rope_theta)
-    writer.add_rope_dimension_count(f.rope_dims)
+    if source.arch.norm == "layer":
+        writer.add_layer_norm_eps(f.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(f.norm_eps)
+    if any(f.rotates) or not f.rotates:
+        writer.add_rope_freq_base(f.rope_theta)
+        writer.add_rope_dimension_count(f.rope_dims)
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_features(writer, source.arch, f)
@@ -203,7 +206,7 @@ def _add_features(writer: gguf.GGUFWriter, arch: ArchSpec, f: Features) -> None:
 def _rope_freqs(model: nn.Module, arch: ArchSpec) -> NDArray[np.float32] | None:
     """What divides RoPE's frequencies in a model with scaled ones, beside a factor of all; None where nothing
     does."""
-    f, rotary = features(model.config), model.get_submodule(arch.decoder).rotary_emb
+    f, rotary = features(model.config), getattr(model.get_submodule(arch.decoder), "rotary_emb", None)
     inverse = getattr(rotary, "inv_freq", None)
     inverse = getattr(rotary, f"{FULL}_inv_freq", None) if inverse is None else inverse
     if inverse is None:
@@ -350,7 +353,15 @@ def _add_tensors(
     add_matrix("token_embd.weight", model.get_input_embeddings().weight)
     if not head_is_tied(model):
         add_matrix("output.weight", model.get_output_embeddings().weight)
-    add_vector("output_norm.weight", model.get_submodule(arch.out_norm).weight + arch.norm_offset)
+
+    def add_norm(name: str, norm: nn.Module) -> None:
+        add_vector(f"{name}.weight", norm.weight + arch.norm_offset)
+        if getattr(norm, "bias", None) is not None:
+            add_vector(f"{name}.bias", norm.bias)
+
+    if arch.positions:
+        add_vector("position_embd.weight", model.get_submodule(arch.positions).weight)
+    add_norm("output_norm", model.get_submodule(arch.out_norm))
     f = features(model.config)
     freqs = None if f.rope_short else _rope_freqs(model, arch)
     for name, factors_of in (("long", f.rope_long), ("short", f.rope_short)):
@@ -358,10 +369,10 @@ def _add_tensors(
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors_of, np.float32))
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": f.n_kv_heads}
     for index, layer in enumerate(decoder_layers(model, arch)):
         for name, path in arch.norms.items():
-            add_vector(f"blk.{index}.{name}.weight", layer.get_submodule(path).weight + arch.norm_offset)
+            add_norm(f"blk.{index}.{name}", layer.get_submodule(path))
         for name, path in arch.linears.items():
             prefix = f"blk.{index}.{name}"
             linear = factors[prefix]

@@ -101,6 +101,8 @@ def load(
     if n_ctx < 1 or (n_threads is not None and n_threads < 1):
         raise BackendError(f"n_ctx is {n_ctx}, n_threads is {n_threads}: both must be 1 or more")
     check(config, weights)
+    if config.n_positions and n_ctx > config.n_positions:
+        raise OptionError(f"a context of {n_ctx} tokens, but the model knows {config.n_positions} positions")
     kv_row_bytes(config, kv_type)
     if activations not in cfg.ACTIVATIONS:
         raise OptionError(f"activations {activations!r} are unknown; there are {', '.join(cfg.ACTIVATIONS)}")
@@ -185,6 +187,12 @@ def check(config: Config, weights: Weights) -> None:
     _check_dense("embed", weights.embed, c)
     _check_dense("head", weights.head, c)
     _expect("out_norm", weights.out_norm, (c.d_model,), np.float32)
+    if weights.out_norm_bias is not None:
+        _expect("out_norm_bias", weights.out_norm_bias, (c.d_model,), np.float32)
+    if (weights.positions is None) != (c.n_positions == 0):
+        raise BackendError(f"positions: n_positions is {c.n_positions}")
+    if weights.positions is not None:
+        _expect("positions", weights.positions, (c.n_positions, c.d_model), np.float32)
     for name in ("rope_freqs", "rope_freqs_long"):
         if getattr(weights, name) is not None:
             _expect(name, getattr(weights, name), (c.rope_dims // 2,), np.float32)
@@ -201,7 +209,10 @@ def check(config: Config, weights: Weights) -> None:
         _check_linear(f"layer {i}: k", layer.k, kv, c.d_model)
         _check_linear(f"layer {i}: v", layer.v, kv, c.d_model)
         _check_linear(f"layer {i}: o", layer.o, c.d_model, heads)
-        _check_linear(f"layer {i}: gate", layer.gate, c.d_ff, c.d_model)
+        if layer.gate is not None:
+            _check_linear(f"layer {i}: gate", layer.gate, c.d_ff, c.d_model)
+        elif c.activation != cfg.GELU:
+            raise BackendError(f"layer {i}: no gate, which only GELU does without")
         _check_linear(f"layer {i}: up", layer.up, c.d_ff, c.d_model)
         _check_linear(f"layer {i}: down", layer.down, c.d_model, c.d_ff)
 
@@ -298,6 +309,10 @@ class CBackend(Backend):
         self._dense(w.head, weights.head)
         w.layers = layers
         w.out_norm = self._borrow("float[]", weights.out_norm)
+        if weights.out_norm_bias is not None:
+            w.out_norm_bias = self._borrow("float[]", weights.out_norm_bias)
+        if weights.positions is not None:
+            w.positions = self._borrow("float[]", weights.positions)
         w.mapped = all(in_one_file(layer) for layer in weights.layers)
 
         model, session = ffi.new("dbf_model **"), ffi.new("dbf_session **")

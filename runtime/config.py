@@ -12,6 +12,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from runtime import format
 from runtime.errors import OptionError
 
 F32, F16, Q4_0, Q8_0, Q6_K = 0, 1, 2, 8, 14
@@ -29,6 +30,9 @@ one scale a vector, in -8191 .. 8191 (14 bits) or in -126 .. 126."""
 
 ADJACENT, HALVES = 0, 1
 """RoPE pairing: (2i, 2i+1), llama.cpp's "norm" order, or (i, i + dims/2), its "neox" order."""
+
+RMS_NORM, LAYER_NORM = 0, 1
+"""Norms."""
 
 SILU, GELU = 0, 1
 """Activations; GELU is the one with tanh."""
@@ -64,6 +68,8 @@ class Config:
     logit_softcap: float = 0.0  # the same of logits
     residual_scale: float = 1.0  # what o and down add to the residual stream is multiplied by it
     logit_scale: float = 1.0  # and logits by this, before the cap
+    norm: int = RMS_NORM  # of attn_norm, ffn_norm and out_norm; all others are RMSNorm
+    n_positions: int = 0  # rows of the learned positions; 0: there are none
     joint_norms: int = 0  # 1: q_norm and k_norm are of all heads of a token together
 
 
@@ -132,30 +138,42 @@ class Dense:
     data: NDArray[np.uint8]  # (rows, bytes of a row)
 
 
-NORMS = ("attn_norm", "ffn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_post_norm")
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-"""Names of a block's norms and linear layers."""
+NORMS = (
+    "attn_norm",
+    "ffn_norm",
+    "q_norm",
+    "k_norm",
+    "attn_post_norm",
+    "ffn_post_norm",
+    "attn_norm_bias",
+    "ffn_norm_bias",
+)
+"""Names of a block's norms, and of what is added after some."""
+
+LINEARS = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), format.LINEARS, strict=True))
+"""Names of a block's linear layers, in the file's order -> GGUF names."""
 
 
 @dataclass(frozen=True)
 class Layer:
     """One decoder block."""
 
-    attn_norm: (
-        NDArray[np.float32] | None
-    )  # (d_model,) of RMSNorm of what q, k, v read; None: the stream itself
-    ffn_norm: NDArray[np.float32] | None  # (d_model,) and of what gate and up read
+    # (d_model,) norms of what q, k, v, and of what gate, up read; None: the stream as it is
+    attn_norm: NDArray[np.float32] | None
+    ffn_norm: NDArray[np.float32] | None
     q: Linear
     k: Linear
     v: Linear
     o: Linear
-    gate: Linear
+    gate: Linear | None  # None: down reads GELU(up)
     up: Linear
     down: Linear
     q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE, or all rows; both or none
     k_norm: NDArray[np.float32] | None = None
     attn_post_norm: NDArray[np.float32] | None = None  # (d_model,) of RMSNorm of what o adds to the stream
     ffn_post_norm: NDArray[np.float32] | None = None  # (d_model,) and of what down adds
+    attn_norm_bias: NDArray[np.float32] | None = None  # (d_model,) added after LayerNorm
+    ffn_norm_bias: NDArray[np.float32] | None = None
     window: int = 0  # a query sees so many positions, its own the last; 0: all of them
     rope: int = ROPE  # NO_ROPE, ROPE or LOCAL_ROPE
 
@@ -167,8 +185,14 @@ class Layer:
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The linear layers by their names, in the file's order."""
-        return {name: getattr(self, name) for name in LINEARS}
+        """The linear layers that there are, by their names, in the file's order."""
+        every = {name: getattr(self, name) for name in LINEARS}
+        return {name: w for name, w in every.items() if w is not None}
+
+    @property
+    def gguf_linears(self) -> dict[str, Linear]:
+        """The same by their GGUF names."""
+        return {LINEARS[name]: w for name, w in self.linears.items()}
 
 
 @dataclass(frozen=True)
@@ -179,6 +203,8 @@ class Weights:
     layers: tuple[Layer, ...]
     out_norm: NDArray[np.float32]  # (d_model,)
     head: Dense  # (n_vocab, d_model); the embedding itself when the head is tied
+    out_norm_bias: NDArray[np.float32] | None = None  # (d_model,)
+    positions: NDArray[np.float32] | None = None  # (n_positions, d_model), added to embeddings
     rope_freqs: NDArray[np.float32] | None = None  # (rope_dims/2,), divides the frequencies
     rope_freqs_long: NDArray[np.float32] | None = None  # (rope_dims/2,), the same in long contexts
 
@@ -195,7 +221,7 @@ def rope_tables(config: Config, weights: Weights, n_ctx: int) -> NDArray[np.floa
     freqs = weights.rope_freqs
     if weights.rope_freqs_long is not None and n_ctx > config.n_ctx_original:
         freqs = weights.rope_freqs_long
-    count = 1 + max(layer.rope for layer in weights.layers)
+    count = 1 + max(layer.rope for layer in weights.layers)  # none if no layer has any
     half = config.rope_dims // 2
     tables = np.empty((count, n_ctx, half, 2), np.float32)
     for kind, table in enumerate(tables):

@@ -5,8 +5,8 @@ every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
 logits = Head RMSNorm(x)
 
-What some models do otherwise is in Config and Layer: GELU, norms of queries and keys and of what is added to
-x, a window of attention, scales, soft caps.
+What some models do otherwise is in Config and Layer: GELU, with a gate or without, LayerNorm, norms of
+queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps.
 
 C divides panels of rows among threads; here numba divides the rows of a product. Both let a chunk of tokens
 pass through a layer together. The arithmetic, and so every bit, is the same.
@@ -29,6 +29,7 @@ from runtime.config import (
     Q4_0,
     Q6_K,
     Q8_0,
+    RMS_NORM,
     SILU,
     Config,
     Dense,
@@ -183,7 +184,7 @@ class NumbaBackend(Backend):
         for begin in range(0, ids.size, CHUNK):
             x = self._chunk(self._weights, ids[begin : begin + CHUNK].tolist(), pos + begin)
             for i in range(max(first - begin, 0), x.shape[0]):
-                norm = self._rmsnorm(x[i], self._weights.out_norm)
+                norm = self._norm(x[i], self._weights.out_norm, self._weights.out_norm_bias)
                 logits[begin + i - first] = head_logits(self._weights.head, norm)
                 if self._config.logit_scale != 1.0:
                     factor = np.float32(self._config.logit_scale)
@@ -204,6 +205,18 @@ class NumbaBackend(Backend):
         kernels.rmsnorm(y, x, w, np.float32(self._config.norm_eps), x.size)
         return y
 
+    def _norm(self, x: Floats, w: Floats, b: Floats | None) -> Floats:
+        """RMSNorm or LayerNorm."""
+        if self._config.norm == RMS_NORM:
+            return self._rmsnorm(x, w)
+        y = np.empty_like(x)
+        kernels.layernorm(y, x, w, b, np.float32(self._config.norm_eps), x.size)
+        return y
+
+    def _read(self, x: Floats, w: Floats | None, b: Floats | None) -> Floats:
+        """Norm of every row, or x itself if w is None."""
+        return x if w is None else np.stack([self._norm(row, w, b) for row in x])
+
     def _norms(self, x: Floats, w: Floats | None) -> Floats:
         """RMSNorm of every row, or x itself if w is None."""
         return x if w is None else np.stack([self._rmsnorm(row, w) for row in x])
@@ -216,10 +229,12 @@ class NumbaBackend(Backend):
         x = np.stack([dense_row(weights.embed, token) for token in tokens])
         if c.embed_scale != 1.0:
             kernels.scale(x.reshape(-1), np.float32(c.embed_scale), x.size)
+        if weights.positions is not None:
+            _add(x, np.ascontiguousarray(weights.positions[pos : pos + n]))
 
         for i, (layer, w) in enumerate(zip(weights.layers, self._linears, strict=True)):
             # queries, keys, values
-            h = self._norms(x, layer.attn_norm)
+            h = self._read(x, layer.attn_norm, layer.attn_norm_bias)
             q, k, v = (self._linear(w[name], h) for name in "qkv")
 
             # norms of queries and keys, RoPE, KV cache
@@ -238,11 +253,15 @@ class NumbaBackend(Backend):
             self._add_linear(x, w["o"], attended, layer.attn_post_norm)
 
             # feed-forward, added to the residual stream
-            h = self._norms(x, layer.ffn_norm)
-            gate, up = self._linear(w["gate"], h), self._linear(w["up"], h)
-            act_mul = kernels.silu_mul if c.activation == SILU else kernels.gelu_mul
-            act_mul(gate.reshape(-1), gate.reshape(-1), up.reshape(-1), gate.size)
-            self._add_linear(x, w["down"], gate, layer.ffn_post_norm)
+            h = self._read(x, layer.ffn_norm, layer.ffn_norm_bias)
+            up = self._linear(w["up"], h).reshape(-1)
+            if "gate" in w:
+                gate = self._linear(w["gate"], h).reshape(-1)
+                act_mul = kernels.silu_mul if c.activation == SILU else kernels.gelu_mul
+                act_mul(up, gate, up, up.size)
+            else:
+                kernels.gelu(up, up, up.size)
+            self._add_linear(x, w["down"], up.reshape(n, c.d_ff), layer.ffn_post_norm)
         return x
 
     def _linear(self, w: _Linear, x: Floats) -> Floats:

@@ -442,6 +442,30 @@ def rmsnorm(y: Array, x: Array, w: Array, eps: Any, n: int) -> None:
 
 
 @njit(cache=True)
+def layernorm(y: Array, x: Array, w: Array, b: Array | None, eps: Any, n: int) -> None:
+    """y[i] = ((x[i] - mean) / sqrt(variance + eps)) * w[i] + b[i],
+    mean and variance those of x;  b may be NULL
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    w  (n,)  float32
+    b  (n,)  float32, or None
+    Mirror: cext/src/kernels_ref.c.  Source: Layer Normalization, arXiv:1607.06450.
+    """
+    sums, squares = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    for i in range(n):
+        sums[i % LANES] = sums[i % LANES] + x[i]
+    mean = lanes_sum(sums) / f32(n)
+    for i in range(n):
+        d = x[i] - mean
+        squares[i % LANES] = squares[i % LANES] + d * d
+    root = ONE / np.sqrt(lanes_sum(squares) / f32(n) + eps)
+    for i in range(n):
+        v = ((x[i] - mean) * root) * w[i]
+        y[i] = v if b is None else v + b[i]
+
+
+@njit(cache=True)
 def rope(x: Array, cos_sin: Array, dims: int, pairing: int) -> None:
     """rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)
 
@@ -531,6 +555,18 @@ def gelu_mul(y: Array, gate: Array, up: Array, n: int) -> None:
     """
     for i in range(n):
         y[i] = gelu_f32(gate[i]) * up[i]
+
+
+@njit(cache=True)
+def gelu(y: Array, x: Array, n: int) -> None:
+    """y[i] = x[i] / (1 + exp(-a)),  a = 2 sqrt(2/pi) (x[i] + 0.044715 x[i]^3)
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = gelu_f32(x[i])
 
 
 @njit(cache=True)

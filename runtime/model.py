@@ -24,8 +24,11 @@ from runtime.config import (
     F32,
     GELU,
     HALVES,
+    LAYER_NORM,
+    LINEARS,
     LOCAL_ROPE,
     NO_ROPE,
+    RMS_NORM,
     ROPE,
     SILU,
     Config,
@@ -36,13 +39,16 @@ from runtime.config import (
     norm_size,
 )
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.format import DBF1, FORMAT_VERSION, LINEARS, pad8
+from runtime.format import DBF1, FORMAT_VERSION, pad8
 from runtime.gguf import GgufFile, TensorInfo, type_name
 
 I8 = int(GGMLQuantizationType.I8)
 
 ROPE_PAIRINGS = {"adjacent": ADJACENT, "halves": HALVES}
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU}
+NORM_KINDS = {"rms": RMS_NORM, "layer": LAYER_NORM}
+EPSILONS = {RMS_NORM: "layer_norm_rms_epsilon", LAYER_NORM: "layer_norm_epsilon"}
+POSITIONS = "position_embd.weight"
 
 MAX_SIZE = 1 << 24
 """Largest dimension of a model: sizes and their sums then fit int32 everywhere."""
@@ -57,12 +63,14 @@ FORBIDDEN = (
 Llama 3's RoPE scaling is: its factors are the tensor rope_freqs.weight."""
 
 NORMS = {
-    "attn_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-    "attn_post_norm": "post_attention_norm",
-    "ffn_post_norm": "post_ffw_norm",
+    "attn_norm": "attn_norm.weight",
+    "ffn_norm": "ffn_norm.weight",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "attn_post_norm": "post_attention_norm.weight",
+    "ffn_post_norm": "post_ffw_norm.weight",
+    "attn_norm_bias": "attn_norm.bias",
+    "ffn_norm_bias": "ffn_norm.bias",
 }
 """Fields of Layer -> GGUF names."""
 
@@ -245,11 +253,10 @@ class _Reader:
         return value
 
     def config(self) -> Config:
-        check_features(
-            self.file.path, self.meta, self.arch, any(k.startswith("dbf.scale.") for k in self.meta)
-        )
+        told = any(key.startswith("dbf.scale.") for key in self.meta)
+        check_features(self.file.path, self.meta, self.arch, told)
         activation = self._choice("dbf.activation", "silu", tuple(ACTIVATIONS))
-        self._choice("dbf.norm", "rms", ("rms",))
+        norm = self._choice("dbf.norm", "rms", tuple(NORM_KINDS))
         pairing = self._choice("dbf.rope.pairing", "", tuple(ROPE_PAIRINGS))
         d_model, n_heads = self._size("embedding_length"), self._size("attention.head_count")
         head_dim = self._size("attention.key_length", max(1, d_model // n_heads))
@@ -263,7 +270,7 @@ class _Reader:
             head_dim=head_dim,
             n_vocab=self._size("vocab_size", n_vocab),
             n_ctx_train=self._size("context_length"),
-            norm_eps=self._positive("attention.layer_norm_rms_epsilon"),
+            norm_eps=self._positive(f"attention.{EPSILONS[NORM_KINDS[norm]]}"),
             rope_theta=self._positive("rope.freq_base", 10000.0),
             rope_dims=self._size("rope.dimension_count", head_dim),
             rope_pairing=ROPE_PAIRINGS[pairing],
@@ -278,6 +285,8 @@ class _Reader:
             logit_softcap=self._optional(f"{self.arch}.final_logit_softcapping", 0.0),
             residual_scale=self._optional("dbf.scale.residual", 1.0),
             logit_scale=self._optional("dbf.scale.logits", 1.0),
+            norm=NORM_KINDS[norm],
+            n_positions=self._tensor(POSITIONS).shape[0] if POSITIONS in self.file.tensors else 0,
             joint_norms=self._joint_norms(n_heads * head_dim, head_dim),
         )
         if config.n_heads % config.n_kv_heads:
@@ -364,13 +373,15 @@ class _Reader:
     def _layer(self, i: int, c: Config, window: int, rope: int) -> Layer:
         d, heads, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = ((heads, d), (kv, d), (kv, d), (d, heads), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
-        q, k, v, o, gate, up, down = (
-            self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)
-        )
-        norms: dict[str, NDArray[np.float32] | None] = {"attn_norm": None, "ffn_norm": None}
+        linears: dict[str, Any] = {
+            field: self._linear(f"blk.{i}.{name}", *size)
+            for (field, name), size in zip(LINEARS.items(), sizes, strict=True)
+            if field != "gate" or c.activation != GELU or f"blk.{i}.{name}.dbf_mid" in self.file.tensors
+        }
+        norms: dict[str, Any] = {"attn_norm": None, "ffn_norm": None}
         for field, name in NORMS.items():
-            if f"blk.{i}.{name}.weight" in self.file.tensors:
-                norms[field] = self._vector(f"blk.{i}.{name}.weight", norm_size(c, field))
+            if f"blk.{i}.{name}" in self.file.tensors:
+                norms[field] = self._vector(f"blk.{i}.{name}", norm_size(c, field))
         for pair in NORM_PAIRS:
             if all(norms.get(field) is None for field in pair):
                 raise self._fail(f"tensor blk.{i}.{pair[0]}.weight is missing")
@@ -378,10 +389,7 @@ class _Reader:
             raise self._fail(
                 f"layer {i} has only one of the tensors attn_q_norm.weight and attn_k_norm.weight"
             )
-        return Layer(
-            q=q, k=k, v=v, o=o, gate=gate, up=up, down=down,
-            window=window, rope=rope, **norms,
-        )  # fmt: skip
+        return Layer(**({"gate": None} | linears), **norms, window=window, rope=rope)
 
     def _freqs(self, name: str, c: Config) -> NDArray[np.float32]:
         freqs = self._vector(name, c.rope_dims // 2)
@@ -405,6 +413,10 @@ class _Reader:
             embed=embed,
             layers=tuple(self._layer(i, c, window, rope) for i, (window, rope) in kinds),
             out_norm=self._vector("output_norm.weight", c.d_model),
+            out_norm_bias=self._vector("output_norm.bias", c.d_model)
+            if "output_norm.bias" in self.file.tensors
+            else None,
+            positions=self._array(POSITIONS, F32, (c.n_positions, c.d_model)) if c.n_positions else None,
             head=embed if tied else self._dense("output.weight", c.n_vocab, c.d_model),
             rope_freqs=freqs,
             rope_freqs_long=freqs_long,

@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from runtime.config import F32, HALVES, LOCAL_ROPE, NO_ROPE, Config, Dense, Layer, Linear, Weights
-from runtime.format import DBF1_TYPE, LINEARS, pad8
-from runtime.model import NORMS
+from runtime.format import DBF1_TYPE, pad8
+from runtime.model import EPSILONS, NORMS
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -92,14 +92,14 @@ def metadata(c: Config, arch: str = "llama") -> dict[str, Any]:
         f"{arch}.attention.head_count": c.n_heads,
         f"{arch}.attention.head_count_kv": c.n_kv_heads,
         f"{arch}.attention.key_length": c.head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": c.norm_eps,
+        f"{arch}.attention.{EPSILONS[c.norm]}": c.norm_eps,
         f"{arch}.rope.freq_base": c.rope_theta,
         f"{arch}.rope.dimension_count": c.rope_dims,
         f"{arch}.vocab_size": c.n_vocab,
         "dbf.version": 1,
         "dbf.rope.pairing": ("adjacent", "halves")[c.rope_pairing],
         "dbf.activation": ("silu", "gelu_tanh")[c.activation],
-        "dbf.norm": "rms",
+        "dbf.norm": ("rms", "layer")[c.norm],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
@@ -140,11 +140,14 @@ def tensors(weights: Weights, c: Config) -> dict[str, tuple[Any, GGMLQuantizatio
     f32 = weights.embed.data.view(np.float32).reshape(c.n_vocab, c.d_model)
     out: dict[str, tuple[Any, GGMLQuantizationType | None]] = {"token_embd.weight": (f32, None)}
     out["output_norm.weight"] = (weights.out_norm, None)
+    if weights.out_norm_bias is not None:
+        out["output_norm.bias"] = (weights.out_norm_bias, None)
+    if weights.positions is not None:
+        out["position_embd.weight"] = (weights.positions, None)
     for i, layer in enumerate(weights.layers):
         for name, norm in layer.norms.items():
-            out[f"blk.{i}.{NORMS[name]}.weight"] = (norm, None)
-        parts = layer.linears.values()
-        for name, part in zip(LINEARS, parts, strict=True):
+            out[f"blk.{i}.{NORMS[name]}"] = (norm, None)
+        for name, part in layer.gguf_linears.items():
             at = f"blk.{i}.{name}"
             out[f"{at}.dbf_a"] = (part.a, DBF1_TYPE)
             out[f"{at}.dbf_b"] = (part.b, DBF1_TYPE)

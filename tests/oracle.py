@@ -5,7 +5,19 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from runtime.config import ADJACENT, F16, F32, GELU, LOCAL_ROPE, NO_ROPE, Config, Dense, Linear, Weights
+from runtime.config import (
+    ADJACENT,
+    F16,
+    F32,
+    GELU,
+    LOCAL_ROPE,
+    NO_ROPE,
+    RMS_NORM,
+    Config,
+    Dense,
+    Linear,
+    Weights,
+)
 from runtime.format import unpack
 
 
@@ -37,6 +49,14 @@ def rmsnorm(x, w, eps):
 
 def maybe_norm(x, w, eps):
     return x if w is None else rmsnorm(x, w, eps)
+
+
+def any_norm(c: Config, x, w, b):
+    """LayerNorm or RMSNorm, or x itself"""
+    if w is None or c.norm == RMS_NORM:
+        return maybe_norm(x, w, c.norm_eps)
+    x = x - x.mean(-1, keepdims=True)
+    return rmsnorm(x, w, c.norm_eps) + (0 if b is None else b)
 
 
 def rope(x, config: Config, pos, freqs=None, kind=0):
@@ -90,8 +110,9 @@ def forward(config: Config, w: Weights, tokens):
     pos = np.arange(n)
     act = gelu if c.activation == GELU else silu
     x = dense(w.embed)[tokens] * c.embed_scale
+    x = x if w.positions is None else x + w.positions[:n]
     for layer in w.layers:
-        h = maybe_norm(x, layer.attn_norm, c.norm_eps)
+        h = any_norm(c, x, layer.attn_norm, layer.attn_norm_bias)
         q, k, v = (dbf_linear(w, h) for w in (layer.q, layer.k, layer.v))
         if c.joint_norms:
             q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
@@ -102,7 +123,9 @@ def forward(config: Config, w: Weights, tokens):
         q, k = (rope(t, c, pos, w.rope_freqs, layer.rope) for t in (q, k))
         y = dbf_linear(layer.o, attention(q, k, v, c.attn_scale, c.attn_softcap, layer.window))
         x = x + maybe_norm(y, layer.attn_post_norm, c.norm_eps) * c.residual_scale
-        h = maybe_norm(x, layer.ffn_norm, c.norm_eps)
-        y = dbf_linear(layer.down, act(dbf_linear(layer.gate, h)) * dbf_linear(layer.up, h))
+        h = any_norm(c, x, layer.ffn_norm, layer.ffn_norm_bias)
+        up = dbf_linear(layer.up, h)
+        y = dbf_linear(layer.down, act(up) if layer.gate is None else act(dbf_linear(layer.gate, h)) * up)
         x = x + maybe_norm(y, layer.ffn_post_norm, c.norm_eps) * c.residual_scale
-    return softcap(rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T * c.logit_scale, c.logit_softcap)
+    x = any_norm(c, x, w.out_norm, w.out_norm_bias)
+    return softcap(x @ dense(w.head).T * c.logit_scale, c.logit_softcap)

@@ -95,6 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3-pattern": {
         **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
     },
+    "gpt2": {"model_type": "gpt2", "bos_token_id": 1, "n_inner": 52},
     "granite": {
         "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
         "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
@@ -119,7 +120,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 NUMBA = [
     "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
-    "phi3-longrope", "smollm3", "granite", "olmo2",
+    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2",
 ]  # fmt: skip
 """Models that the Numba backend runs, too."""
 
@@ -425,6 +426,7 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "linear-rope",
         "gemma3-pattern",
         "gemma2",
+        "gpt2",
         "granite",
         "granite-plain",
         "olmo2",

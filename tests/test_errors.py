@@ -252,7 +252,7 @@ def test_gguf_of_another_architecture(place: Place) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     message = place.fails(model=place.base / "x.gguf")
-    assert "'mamba' is not supported; supported: llama" in message
+    assert "'mamba' is not supported; supported: gemma2" in message
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from dbf2gguf.convert import convert
 from dbf2gguf.export import LARGEST, OUT_TYPES, export
 from runtime import Sampler
 from runtime.config import ADJACENT, Q8_0, Dense, Linear
-from runtime.format import LINEARS, unpack
+from runtime.format import unpack
 from runtime.gguf import GgufFile
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +81,7 @@ def test_weights(path: Path, tmp_path: Path, outtype: str, capsys: pytest.Captur
     weights = tiny_weights(CONFIG, bias=True)
     with GgufFile(out) as twin, GgufFile(path) as file:
         for i, layer in enumerate(weights.layers):
-            parts = layer.linears.values()
-            for name, part in zip(LINEARS, parts, strict=True):
+            for name, part in layer.gguf_linears.items():
                 kind = "F16" if name == "ffn_down" and outtype == "q8_0" else outtype.upper()
                 assert twin.tensors[f"blk.{i}.{name}.weight"].type_name == kind
                 got, wanted = read(twin, f"blk.{i}.{name}.weight"), product(part)
@@ -320,6 +319,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
+    "gpt2": {"model_type": "gpt2"},
     "granite": {
         "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
         "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,

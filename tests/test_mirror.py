@@ -88,6 +88,7 @@ def test_header_constants_are_those_of_config():
     for name in ("F32", "F16", "Q4_0", "Q8_0", "Q6_K"):
         assert getattr(lib, f"DBF_{name}") == getattr(cfg, name), name
     assert len(cfg.BLOCKS) == 5
+    assert (lib.DBF_RMS, lib.DBF_LAYER) == (cfg.RMS_NORM, cfg.LAYER_NORM)
     for name in ("ADJACENT", "HALVES", "SILU", "GELU"):
         assert getattr(lib, f"DBF_{name}") == getattr(cfg, name), name
 

@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 from make_gguf import tensors, tiny_config, tiny_weights, write, write_model
 
-from runtime.config import ADJACENT, F16, GELU, LOCAL_ROPE, NO_ROPE, Q4_0, Q8_0, ROPE, Layer, Linear, Weights
+from runtime.config import (
+    ADJACENT,
+    F16,
+    GELU,
+    LAYER_NORM,
+    LOCAL_ROPE,
+    NO_ROPE,
+    Q4_0,
+    Q8_0,
+    ROPE,
+    Layer,
+    Linear,
+    Weights,
+)
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE
 from runtime.model import load_model_file
@@ -104,6 +117,21 @@ def test_norms_after_only_and_of_all_heads(tmp_path: Path) -> None:
     assert same(got.weights, weights)
 
 
+def test_layernorm_positions_and_no_gate(tmp_path: Path) -> None:
+    config = tiny_config(norm=LAYER_NORM, n_positions=20, activation=GELU)
+    plain, bias = tiny_weights(config), np.linspace(-0.5, 1.5, 32, dtype=np.float32)
+    nothing = {"gate": None, "rope": NO_ROPE}
+    layers = tuple(
+        dataclasses.replace(layer, attn_norm_bias=bias, ffn_norm_bias=-bias, **nothing)
+        for layer in plain.layers
+    )
+    positions = np.linspace(-1, 1, 20 * 32, dtype=np.float32).reshape(20, 32)
+    weights = dataclasses.replace(plain, layers=layers, out_norm_bias=bias, positions=positions)
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
+    assert dataclasses.replace(got.config, norm_eps=config.norm_eps) == config
+    assert same(got.weights, weights)
+
+
 def test_i8_carrier(tmp_path: Path) -> None:
     def change(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
         meta["dbf.carrier"] = "i8"
@@ -176,7 +204,7 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         meta_is("dbf.activation", "gelu"),
         "dbf.activation is 'gelu'; implemented: silu, gelu_tanh",
     ),
-    "norm": (meta_is("dbf.norm", "layer"), "dbf.norm is 'layer'"),
+    "norm": (meta_is("dbf.norm", "batch"), "dbf.norm is 'batch'; implemented: rms, layer"),
     "pairing": (meta_is("dbf.rope.pairing", "thirds"), "dbf.rope.pairing is 'thirds'"),
     "carrier": (meta_is("dbf.carrier", "i16"), "dbf.carrier"),
     "rope scaling": (meta_is("llama.rope.scaling.type", "yarn"), "RoPE scaling is not implemented"),

@@ -95,6 +95,8 @@ def weights(
     head_norms: bool = False,
     post_norms: bool = False,
     pre_norms: bool = True,
+    norm_biases: bool = False,
+    gated: bool = True,
     windows: tuple[int, ...] = (),
     ropes: tuple[int, ...] = (),
     bpw: float = 4.0,
@@ -114,15 +116,21 @@ def weights(
         Layer(
             attn_norm=norm() if pre_norms else None, ffn_norm=norm() if pre_norms else None,
             q=lin(heads, c.d_model, bias), k=lin(kv, c.d_model, bias), v=lin(kv, c.d_model, bias),
-            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model), up=lin(c.d_ff, c.d_model),
+            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model) if gated else None,
+            up=lin(c.d_ff, c.d_model, bias and not gated),
             down=lin(c.d_model, c.d_ff),
             q_norm=norm(norm_size(c, "q_norm")) if head_norms else None,
             k_norm=norm(norm_size(c, "k_norm")) if head_norms else None,
             attn_post_norm=norm() if post_norms else None, ffn_post_norm=norm() if post_norms else None,
+            attn_norm_bias=norm() if norm_biases else None, ffn_norm_bias=norm() if norm_biases else None,
             window=windows[i] if windows else 0, rope=ropes[i] if ropes else ROPE,
         )
         for i in range(c.n_layers)
     )  # fmt: skip
     embed = dense(rng, kind, c.n_vocab, c.d_model)
     head = embed if tied else dense(rng, kind, c.n_vocab, c.d_model)
-    return Weights(embed=embed, layers=layers, out_norm=norm(), head=head)
+    positions = rng.standard_normal((c.n_positions, c.d_model)).astype(np.float32)
+    return Weights(
+        embed=embed, layers=layers, out_norm=norm(), head=head, out_norm_bias=norm() if norm_biases else None,
+        positions=positions if c.n_positions else None,
+    )  # fmt: skip

@@ -5,8 +5,8 @@
  *               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
  * logits = Head RMSNorm(x)
  *
- * What some models do otherwise is in dbf_config and dbf_layer: GELU, norms of queries and keys and of what is added
- * to x, a window of attention, scales, soft caps.
+ * What some models do otherwise is in dbf_config and dbf_layer: GELU, with a gate or without, LayerNorm, norms of
+ * queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps.
  *
  * All threads run forward() side by side and meet at barriers. Rows of matrices are divided among them, in panels.
  * Norms and the like are divided by tokens; for a single token every thread does them for itself, which costs less
@@ -37,21 +37,30 @@ static int max_of(int a, int b)
     return a > b ? a : b;
 }
 
-/* RMSNorm(x) of tokens first .. n-1, or x itself if w is NULL: divided, or a single one by every thread into its own
+/* RMSNorm or LayerNorm; b may be NULL */
+static void norm(const dbf_model *m, float *y, const float *x, const float *w, const float *b)
+{
+    if (m->config.norm == DBF_LAYER)
+        m->kernels->layernorm(y, x, w, b, m->config.norm_eps, m->config.d_model);
+    else
+        m->kernels->rmsnorm(y, x, w, m->config.norm_eps, m->config.d_model);
+}
+
+/* norm(x) of tokens first .. n-1, or x itself if w is NULL: divided, or a single one by every thread into its own
  * memory */
-static float *norms(dbf_session *s, int thread, const float *w, int first, int n)
+static float *norms(dbf_session *s, int thread, const float *w, const float *b, int first, int n)
 {
     const dbf_model *m = s->model;
     int d = m->config.d_model, begin, end;
     if (!w) return s->x + (size_t)first * d;
     if (n - first == 1) {
-        m->kernels->rmsnorm(s->scratch[thread].x, s->x + (size_t)first * d, w, m->config.norm_eps, d);
+        norm(m, s->scratch[thread].x, s->x + (size_t)first * d, w, b);
         lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n - first, &begin, &end);
     for (int i = first + begin; i < first + end; i++)
-        m->kernels->rmsnorm(s->norm + (size_t)i * d, s->x + (size_t)i * d, w, m->config.norm_eps, d);
+        norm(m, s->norm + (size_t)i * d, s->x + (size_t)i * d, w, b);
     meet(s, thread, REST);
     return s->norm + (size_t)first * d;
 }
@@ -188,22 +197,30 @@ static void attention(const job_t *job, int thread, int layer)
     meet(s, thread, ATTENTION);
 }
 
-/* SiLU(gate) * up, or GELU: divided, or a single token by every thread into its own memory */
-static const float *gated(dbf_session *s, int thread, int n)
+/* y = SiLU(gate) * up, or GELU(gate) * up, or without gate GELU(up) */
+static void activate(const dbf_model *m, float *y, const float *gate, const float *up)
+{
+    const kernels_t *k = m->kernels;
+    if (!gate)
+        k->gelu(y, up, m->config.d_ff);
+    else
+        (m->config.activation == DBF_GELU ? k->gelu_mul : k->silu_mul)(y, gate, up, m->config.d_ff);
+}
+
+/* what down reads: divided, or a single token by every thread into its own memory */
+static const float *activated(dbf_session *s, int thread, int has_gate, int n)
 {
     const dbf_model *m = s->model;
     int d_ff = m->config.d_ff, begin, end;
-    void (*act_mul)(float *, const float *, const float *, int) =
-        m->config.activation == DBF_GELU ? m->kernels->gelu_mul : m->kernels->silu_mul;
     if (n == 1) {
-        act_mul(s->scratch[thread].x, s->gate, s->up, d_ff);
+        activate(m, s->scratch[thread].x, has_gate ? s->gate : NULL, s->up);
         lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++) {
         float *gate = s->gate + (size_t)i * d_ff;
-        act_mul(gate, gate, s->up + (size_t)i * d_ff, d_ff);
+        activate(m, gate, has_gate ? gate : NULL, s->up + (size_t)i * d_ff);
     }
     meet(s, thread, REST);
     return s->gate;
@@ -277,6 +294,8 @@ static void forward(void *arg, int thread)
         float *x = s->x + (size_t)i * m->config.d_model;
         dense_row(m->kernels, x, &m->embed, job->tokens[i]);
         if (m->config.embed_scale != 1.0f) m->kernels->scale(x, m->config.embed_scale, m->config.d_model);
+        const float *position = m->positions ? m->positions + (size_t)(job->pos + i) * m->config.d_model : NULL;
+        if (position) m->kernels->add(x, position, m->config.d_model);
     }
     meet(s, thread, REST);
 
@@ -284,7 +303,7 @@ static void forward(void *arg, int thread)
         const layer_t *l = &m->layers[layer];
 
         /* queries, keys, values */
-        const float *x = norms(s, thread, l->norm[ATTN_NORM], 0, n);
+        const float *x = norms(s, thread, l->norm[ATTN_NORM], l->norm[ATTN_NORM_BIAS], 0, n);
         linears(s, thread,
                 (apply_t[]){ { &l->linear[Q], x, s->q_heads, 0 },
                              { &l->linear[K], x, s->k_heads, 0 },
@@ -300,15 +319,17 @@ static void forward(void *arg, int thread)
         add_linear(s, thread, &l->linear[O], s->attended, l->norm[ATTN_POST_NORM], n);
 
         /* feed-forward, added to the residual stream */
-        x = norms(s, thread, l->norm[FFN_NORM], 0, n);
-        linears(s, thread,
-                (apply_t[]){ { &l->linear[GATE], x, s->gate, 0 }, { &l->linear[UP], x, s->up, 0 } }, 2, n);
-        x = gated(s, thread, n);
+        x = norms(s, thread, l->norm[FFN_NORM], l->norm[FFN_NORM_BIAS], 0, n);
+        const apply_t gate = { &l->linear[GATE], x, s->gate, 0 }, up = { &l->linear[UP], x, s->up, 0 };
+        int has_gate = l->linear[GATE].rows > 0;
+        linears(s, thread, has_gate ? (apply_t[]){ gate, up } : &up, has_gate ? 2 : 1, n);
+        x = activated(s, thread, has_gate, n);
         add_linear(s, thread, &l->linear[DOWN], x, l->norm[FFN_POST_NORM], n);
     }
 
     /* logits */
-    if (job->first < n) head_logits(job, thread, norms(s, thread, m->out_norm, job->first, n), n - job->first);
+    if (job->first < n)
+        head_logits(job, thread, norms(s, thread, m->out_norm, m->out_norm_bias, job->first, n), n - job->first);
 }
 
 int dbf_forward(dbf_session *s, const int32_t *tokens, int n, int pos, float *logits, int n_logits)

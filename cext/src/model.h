@@ -27,11 +27,11 @@ typedef struct linear {
 } linear_t;
 
 enum { Q, K, V, O, GATE, UP, DOWN, N_LINEARS };
-enum { ATTN_NORM, FFN_NORM, Q_NORM, K_NORM, ATTN_POST_NORM, FFN_POST_NORM, N_NORMS };
+enum { ATTN_NORM, FFN_NORM, Q_NORM, K_NORM, ATTN_POST_NORM, FFN_POST_NORM, ATTN_NORM_BIAS, FFN_NORM_BIAS, N_NORMS };
 
 typedef struct layer {
     const float *norm[N_NORMS]; /* NULL for those that it lacks */
-    linear_t linear[N_LINEARS];
+    linear_t linear[N_LINEARS]; /* GATE may have no rows */
     int window, rope;           /* as in dbf_layer */
 } layer_t;
 
@@ -40,7 +40,7 @@ struct dbf_model {
     const kernels_t *kernels;
     pool_t *pool;
     dbf_dense embed, head;
-    const float *out_norm;
+    const float *out_norm, *out_norm_bias, *positions;
     layer_t *layers;
     uint8_t *packed;        /* all a and b, repacked, and everything that is copied */
     int max_dim, max_rank;  /* of the rows and cols of all matrices; of all ranks */

@@ -478,6 +478,27 @@ static void test_rmsnorm(const kernels_t *k, int n)
     give_back(k->name, "rmsnorm", n);
 }
 
+static void test_layernorm(const kernels_t *k, int n)
+{
+    for (int biased = 0; biased < 2; biased++) {
+        float *y = take((size_t)n, sizeof *y), *x = floats((size_t)n, 30.0f), *w = floats((size_t)n, 2.0f);
+        float *b = biased ? floats((size_t)n, 3.0f) : NULL;
+        double sum = 0.0, squares = 0.0, top = 0.0;
+        for (int i = 0; i < n; i++) sum += x[i], top = larger(top, fabs((double)x[i]));
+        for (int i = 0; i < n; i++) squares += (x[i] - sum / n) * (x[i] - sum / n);
+        double root = 1.0 / sqrt(squares / n + (double)1e-2f);
+        k->layernorm(y, x, w, b, 1e-2f, n);
+        ref->layernorm(want_f, x, w, b, 1e-2f, n);
+        SAME(y, want_f, n, "layernorm");
+        for (int i = 0; i < n; i++) {
+            double want = (x[i] - sum / n) * root * w[i] + (b ? (double)b[i] : 0.0);
+            double error = (n / 16.0 + 12.0) * U * (top * root * fabs((double)w[i]) + fabs(want));
+            NEAR(y[i], want, error, "layernorm", n);
+        }
+        give_back(k->name, "layernorm", n);
+    }
+}
+
 static void test_rope(const kernels_t *k, int half)
 {
     for (int pairing = DBF_ADJACENT; pairing <= DBF_HALVES; pairing++) {
@@ -596,6 +617,22 @@ static void test_gates(const kernels_t *k, int n)
             if (i != (int)at) NEAR(y[i], want[i], error[i], gelu ? "gelu_mul" : "silu_mul", n);
         give_back(k->name, "gates", n);
     }
+}
+
+static void test_gelu(const kernels_t *k, int n)
+{
+    float *x = floats((size_t)n, 9.5f), *y = n % 2 ? x : take((size_t)n, sizeof *y);
+    static double want[MAX], error[MAX];
+    for (int i = 0; i < n; i++) {
+        double v = x[i], a = 2.0 * sqrt(2.0 / M_PI) * (v + 0.044715 * v * v * v);
+        want[i] = v / (1.0 + exp(-a));
+        error[i] = (6.0 * fabs(a) + 8.0) * U * fabs(want[i]);
+    }
+    ref->gelu(want_f, x, n);
+    k->gelu(y, x, n);
+    SAME(y, want_f, n, "gelu");
+    for (int i = 0; i < n; i++) NEAR(y[i], want[i], error[i], "gelu", n);
+    give_back(k->name, "gelu", n);
 }
 
 static void test_softcap(const kernels_t *k, int n)
@@ -731,7 +768,9 @@ int main(void)
                 test_rmsnorm(k, n);
                 test_rope(k, n);
                 test_attention(k, n);
+                test_layernorm(k, n);
                 test_gates(k, n);
+                test_gelu(k, n);
                 test_add(k, n);
                 test_scale(k, n);
                 test_softcap(k, n);
