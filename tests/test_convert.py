@@ -31,13 +31,16 @@ from dbf2gguf.recipe import find_recipe
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
 from dbf2gguf.write import verify
-from runtime import Sampler
+from runtime import Sampler, ggml_tokenizer
 from runtime.errors import FormatError, OptionError
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
 
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260k"
 IDS = [1, 60, 7, 8, 90, 11, 12, 33, 200, 100, 44, 250, 17, 294, 3, 2, 60, 7, 8, 91]
+
+COLUMNS = ("tokens", "scores", "token_type")
+"""Of a SentencePiece vocabulary in llama.cpp's keys."""
 
 TOLERANCE = 1e-2
 """Largest difference of a logit, over the standard deviation of all logits.
@@ -533,7 +536,7 @@ def test_verify_counts_layers(make: Callable[[str], Case]) -> None:
         verify(case.out, source, factors)
 
 
-# A real SentencePiece model -------------------------------------------------------------------------------
+# SentencePiece -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")
@@ -565,6 +568,63 @@ def test_stories260k(tmp_path: Path) -> None:
         assert meta["tokenizer.ggml.unknown_token_id"] == pieces.unk_id()
         assert meta["tokenizer.ggml.add_bos_token"] is True
         assert meta["llama.feed_forward_length"] == 172
+
+
+def write_gemma_tokenizer(folder: Path) -> None:
+    """A SentencePiece vocabulary as Gemma has it: no space in front of a text, runs of spaces as tokens."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from transformers import PreTrainedTokenizerFast
+
+    kinds = gguf.TokenType
+    pieces = [(token, 0.0, kinds.CONTROL) for token in ("<pad>", "<eos>", "<bos>")]
+    pieces += [("<unk>", 0.0, kinds.UNKNOWN)]
+    pieces += [(token, 0.0, kinds.USER_DEFINED) for token in ("<mask>", "\n\n", "\u2581\u2581", "<unused0>")]
+    pieces += [(f"<0x{byte:02X}>", 0.0, kinds.BYTE) for byte in range(256)]
+    words = ["\u2581", "t", "h", "e", "c", "a", "th", "the", "\u2581the", "ca", "\u2581ca"]
+    pieces += [(word, -float(i), kinds.NORMAL) for i, word in enumerate(words)]
+    proto = ModelProto()
+    for piece, score, kind in pieces:
+        proto.pieces.add(piece=piece, score=score, type=int(kind))
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = 2, True
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    for name, index in ids.items():
+        setattr(proto.trainer_spec, name, index)
+        setattr(proto.trainer_spec, name.replace("id", "piece"), pieces[index][0])
+    proto.normalizer_spec.name, proto.normalizer_spec.add_dummy_prefix = "identity", False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    columns = zip(*pieces, strict=True)
+    metadata = {f"tokenizer.ggml.{name}": list(column) for name, column in zip(COLUMNS, columns, strict=True)}
+    metadata["tokenizer.ggml.token_type"] = [int(kind) for kind in metadata["tokenizer.ggml.token_type"]]
+    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=ggml_tokenizer.build(metadata, "test"), bos_token="<bos>", eos_token="<eos>",
+        unk_token="<unk>", pad_token="<pad>",
+    )  # fmt: skip
+    made.save_pretrained(folder)
+
+
+def test_sentencepiece_of_gemma(tmp_path: Path) -> None:
+    """llama.cpp's keys: added tokens as they stand in a text, those that look special as control tokens."""
+    folder = tiny_hf.write_folder(tmp_path / "model", **MODELS["gemma3"])
+    write_gemma_tokenizer(folder)
+    convert(folder, tmp_path / "out.gguf", **tiny_hf.QUICK)
+    theirs, text = load_tokenizer(open_source(folder, tmp_path)), "the  cat\n\nthe \u00e9 <mask>"
+    with GgufFile(tmp_path / "out.gguf") as file:
+        meta = file.metadata
+        ours = Tokenizer.from_metadata(meta)
+        assert ours.encode(text, add_special=False, parse_special=True) == theirs(text).input_ids
+        assert ours.decode(theirs(text).input_ids) == text
+        assert meta["tokenizer.ggml.model"] == "llama"
+        assert meta["tokenizer.ggml.add_space_prefix"] is False
+        kinds = gguf.TokenType
+        tokens, scores, types = (meta[f"tokenizer.ggml.{name}"] for name in COLUMNS)
+        assert (tokens[4], types[4]) == ("<mask>", kinds.CONTROL)
+        assert (tokens[6], types[6], scores[6]) == ("  ", kinds.USER_DEFINED, -1000.0)
+        assert types[7] == kinds.CONTROL
+        assert types[8:264] == [kinds.BYTE] * 256
+        assert (tokens[271], types[271], scores[271]) == ("the", kinds.NORMAL, -7.0)
+        assert (tokens[299], types[299]) == ("[PAD299]", kinds.UNUSED)
 
 
 @pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")

@@ -223,7 +223,7 @@ def test_not_ours(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str])
     halves = write(tmp_path / "h.gguf", lambda meta, _: meta.update({"dbf.rope.pairing": "halves"}))
     assert "dbf.rope.pairing is 'halves'; llama.cpp wants 'adjacent'" in fails(capsys, halves, out)
     other = write_model(tmp_path / "o.gguf", CONFIG, tiny_weights(CONFIG), arch="wombat")
-    assert "architecture 'wombat' cannot be exported; supported: llama" in fails(capsys, other, out)
+    assert "architecture 'wombat' cannot be exported; supported: gemma2" in fails(capsys, other, out)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(halves.read_bytes()[:-40])
     assert "cut.gguf: " in fails(capsys, cut, out)
