@@ -4,7 +4,7 @@ For a layer W with inputs x of the original model and x' of the model factorized
 approximate not W but the least-squares solution of  W' x' ~ W x + r:
     W' = (W (C + l I) + R) (H + l I)^-1,   C = sum x x'^T,  H = sum x' x'^T,  R = sum r x'^T,
 where r is what the residual stream already lacks when the layer's output is added to it (only for layers
-that write to it), and l a share of H's mean diagonal.
+that write to it; divided by what some models multiply the output by), and l a share of H's mean diagonal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import INPUT, ArchSpec, Group
+from dbf2gguf.archs import INPUT, ArchSpec, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.parallel import map_on_cores
@@ -55,6 +55,7 @@ def factorize_model(
     `stage` gets one step for each block.
     """
     result: dict[str, Factors] = {}
+    scale = features(model.config).residual_scale
     layers = decoder_layers(model, source.arch)
     states, arguments_of = _embed(model, layers, rows)
     student_states = [s.clone() for s in states]
@@ -75,6 +76,7 @@ def factorize_model(
                     importance_out,
                     recipe,
                     seed + index * len(source.arch.linears),
+                    scale,
                     result,
                 )
             student_states = [_call(layer, s, arguments) for s in student_states]
@@ -99,10 +101,11 @@ def _factorize_group(
     importance_out: dict[str, Tensor],
     recipe: Recipe,
     seed: int,
+    scale: float,
     result: dict[str, Factors],
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
-    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping)
+    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
     targets = {name: solve(module.weight) for name, module in modules.items()}
 
@@ -138,7 +141,10 @@ def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[lis
 
 
 def _normal_equations(
-    wanted: list[tuple[Tensor, Tensor | None]], inputs: list[tuple[Tensor, Tensor | None]], damping: float
+    wanted: list[tuple[Tensor, Tensor | None]],
+    inputs: list[tuple[Tensor, Tensor | None]],
+    damping: float,
+    scale: float,
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The solver W -> W' of the module's head, and the root of H's diagonal, mean square 1."""
     width = inputs[0][0].shape[-1]
@@ -151,7 +157,7 @@ def _normal_equations(
         gram.addmm_(x_now.mT, x_now)
         cross.addmm_(x.flatten(0, 1).mT, x_now)
         if residual is not None and residual_now is not None:
-            lack = (residual - residual_now).flatten(0, 1).mT @ x_now
+            lack = (residual - residual_now).flatten(0, 1).mT @ x_now / scale
             missing = lack if missing is None else missing + lack
     diagonal = gram.diagonal()
     importance = (diagonal / diagonal.mean().clamp(min=1e-12) + 1e-6).sqrt()

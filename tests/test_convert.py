@@ -96,7 +96,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
     "gemma3": {**GEMMA, "model_type": "gemma3_text"},
     "gemma3-pattern": {
-        **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "layer_types": None,
+        **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 6, "layer_types": None,
     },
     "gpt2": {"model_type": "gpt2", "bos_token_id": 1, "n_inner": 52},
     "granite": {
