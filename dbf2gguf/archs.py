@@ -76,6 +76,7 @@ class ArchSpec:
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
     scale_keys: bool = False  # llama.cpp reads the scales of embeddings, attention, residuals and logits
     windows: int = 0  # some layers have a sliding window; in llama.cpp, all but every so many
+    window_of_all: bool = False  # all layers may have one, which here bounds the context
     local_theta: float | None = None  # RoPE's base there, where a GGUF file does not say
     layers_of_largest: int = 0  # by which llama.cpp knows those with another scale of attention
     decoder: str = "model"
@@ -172,6 +173,7 @@ ARCHS = {
                 "ffn_down": "mlp.down_proj",
             },
             fused={"attn_qkv": PHI_QKV, "ffn_up": PHI_GATE_UP},
+            window_of_all=True,
             partial_rotary=True,
             longrope=True,
         ),

@@ -66,6 +66,12 @@ def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
 def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
     meta = file.metadata
     check_features(file.path, meta, arch.gguf, arch.scale_keys)
+    window = meta.get(f"{arch.gguf}.attention.sliding_window") or None
+    if window and not (arch.windows or arch.window_of_all):
+        raise UnsupportedModelError(
+            f"{file.path}: {arch.gguf}.attention.sliding_window is {window!r:.60}: a sliding window is not "
+            f"supported in {arch.model_type!r}"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"{arch.gguf}.{key}", default)
@@ -128,7 +134,10 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
             "residual_multiplier": float(get("residual_scale", 1.0)),
             "logits_scaling": float(get("logit_scale", 1.0)),
         }
-    config |= _windows(file, arch, config["num_hidden_layers"])
+    config["sliding_window"] = window
+    if arch.windows:
+        n_layers = config["num_hidden_layers"]
+        config |= _layer_types(file, arch, n_layers) if window else {"layer_types": [FULL] * n_layers}
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         config[name] = get(name) if meta.get(f"{arch.gguf}.{name}") else None
     if arch.scaled_embedding:  # scores are scaled by it, but in the largest models
@@ -139,25 +148,15 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
     return config
 
 
-def _windows(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
+def _layer_types(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
     """The entries of config.json that say which layers have a sliding window, and RoPE's base there."""
-    key = f"{arch.gguf}.attention.sliding_window"
-    window = file.metadata.get(key)
-    if not window:
-        return {"layer_types": [FULL] * n_layers} if arch.windows else {}
-    if not arch.windows:
-        raise UnsupportedModelError(
-            f"{file.path}: {key} is {window!r:.60}: a sliding window is not supported in {arch.gguf!r}"
-        )
-    pattern = file.metadata.get(f"{key}_pattern", [(i + 1) % arch.windows != 0 for i in range(n_layers)])
+    key = f"{arch.gguf}.attention.sliding_window_pattern"
+    pattern = file.metadata.get(key, [(i + 1) % arch.windows != 0 for i in range(n_layers)])
     if not isinstance(pattern, list) or len(pattern) != n_layers:
-        raise FormatError(f"{file.path}: {key}_pattern is {pattern!r:.60}; wanted one of each layer")
+        raise FormatError(f"{file.path}: {key} is {pattern!r:.60}; wanted a bool for each layer")
     theta = file.metadata.get(f"{arch.gguf}.rope.freq_base_swa", arch.local_theta)
-    return {
-        "sliding_window": window,
-        "layer_types": [SLIDING if windowed else FULL for windowed in pattern],
-        **({"rope_local_base_freq": float(theta)} if theta else {}),
-    }
+    types = {"layer_types": [SLIDING if windowed else FULL for windowed in pattern]}
+    return types | ({"rope_local_base_freq": float(theta)} if theta else {})
 
 
 def _factors(file: GgufFile, name: str) -> list[float]:

@@ -173,7 +173,7 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source, model: nn.Module)
         writer.add_attention_scale(f.attn_scale or size**-0.5)
         writer.add_residual_scale(f.residual_scale)
         writer.add_logit_scale(1.0 / f.logit_scale)
-    if source.arch.gguf == "phi3":
+    if source.arch.window_of_all:
         writer.add_sliding_window(0)  # llama.cpp wants the key; the context is no longer than the window
 
 

@@ -286,7 +286,7 @@ class _Reader:
             residual_scale=self._optional("dbf.scale.residual", 1.0),
             logit_scale=self._optional("dbf.scale.logits", 1.0),
             norm=NORM_KINDS[norm],
-            n_positions=self._tensor(POSITIONS).shape[0] if POSITIONS in self.file.tensors else 0,
+            n_positions=self._n_positions(),
             joint_norms=self._joint_norms(n_heads * head_dim, head_dim),
         )
         if config.n_heads % config.n_kv_heads:
@@ -311,6 +311,15 @@ class _Reader:
         """Whether queries are normalized all heads together; the norm's length tells it."""
         norm = self.file.tensors.get("blk.0.attn_q_norm.weight")
         return int(norm is not None and norm.shape == (rows,) and rows != head_dim)
+
+    def _n_positions(self) -> int:
+        """Rows of the learned positions; 0 if there are none."""
+        if POSITIONS not in self.file.tensors:
+            return 0
+        rows = self._tensor(POSITIONS).shape[0]
+        if rows > MAX_SIZE:
+            raise self._fail(f"tensor {POSITIONS} has {rows} rows, wanted {MAX_SIZE} at most")
+        return rows
 
     @property
     def _longrope(self) -> bool:

@@ -106,7 +106,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
-    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 64},
     "phi3-longrope": PHI_LONG,
     "gemma2": {
         **GEMMA, "model_type": "gemma2", "layer_types": None, "attn_logit_softcapping": 1.5,
@@ -246,10 +246,16 @@ def test_rows_of_no_whole_block(
 # What the file holds --------------------------------------------------------------------------------------
 
 
-def test_a_sliding_window_bounds_the_context(make: Callable[[str], Case]) -> None:
-    with GgufFile(make("mistral").out) as file:
-        assert file.metadata["general.architecture"] == "llama"
-        assert file.metadata["llama.context_length"] == 64
+@pytest.mark.parametrize(("name", "arch"), [("mistral", "llama"), ("phi3", "phi3")])
+def test_a_sliding_window_bounds_the_context(make: Callable[[str], Case], name: str, arch: str) -> None:
+    """Where all layers have one; not where only some have."""
+    with GgufFile(make(name).out) as file:
+        assert file.metadata["general.architecture"] == arch
+        assert file.metadata[f"{arch}.context_length"] == 64
+    with GgufFile(make("gemma3").out) as file:
+        assert file.metadata["gemma3.context_length"] == 128
+        assert file.metadata["gemma3.attention.sliding_window"] == 7
+        assert file.metadata["gemma3.attention.sliding_window_pattern"] == [True, False, True]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -257,7 +257,12 @@ def test_gguf_of_another_architecture(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rope.scaling.type", "yarn"), ("attention.scale", 4), ("expert_count", 8)],
+    [
+        ("rope.scaling.type", "yarn"),
+        ("attention.sliding_window", 4096),
+        ("attention.scale", 4),
+        ("expert_count", 8),
+    ],
 )
 def test_gguf_of_a_feature_that_is_not_there(place: Place, key: str, value: Any) -> None:
     """Never dropped in silence: the converted model would be another one."""
