@@ -74,6 +74,7 @@ class ArchSpec:
     norm: str = "rms"
     norm_offset: float = 0.0  # transformers adds it to a norm's weights, which GGUF holds as they are used
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    attn_softcap: bool = False  # scores of attention may be capped
     scale_keys: bool = False  # llama.cpp reads the scales of embeddings, attention, residuals and logits
     windows: int = 0  # some layers have a sliding window; in llama.cpp, all but every so many
     window_of_all: bool = False  # all layers may have one, which here bounds the context
@@ -187,6 +188,7 @@ ARCHS = {
             groups=SANDWICH_GROUPS,
             norm_offset=1.0,
             scaled_embedding=True,
+            attn_softcap=True,
             windows=2,
             layers_of_largest=46,
         ),
@@ -309,7 +311,7 @@ def features(config: Any) -> Features:
         windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
         embed_scale=embed_scale if spec.scaled_embedding else getattr(config, "embedding_multiplier", 1.0),
         attn_scale=0.0 if scale == size**-0.5 else scale,
-        attn_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        attn_softcap=(config.attn_logit_softcapping or 0.0) if spec.attn_softcap else 0.0,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),

@@ -183,16 +183,11 @@ class NumbaBackend(Backend):
         first = ids.size - n_logits
         for begin in range(0, ids.size, CHUNK):
             x = self._chunk(self._weights, ids[begin : begin + CHUNK].tolist(), pos + begin)
-            for i in range(max(first - begin, 0), x.shape[0]):
-                norm = self._norm(x[i], self._weights.out_norm, self._weights.out_norm_bias)
-                logits[begin + i - first] = head_logits(self._weights.head, norm)
-                if self._config.logit_scale != 1.0:
-                    factor = np.float32(self._config.logit_scale)
-                    kernels.scale(logits[begin + i - first], factor, self._config.n_vocab)
-                if self._config.logit_softcap > 0:
-                    cap = np.float32(self._config.logit_softcap)
-                    kernels.softcap(logits[begin + i - first], cap, self._config.n_vocab)
-            self._held = pos + begin + x.shape[0]
+            end = begin + x.shape[0]
+            if end > first:
+                skip = max(first - begin, 0)
+                logits[begin + skip - first : end - first] = self._logits(self._weights, x[skip:])
+            self._held = pos + end
         return logits
 
     def close(self) -> None:
@@ -200,26 +195,17 @@ class NumbaBackend(Backend):
         self._linears = []
         self._k = self._v = np.zeros((0, 0, 0, 0), np.uint8)
 
-    def _rmsnorm(self, x: Floats, w: Floats) -> Floats:
-        y = np.empty_like(x)
-        kernels.rmsnorm(y, x, w, np.float32(self._config.norm_eps), x.size)
+    def _norms(self, x: Floats, w: Floats | None, b: Floats | None = None, kind: int = RMS_NORM) -> Floats:
+        """RMSNorm or LayerNorm of every row, or x itself if w is None."""
+        if w is None:
+            return x
+        y, eps = np.empty_like(x), np.float32(self._config.norm_eps)
+        for to, row in zip(y, x, strict=True):
+            if kind == RMS_NORM:
+                kernels.rmsnorm(to, row, w, eps, row.size)
+            else:
+                kernels.layernorm(to, row, w, b, eps, row.size)
         return y
-
-    def _norm(self, x: Floats, w: Floats, b: Floats | None) -> Floats:
-        """RMSNorm or LayerNorm."""
-        if self._config.norm == RMS_NORM:
-            return self._rmsnorm(x, w)
-        y = np.empty_like(x)
-        kernels.layernorm(y, x, w, b, np.float32(self._config.norm_eps), x.size)
-        return y
-
-    def _read(self, x: Floats, w: Floats | None, b: Floats | None) -> Floats:
-        """Norm of every row, or x itself if w is None."""
-        return x if w is None else np.stack([self._norm(row, w, b) for row in x])
-
-    def _norms(self, x: Floats, w: Floats | None) -> Floats:
-        """RMSNorm of every row, or x itself if w is None."""
-        return x if w is None else np.stack([self._rmsnorm(row, w) for row in x])
 
     def _chunk(self, weights: Weights, tokens: list[int], pos: int) -> Floats:
         """The residual streams of some tokens after the last layer; keys and values go to the cache."""
@@ -234,7 +220,7 @@ class NumbaBackend(Backend):
 
         for i, (layer, w) in enumerate(zip(weights.layers, self._linears, strict=True)):
             # queries, keys, values
-            h = self._read(x, layer.attn_norm, layer.attn_norm_bias)
+            h = self._norms(x, layer.attn_norm, layer.attn_norm_bias, c.norm)
             q, k, v = (self._linear(w[name], h) for name in "qkv")
 
             # norms of queries and keys, RoPE, KV cache
@@ -253,7 +239,7 @@ class NumbaBackend(Backend):
             self._add_linear(x, w["o"], attended, layer.attn_post_norm)
 
             # feed-forward, added to the residual stream
-            h = self._read(x, layer.ffn_norm, layer.ffn_norm_bias)
+            h = self._norms(x, layer.ffn_norm, layer.ffn_norm_bias, c.norm)
             up = self._linear(w["up"], h).reshape(-1)
             if "gate" in w:
                 gate = self._linear(w["gate"], h).reshape(-1)
@@ -263,6 +249,19 @@ class NumbaBackend(Backend):
                 kernels.gelu(up, up, up.size)
             self._add_linear(x, w["down"], up.reshape(n, c.d_ff), layer.ffn_post_norm)
         return x
+
+    def _logits(self, weights: Weights, x: Floats) -> Floats:
+        """Logits of some tokens, by their residual streams."""
+        c = self._config
+        h = self._norms(x, weights.out_norm, weights.out_norm_bias, c.norm)
+        y = np.empty((x.shape[0], c.n_vocab), np.float32)
+        for to, row in zip(y, h, strict=True):
+            to[:] = head_logits(weights.head, row)
+        if c.logit_scale != 1.0:
+            kernels.scale(y.reshape(-1), np.float32(c.logit_scale), y.size)
+        if c.logit_softcap > 0:
+            kernels.softcap(y.reshape(-1), np.float32(c.logit_softcap), y.size)
+        return y
 
     def _linear(self, w: _Linear, x: Floats) -> Floats:
         return linear(w, x, self._qmax)
