@@ -47,12 +47,12 @@ typedef struct dbf_dense {
 typedef struct dbf_layer {
     const float *attn_norm, *ffn_norm; /* f32 [d_model] norm of what q, k, v and gate, up read; NULL: it is x itself */
     dbf_linear q, k, v, o, gate, up, down; /* gate with 0 rows: there is none, down reads GELU(up) */
-    const float *q_norm, *k_norm;      /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL;
-                                        * with joint_norms [rows of q], [rows of k] */
+    const float *q_norm, *k_norm; /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL;
+                                   * with joint_norms [rows of q], [rows of k] */
     const float *attn_post_norm, *ffn_post_norm; /* f32 [d_model] RMSNorm of what o and down add, each NULL for none */
     const float *attn_norm_bias, *ffn_norm_bias; /* f32 [d_model] added after the norm, each NULL for none */
-    int32_t window;                    /* a query sees so many positions, its own the last; 0: all of them */
-    int32_t rope;                      /* which of the session's RoPE tables; -1: no RoPE */
+    int32_t window; /* a query sees so many positions, its own the last; 0: all of them */
+    int32_t rope;   /* which of the session's RoPE tables; -1: no RoPE */
 } dbf_layer;
 
 typedef struct dbf_config {
@@ -60,26 +60,26 @@ typedef struct dbf_config {
     int32_t rope_dims, rope_pairing;
     float norm_eps;
     int32_t activation;
-    float embed_scale;   /* embeddings are multiplied by it */
-    float attn_scale;    /* and scores of attention by this; 0: 1/sqrt(head_dim) */
-    float attn_softcap;  /* scores become cap * tanh(score / cap); 0: they stay */
-    float logit_softcap; /* the same of logits */
+    float embed_scale;    /* embeddings are multiplied by it */
+    float attn_scale;     /* and scores of attention by this; 0: 1/sqrt(head_dim) */
+    float attn_softcap;   /* scores become cap * tanh(score / cap); 0: they stay */
+    float logit_softcap;  /* the same of logits */
     float residual_scale; /* what o and down add to the residual stream is multiplied by it */
-    float logit_scale;   /* and logits by this, before the cap */
-    int32_t norm;        /* of attn_norm, ffn_norm and out_norm; all others are RMSNorm */
-    int32_t n_positions; /* rows of the learned positions; 0: there are none */
-    int32_t joint_norms; /* 1: q_norm and k_norm are of all heads of a token together */
+    float logit_scale;    /* and logits by this, before the cap */
+    int32_t norm;         /* of attn_norm, ffn_norm and out_norm; all others are RMSNorm */
+    int32_t n_positions;  /* rows of the learned positions; 0: there are none */
+    int32_t joint_norms;  /* 1: q_norm and k_norm are of all heads of a token together */
 } dbf_config;
 
 typedef struct dbf_weights {
-    dbf_dense embed, head;   /* [n_vocab][d_model] */
-    const dbf_layer *layers; /* [n_layers] */
-    const float *out_norm;   /* f32 [d_model] */
+    dbf_dense embed, head;      /* [n_vocab][d_model] */
+    const dbf_layer *layers;    /* [n_layers] */
+    const float *out_norm;      /* f32 [d_model] */
     const float *out_norm_bias; /* f32 [d_model] or NULL */
-    const float *positions;  /* f32 [n_positions][d_model] added to embeddings, or NULL; borrowed */
-    int32_t mapped;          /* 1: everything from the first to the last sign matrix of a layer lies in one read-only
-                              * mapping of a file; what is copied is dropped from memory at once, as it can be read
-                              * again. 0: memory of any other kind, which that would destroy */
+    const float *positions;     /* f32 [n_positions][d_model] added to embeddings, or NULL */
+    int32_t mapped;             /* 1: everything from the first to the last sign matrix of a layer lies in one read-only
+                                 * mapping of a file; what is copied is dropped from memory at once, as it can be read
+                                 * again. 0: memory of any other kind, which that would destroy */
 } dbf_weights;
 
 typedef struct dbf_model dbf_model;     /* weights as the kernels want them, and the thread pool */

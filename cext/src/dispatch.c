@@ -73,8 +73,8 @@ typedef struct golden { /* input, and after it the output, of every kernel that 
     int16_t q[COLS], small[COLS];
     float scale, scale8, scaled[COLS], descaled[DBF_PANEL], f32[BATCH * DENSE], f16[BATCH * DENSE],
         q4_0[BATCH * DENSE], q8_0[BATCH * DENSE], q6_k[BATCH * DENSE], norm[COLS], scores[3 * HELD], weights[COLS],
-        sum, attended[DIM], gated[3 * COLS], centred[2 * COLS], added[COLS], scaled_by[COLS], capped[COLS], widened[COLS], from_q4_0[DENSE * BLOCKS],
-        from_q8_0[DENSE * BLOCKS], from_q6_k[DENSE * SUPER];
+        sum, attended[DIM], gated[3 * COLS], centred[2 * COLS], added[COLS], scaled_by[COLS], capped[COLS],
+        widened[COLS], from_q4_0[DENSE * BLOCKS], from_q8_0[DENSE * BLOCKS], from_q6_k[DENSE * SUPER];
     uint16_t narrowed[COLS];
     uint8_t to_q8_0[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
     int16_t q_many[COLS * WIDE];

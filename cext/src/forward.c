@@ -181,8 +181,8 @@ static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int
     }
 }
 
-/* attention of every query over the positions up to its own, or a window of them; queries are divided so that those of a thread share as
- * many KV heads as can be */
+/* attention of every query over the positions up to its own, or a window of them; queries are divided so that those of
+ * a thread share as many KV heads as can be */
 static void attention(const job_t *job, int thread, int layer)
 {
     dbf_session *s = job->s;

@@ -323,7 +323,8 @@ int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float 
                     int activation_bits)
 {
     if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX
-        || (model->config.n_positions && n_ctx > model->config.n_positions) || (!rope && model->config.rope_dims > 0 && model->n_ropes > 0)
+        || (model->config.n_positions && n_ctx > model->config.n_positions)
+        || (!rope && model->config.rope_dims > 0 && model->n_ropes > 0)
         || (kv_type != DBF_F16 && kv_type != DBF_Q8_0) || !dense_row_bytes(kv_type, model->config.head_dim)
         || (activation_bits != 16 && activation_bits != 8))
         return DBF_EINVAL;
