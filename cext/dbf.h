@@ -1,7 +1,7 @@
 /* dbf.h - the C API of dbf2gguf's runtime. cffi reads this same file.
  *
- * dbf_model_new copies what it is given, but for dense matrices, and for sign matrices where the kernels read DBF1
- * as it is: these are borrowed and must stay valid until dbf_model_free.
+ * dbf_model_new copies what it is given, but for dense matrices and learned positions, and for sign matrices where the
+ * kernels read DBF1 as it is: these are borrowed and must stay valid until dbf_model_free.
  * Functions return DBF_OK or a negative code, whose text is dbf_strerror(code). The library never
  * exits, aborts or prints.
  *
@@ -24,6 +24,8 @@ enum {
 
 enum { DBF_F32 = 0, DBF_F16 = 1, DBF_Q4_0 = 2, DBF_Q8_0 = 8, DBF_Q6_K = 14 }; /* GGML's type ids */
 enum { DBF_ADJACENT = 0, DBF_HALVES = 1 }; /* RoPE pairs (2i, 2i+1) or (i, i + dims/2) */
+enum { DBF_RMS = 0, DBF_LAYER = 1 };       /* norms: RMSNorm, LayerNorm */
+enum { DBF_SILU = 0, DBF_GELU = 1 };       /* activations; GELU is the one with tanh */
 
 /* y = s_out * A(s_mid * B(s_in * x)) + bias */
 typedef struct dbf_linear {
@@ -43,24 +45,41 @@ typedef struct dbf_dense {
 } dbf_dense;
 
 typedef struct dbf_layer {
-    const float *attn_norm, *ffn_norm; /* f32 [d_model] */
-    dbf_linear q, k, v, o, gate, up, down;
-    const float *q_norm, *k_norm;      /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL */
+    const float *attn_norm, *ffn_norm; /* f32 [d_model] norm of what q, k, v and gate, up read; NULL: it is x itself */
+    dbf_linear q, k, v, o, gate, up, down; /* gate with 0 rows: there is none, down reads GELU(up) */
+    const float *q_norm, *k_norm; /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL;
+                                   * with joint_norms [rows of q], [rows of k] */
+    const float *attn_post_norm, *ffn_post_norm; /* f32 [d_model] RMSNorm of what o and down add, each NULL for none */
+    const float *attn_norm_bias, *ffn_norm_bias; /* f32 [d_model] added after the norm, each NULL for none */
+    int32_t window; /* a query sees so many positions, its own the last; 0: all of them */
+    int32_t rope;   /* which of the session's RoPE tables; -1: no RoPE */
 } dbf_layer;
 
 typedef struct dbf_config {
     int32_t n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, n_vocab;
     int32_t rope_dims, rope_pairing;
     float norm_eps;
+    int32_t activation;
+    float embed_scale;    /* embeddings are multiplied by it */
+    float attn_scale;     /* and scores of attention by this; 0: 1/sqrt(head_dim) */
+    float attn_softcap;   /* scores become cap * tanh(score / cap); 0: they stay */
+    float logit_softcap;  /* the same of logits */
+    float residual_scale; /* what o and down add to the residual stream is multiplied by it */
+    float logit_scale;    /* and logits by this, before the cap */
+    int32_t norm;         /* of attn_norm, ffn_norm and out_norm; all others are RMSNorm */
+    int32_t n_positions;  /* rows of the learned positions; 0: there are none */
+    int32_t joint_norms;  /* 1: q_norm and k_norm are of all heads of a token together */
 } dbf_config;
 
 typedef struct dbf_weights {
-    dbf_dense embed, head;   /* [n_vocab][d_model] */
-    const dbf_layer *layers; /* [n_layers] */
-    const float *out_norm;   /* f32 [d_model] */
-    int32_t mapped;          /* 1: everything from the first to the last sign matrix of a layer lies in one read-only
-                              * mapping of a file; what is copied is dropped from memory at once, as it can be read
-                              * again. 0: memory of any other kind, which that would destroy */
+    dbf_dense embed, head;      /* [n_vocab][d_model] */
+    const dbf_layer *layers;    /* [n_layers] */
+    const float *out_norm;      /* f32 [d_model] */
+    const float *out_norm_bias; /* f32 [d_model] or NULL */
+    const float *positions;     /* f32 [n_positions][d_model] added to embeddings, or NULL */
+    int32_t mapped;             /* 1: everything from the first to the last sign matrix of a layer lies in one read-only
+                                 * mapping of a file; what is copied is dropped from memory at once, as it can be read
+                                 * again. 0: memory of any other kind, which that would destroy */
 } dbf_weights;
 
 typedef struct dbf_model dbf_model;     /* weights as the kernels want them, and the thread pool */
@@ -69,7 +88,7 @@ typedef struct dbf_session dbf_session; /* KV cache and work space of one conver
 int dbf_model_new(dbf_model **out, const dbf_config *config, const dbf_weights *weights, int n_threads);
 void dbf_model_free(dbf_model *model);
 
-/* rope: f32 [n_ctx][rope_dims/2][2], cos and sin; copied
+/* rope: f32 [tables][n_ctx][rope_dims/2][2], cos and sin; copied. As many tables as the layers name: 1 + the largest
  * kv_type: of the keys and values held, DBF_F16 or, if head_dim % 32 == 0, DBF_Q8_0
  * activation_bits: of what enters a sign product, a vector with one scale: 16 (-8191 .. 8191) or, for speed,
  * 8 (-126 .. 126) */

@@ -13,6 +13,22 @@ from runtime.errors import FormatError, UnsupportedModelError
 
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+SANDWICH_NORMS = {  # before and after attention and feed-forward
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+AFTER_NORMS = {name: path for name, path in SANDWICH_NORMS.items() if name.startswith("post_")}
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
+"""Our names of activations -> transformers'."""
+
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+"""Where config.json says which it is."""
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""transformers' layer_types: with a window, and without."""
+
 INPUT = "input"
 """Residual of a linear whose output is added to the block's input."""
 
@@ -27,6 +43,25 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Linears that transformers and llama.cpp hold as one, their rows one after the other.
+    `source.split_fused` puts the parts in the module's place, each under its GGUF name."""
+
+    module: str
+    parts: tuple[str, ...]
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """GGUF name -> module, of the parts."""
+        return {part: f"{self.module}.{part}" for part in self.parts}
+
+
+GPT2_QKV = Fused("attn.c_attn", ("attn_q", "attn_k", "attn_v"))
+PHI_QKV = Fused("self_attn.qkv_proj", ("attn_q", "attn_k", "attn_v"))
+PHI_GATE_UP = Fused("mlp.gate_up_proj", ("ffn_gate", "ffn_up"))
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """One model family. Paths are dotted module names of transformers; `norms` and `linears` are relative
     to a decoder layer and map GGUF names to them."""
@@ -37,10 +72,19 @@ class ArchSpec:
     rope_pairing: str  # "adjacent" or "halves", see runtime.config
     activation: str = "silu"
     norm: str = "rms"
+    norm_offset: float = 0.0  # transformers adds it to a norm's weights, which GGUF holds as they are used
+    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    attn_softcap: bool = False  # scores of attention may be capped
+    scale_keys: bool = False  # llama.cpp reads the scales of embeddings, attention, residuals and logits
+    windows: int = 0  # some layers have a sliding window; in llama.cpp, all but every so many
+    window_of_all: bool = False  # all layers may have one, which here bounds the context
+    local_theta: float | None = None  # RoPE's base there, where a GGUF file does not say
+    layers_of_largest: int = 0  # by which llama.cpp knows those with another scale of attention
     decoder: str = "model"
     layers: str = "model.layers"
     embed: str = "model.embed_tokens"
     out_norm: str = "model.norm"
+    positions: str | None = None  # the embedding of positions, in place of RoPE
     head: str = "lm_head"
     linears: dict[str, str] = field(
         default_factory=lambda: {
@@ -54,6 +98,10 @@ class ArchSpec:
         }
     )
     norms: dict[str, str] = field(default_factory=lambda: NORMS)
+    fused: dict[str, Fused] = field(default_factory=dict)  # by its GGUF name
+    partial_rotary: bool = False  # RoPE may turn only the first dimensions of a head
+    no_rope: int = 0  # some layers have no RoPE; in llama.cpp, one of so many
+    longrope: bool = False  # RoPE may have factors of its own for short and for long contexts
     groups: tuple[Group, ...] = (
         Group(("attn_q", "attn_k", "attn_v")),
         Group(("attn_output",), residual=INPUT),
@@ -62,13 +110,102 @@ class ArchSpec:
     )
 
 
+SANDWICH_GROUPS = (
+    Group(("attn_q", "attn_k", "attn_v")),
+    Group(("attn_output",)),
+    Group(("ffn_gate", "ffn_up")),
+    Group(("ffn_down",)),
+)
+"""Where norms lie between a linear and the residual stream, its output cannot make up for what that lacks."""
+
 ARCHS = {
     spec.model_type: spec
     for spec in (
         ArchSpec("llama", "LlamaForCausalLM", "llama", "adjacent"),
         ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
+        ArchSpec("smollm3", "SmolLM3ForCausalLM", "smollm3", "adjacent", no_rope=4),
+        ArchSpec("granite", "GraniteForCausalLM", "granite", "adjacent", scale_keys=True),
+        ArchSpec(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            "olmo2",
+            "halves",
+            norms=AFTER_NORMS | HEAD_NORMS,
+            groups=SANDWICH_GROUPS,
+        ),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
+        ArchSpec(
+            "gpt2",
+            "GPT2LMHeadModel",
+            "gpt2",
+            "halves",
+            activation="gelu_tanh",
+            norm="layer",
+            decoder="transformer",
+            layers="transformer.h",
+            embed="transformer.wte",
+            positions="transformer.wpe",
+            out_norm="transformer.ln_f",
+            linears={
+                **GPT2_QKV.linears,
+                "attn_output": "attn.c_proj",
+                "ffn_up": "mlp.c_fc",
+                "ffn_down": "mlp.c_proj",
+            },
+            fused={"attn_qkv": GPT2_QKV},
+            norms={"attn_norm": "ln_1", "ffn_norm": "ln_2"},
+            groups=(
+                Group(("attn_q", "attn_k", "attn_v")),
+                Group(("attn_output",), residual=INPUT),
+                Group(("ffn_up",)),
+                Group(("ffn_down",), residual="ln_2"),
+            ),
+        ),
+        ArchSpec(
+            "phi3",
+            "Phi3ForCausalLM",
+            "phi3",
+            "halves",
+            linears={
+                **PHI_QKV.linears,
+                "attn_output": "self_attn.o_proj",
+                **PHI_GATE_UP.linears,
+                "ffn_down": "mlp.down_proj",
+            },
+            fused={"attn_qkv": PHI_QKV, "ffn_up": PHI_GATE_UP},
+            window_of_all=True,
+            partial_rotary=True,
+            longrope=True,
+        ),
+        ArchSpec(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            "gemma2",
+            "halves",
+            activation="gelu_tanh",
+            norms=SANDWICH_NORMS,
+            groups=SANDWICH_GROUPS,
+            norm_offset=1.0,
+            scaled_embedding=True,
+            attn_softcap=True,
+            windows=2,
+            layers_of_largest=46,
+        ),
+        ArchSpec(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            "gemma3",
+            "halves",
+            activation="gelu_tanh",
+            norms=SANDWICH_NORMS | HEAD_NORMS,
+            groups=SANDWICH_GROUPS,
+            norm_offset=1.0,
+            scaled_embedding=True,
+            windows=6,
+            local_theta=10000.0,
+            layers_of_largest=62,
+        ),
     )
 }
 """Of those that share a GGUF architecture, a GGUF file is read as the first."""
@@ -88,12 +225,16 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
             f"{where}: has a quantization_config: the weights are quantized already; take the original"
         )
     spec = ARCHS[model_type]
+    activations = dict.fromkeys(ACTIVATION_KEYS, (*ACTIVATIONS[spec.activation], None))
     wanted: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu", "swish"),
-        "partial_rotary_factor": (None, 1.0),
+        **activations,
+        "use_bidirectional_attention": (False, None),
+        "scale_attn_weights": (True, None),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
     }
     for key, values in wanted.items():
-        got = config.get(key, values[0])
+        got = config.get(key)
         if got not in values:
             raise UnsupportedModelError(
                 f"{where}: {key} = {got!r} is not supported; supported: {values[0]!r}"
@@ -101,20 +242,109 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise FormatError(f"{where}: RoPE parameters are {rope!r}; wanted an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3", "linear"):
-        raise UnsupportedModelError(
-            f"{where}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
-        )
+    for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        kinds = ("default", "linear", "llama3", *(("longrope", "su") if spec.longrope else ()))
+        if kind not in kinds:
+            raise UnsupportedModelError(
+                f"{where}: RoPE scaling {kind!r} is not supported; supported: {', '.join(kinds)}"
+            )
+        partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if partial not in (None, 1.0) and not spec.partial_rotary:
+            raise UnsupportedModelError(
+                f"{where}: partial_rotary_factor = {partial!r} is not supported; supported: 1.0"
+            )
     return spec
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model computes otherwise than Llama, by its config.json; see `runtime.config.Config`."""
+
+    n_kv_heads: int
+    d_ff: int
+    norm_eps: float
+    rope_theta: float
+    rope_theta_local: float | None  # of layers with a window; None if it is that of the others
+    rope_factor: float  # of linear scaling
+    rope_dims: int
+    rope_short: tuple[float, ...]  # LongRoPE's factors up to the original context length; empty without it
+    rope_long: tuple[float, ...]  # and beyond
+    n_ctx_original: int
+    rotates: tuple[bool, ...]  # of each layer: whether it has RoPE; empty if all have
+    windows: tuple[int, ...]  # of each layer; 0 for none
+    embed_scale: float
+    attn_scale: float  # 0: 1/sqrt(head_dim)
+    attn_softcap: float
+    logit_softcap: float
+    residual_scale: float
+    logit_scale: float
+
+
+def features(config: Any) -> Features:
+    """Those of transformers' config of one of ARCHS."""
+    spec = ARCHS[config.model_type]
+    size = head_dim(config)
+    rope = _rope_parameters(config, FULL)
+    local = _rope_parameters(config, SLIDING)
+    local_theta = local.get("rope_theta") or getattr(config, "rope_local_base_freq", None)
+    linear = rope.get("rope_type", rope.get("type")) == "linear"  # the others are in rope_freqs.weight
+    query = getattr(config, "query_pre_attn_scalar", None) or size
+    scale = getattr(config, "attention_multiplier", None) or query**-0.5
+    window = config.sliding_window if spec.windows else 0
+    embed_scale = config.hidden_size**0.5
+    return Features(
+        n_kv_heads=config.num_attention_heads if spec.positions else config.num_key_value_heads,
+        d_ff=config.n_inner or 4 * config.hidden_size if spec.positions else config.intermediate_size,
+        norm_eps=config.layer_norm_epsilon if spec.norm == "layer" else config.rms_norm_eps,
+        rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
+        rope_theta_local=float(local_theta) if spec.windows and local_theta else None,
+        rope_factor=float(rope["factor"]) if linear else 1.0,
+        rope_dims=int(size * (rope.get("partial_rotary_factor") or 1.0)) if spec.partial_rotary else size,
+        rope_short=tuple(rope.get("short_factor") or ()),
+        rope_long=tuple(rope.get("long_factor") or ()),
+        n_ctx_original=int(
+            rope.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", 0)
+        ),
+        rotates=_rotates(config, spec),
+        windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
+        embed_scale=embed_scale if spec.scaled_embedding else getattr(config, "embedding_multiplier", 1.0),
+        attn_scale=0.0 if scale == size**-0.5 else scale,
+        attn_softcap=(config.attn_logit_softcapping or 0.0) if spec.attn_softcap else 0.0,
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        residual_scale=getattr(config, "residual_multiplier", 1.0),
+        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
+    )
+
+
+def _rotates(config: Any, spec: ArchSpec) -> tuple[bool, ...]:
+    if spec.positions:
+        return (False,) * int(config.num_hidden_layers)
+    return tuple(map(bool, config.no_rope_layers)) if spec.no_rope else ()
+
+
+def head_dim(config: Any) -> int:
+    """Dimensions of a head, by transformers' config."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def _rope_parameters(config: Any, layer_type: str) -> dict[str, Any]:
+    """RoPE's parameters in layers of a type; those of SLIDING are empty where they are not set apart."""
+    every = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if layer_type in every:
+        return dict(every[layer_type])
+    return {} if layer_type == SLIDING else dict(every)
 
 
 def context_length(config: Any) -> int:
     """How many tokens a model may have: of transformers' config, what it was trained for, but no more than a
-    sliding window, within which attention is like any other."""
+    sliding window of all layers, within which attention is like any other."""
     trained: int = config.max_position_embeddings
     window: int | None = getattr(config, "sliding_window", None)
-    return min(trained, window) if window else trained
+    spec = ARCHS.get(getattr(config, "model_type", None))
+    return trained if not window or (spec and spec.windows) else min(trained, window)
 
 
 def permute_rope(rows: Any, n_heads: int) -> Any:

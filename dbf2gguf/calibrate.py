@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dbf2gguf.archs import Features, features
 from dbf2gguf.progress import Stage
 
 TINY = 1e-30  # a layer whose outputs change nothing has no gradients
@@ -59,17 +60,26 @@ def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 
+def logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What the model makes of its decoder's output, (..., d_model) -> (..., n_vocab) float32."""
+    return finished(model.get_output_embeddings()(hidden).float(), features(model.config))
+
+
+def finished(raw: Tensor, f: Features) -> Tensor:
+    """Logits of the head's products, which some models scale and cap."""
+    raw = raw * f.logit_scale if f.logit_scale != 1 else raw
+    return f.logit_softcap * torch.tanh(raw / f.logit_softcap) if f.logit_softcap else raw
+
+
 def _loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Gradient of the summed cross-entropy at the head's input, a few logits at a time."""
-    head = model.get_output_embeddings()
     inputs = hidden[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     parts = []
     for start in range(0, len(inputs), HEAD_TOKENS):
         part = inputs[start : start + HEAD_TOKENS].clone().requires_grad_(True)
-        loss = functional.cross_entropy(
-            head(part).float(), targets[start : start + HEAD_TOKENS], reduction="sum"
-        )
+        wanted = targets[start : start + HEAD_TOKENS]
+        loss = functional.cross_entropy(logits(model, part), wanted, reduction="sum")
         parts.append(torch.autograd.grad(loss, part)[0])
     gradient = torch.zeros_like(hidden)
     gradient[:, :-1] = torch.cat(parts).view(*gradient[:, :-1].shape)

@@ -31,7 +31,7 @@ from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, Recipe, find_recipe
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
-from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source
+from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
@@ -494,10 +494,11 @@ def _skeleton(source: Source) -> nn.Module:
         if config.max_position_embeddings < 4:
             raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # values that no model can have: transformers raises anything
         line = " ".join(str(error).split()) or repr(error)
         raise FormatError(f"{source.path / 'config.json'}: transformers cannot use it: {line}") from error
+    return split_fused(model.requires_grad_(False), source.arch)
 
 
 def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:

@@ -4,13 +4,13 @@ For a layer W with inputs x of the original model and x' of the model factorized
 approximate not W but the least-squares solution of  W' x' ~ W x + r:
     W' = (W (C + l I) + R) (H + l I)^-1,   C = sum x x'^T,  H = sum x' x'^T,  R = sum r x'^T,
 where r is what the residual stream already lacks when the layer's output is added to it (only for layers
-that write to it), and l a share of H's mean diagonal.
+that write to it; divided by what some models multiply the output by), and l a share of H's mean diagonal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import INPUT, ArchSpec, Group
+from dbf2gguf.archs import INPUT, ArchSpec, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.parallel import map_on_cores
@@ -28,6 +28,9 @@ from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 
 BATCH_ROWS = 8
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with after its input: by position and by name."""
 
 
 class _Stop(Exception):
@@ -55,10 +58,11 @@ def factorize_model(
     again.
     """
     result: dict[str, Factors] = {}
+    scale = features(model.config).residual_scale
     layers = decoder_layers(model, source.arch)
-    states, arguments = _embed(model, layers[0], rows)
+    states, arguments_of = _embed(model, layers, rows)
     student_states = [s.clone() for s in states]
-    for index, layer in enumerate(layers):
+    for index, (layer, arguments) in enumerate(zip(layers, arguments_of, strict=True)):
         original = {n: layer.get_submodule(p).weight for n, p in source.arch.linears.items()}
         records = [_record(layer, source.arch, s, arguments) for s in states]
         try:
@@ -75,6 +79,7 @@ def factorize_model(
                     importance_out,
                     recipe,
                     seed + index * len(source.arch.linears),
+                    scale,
                     result,
                     work,
                 )
@@ -100,11 +105,12 @@ def _factorize_group(
     importance_out: dict[str, Tensor],
     recipe: Recipe,
     seed: int,
+    scale: float,
     result: dict[str, Factors],
     work: Work,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
-    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping)
+    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
     targets = {name: solve(module.weight) for name, module in modules.items()}
 
@@ -147,7 +153,10 @@ def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[lis
 
 
 def _normal_equations(
-    wanted: list[tuple[Tensor, Tensor | None]], inputs: list[tuple[Tensor, Tensor | None]], damping: float
+    wanted: list[tuple[Tensor, Tensor | None]],
+    inputs: list[tuple[Tensor, Tensor | None]],
+    damping: float,
+    scale: float,
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The solver W -> W' of the module's head, and the root of H's diagonal, mean square 1."""
     width = inputs[0][0].shape[-1]
@@ -160,7 +169,7 @@ def _normal_equations(
         gram.addmm_(x_now.mT, x_now)
         cross.addmm_(x.flatten(0, 1).mT, x_now)
         if residual is not None and residual_now is not None:
-            lack = (residual - residual_now).flatten(0, 1).mT @ x_now
+            lack = (residual - residual_now).flatten(0, 1).mT @ x_now / scale
             missing = lack if missing is None else missing + lack
     diagonal = gram.diagonal()
     importance = (diagonal / diagonal.mean().clamp(min=1e-12) + 1e-6).sqrt()
@@ -191,22 +200,26 @@ class _Record:
     output: Tensor
 
 
-def _embed(model: nn.Module, first: nn.Module, rows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The first layer's inputs, in batches, and the other arguments that a layer is called with."""
+def _embed(model: nn.Module, layers: nn.ModuleList, rows: Tensor) -> tuple[list[Tensor], list[Arguments]]:
+    """The first layer's inputs, in batches, and the other arguments that each layer is called with."""
     states: list[Tensor] = []
-    arguments: dict[str, Any] = {}
+    arguments: dict[nn.Module, Arguments] = {}
 
-    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
-        arguments.update({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        raise _Stop
+    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is layers[0]:
+            states.append(args[0] if args else kwargs["hidden_states"])
+            if arguments:
+                raise _Stop  # the first batch has told those of every layer
+        arguments[module] = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     device = next(model.parameters()).device
-    with _hooked(first.register_forward_pre_hook(on_call, with_kwargs=True)):
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(_hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True)))
         for chunk in rows.split(_even_batch(len(rows))):
             with suppress(_Stop):
                 model.get_decoder()(chunk.to(device), use_cache=False)
-    return states, arguments
+    return states, [arguments[layer] for layer in layers]
 
 
 def _even_batch(rows: int) -> int:
@@ -214,12 +227,13 @@ def _even_batch(rows: int) -> int:
     return next(size for size in range(min(BATCH_ROWS, rows), 0, -1) if rows % size == 0)
 
 
-def _call(layer: nn.Module, state: Tensor, arguments: dict[str, Any]) -> Tensor:
-    output = layer(state, **arguments)
+def _call(layer: nn.Module, state: Tensor, arguments: Arguments) -> Tensor:
+    positional, named = arguments
+    output = layer(state, *positional, **named)
     return output[0] if isinstance(output, tuple) else output
 
 
-def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: dict[str, Any]) -> _Record:
+def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: Arguments) -> _Record:
     seen: dict[str, Tensor] = {}
     with _watching(layer, _watched(arch, arch.groups), seen.__setitem__):
         output = _call(layer, state, arguments)
@@ -231,7 +245,7 @@ def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: dict[str
 
 
 def _inputs(
-    layer: nn.Module, arch: ArchSpec, group: Group, states: list[Tensor], arguments: dict[str, Any]
+    layer: nn.Module, arch: ArchSpec, group: Group, states: list[Tensor], arguments: Arguments
 ) -> list[tuple[Tensor, Tensor | None]]:
     """A group's inputs and residuals in the layer as it is now; each pass stops once they are known."""
     result = []

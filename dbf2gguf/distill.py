@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.archs import ARCHS, Features, features
+from dbf2gguf.calibrate import finished, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.graphs import Recorder
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
+from dbf2gguf.source import decoder_layers
 from dbf2gguf.work import Work
 
 SCALES = ("s_out", "s_mid", "s_in")
@@ -277,7 +279,8 @@ def has_bfloat16(device: torch.device) -> bool:
 @contextmanager
 def _compiled(*models: nn.Module) -> Iterator[None]:
     """The models' layers, compiled while the context lasts: one compilation serves all layers of a model."""
-    layers = [layer for model in models for layer in model.get_decoder().layers]
+    arch = ARCHS[models[0].config.model_type]
+    layers = [layer for model in models for layer in decoder_layers(model, arch)]
     for layer in layers:
         layer.compile()
     try:
@@ -289,6 +292,7 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
 
 def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
     """Gradients of the mean KL on tokens (batch, tokens); returns it, on the model's device."""
+    f = features(teacher.config)
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
     rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
@@ -304,7 +308,7 @@ def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient
             gradient = torch.empty_like(flat)
             for start in range(0, len(flat), size):
                 part = slice(start, start + size)
-                kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head)
+                kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head, f)
                 gradient[part] = error @ head
                 if head_gradient is not None:
                     head_gradient += error.mT @ flat[part]
@@ -318,13 +322,21 @@ def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient
 
 
 @torch.no_grad()
-def _kl_gradient(hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed KL(wanted || hidden) of the heads' distributions, and its gradient at the logits."""
-    log_p = torch.log_softmax((hidden @ head.mT).float(), -1)
-    log_wanted = torch.log_softmax((wanted @ wanted_head.mT).float(), -1)
+def _kl_gradient(
+    hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor, f: Features
+) -> tuple[Tensor, Tensor]:
+    """Summed KL(wanted || hidden) of the heads' distributions, and its gradient at the head's products."""
+    logits = finished((hidden @ head.mT).float(), f)
+    log_p = torch.log_softmax(logits, -1)
+    log_wanted = torch.log_softmax(finished((wanted @ wanted_head.mT).float(), f), -1)
     p_wanted = log_wanted.exp()
     kl = (log_wanted.sub_(log_p).mul_(p_wanted)).sum()
-    return kl, log_p.exp_().sub_(p_wanted).to(hidden.dtype)
+    error = log_p.exp_().sub_(p_wanted)
+    if f.logit_scale != 1:
+        error *= f.logit_scale
+    if f.logit_softcap:
+        error *= 1 - (logits / f.logit_softcap).square()
+    return kl, error.to(hidden.dtype)
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import context_length
-from dbf2gguf.calibrate import hidden_states
+from dbf2gguf.calibrate import hidden_states, logits
 from dbf2gguf.progress import Stage
 from runtime.errors import ContextError
 from runtime.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
 def _log_probs(model: nn.Module, tokens: Tensor, first: int) -> Tensor:
     """log p of the tokens after positions first .. last - 1, (positions, n_vocab) float32."""
     hidden = hidden_states(model, input_ids=tokens)[0, first:-1]
-    return torch.log_softmax(model.get_output_embeddings()(hidden).float(), -1)
+    return torch.log_softmax(logits(model, hidden), -1)
 
 
 class TorchScorer:
@@ -91,9 +91,9 @@ class TorchScorer:
         hidden = hidden_states(self._model, input_ids=tokens.to(next(self._model.parameters()).device))
         out = []
         for row, (ids, n) in zip(inputs, choices, strict=True):
-            logits = self._model.get_output_embeddings()(hidden[batch[row], n - 1 : len(row)]).float()
-            target = torch.tensor(ids[n:], device=logits.device)[:, None]
-            out.append(float(torch.log_softmax(logits, -1).gather(1, target).double().sum()))
+            scores = logits(self._model, hidden[batch[row], n - 1 : len(row)])
+            target = torch.tensor(ids[n:], device=scores.device)[:, None]
+            out.append(float(torch.log_softmax(scores, -1).gather(1, target).double().sum()))
         return out
 
 

@@ -6,6 +6,7 @@ copied key by key; the keys `dbf.*` are left out.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from dbf2gguf.archs import ARCHS
+from dbf2gguf.archs import ARCHS, ArchSpec
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.metadata import copy_metadata
-from runtime.config import ADJACENT, Dense, Linear
+from runtime.config import ADJACENT, NO_ROPE, Dense, Linear
 from runtime.errors import FormatError, OptionError, UnsupportedModelError
-from runtime.format import FACTORS, LINEARS, unpack
+from runtime.format import FACTORS, unpack
 from runtime.model import ModelFile, load_model_file
 
 OUT_TYPES = {
@@ -48,7 +49,7 @@ class _Tensor:
     name: str
     type: Type
     shape: tuple[int, ...]
-    source: Linear | Dense | NDArray[Any]
+    source: list[Linear] | Dense | NDArray[Any]  # rows of several linears follow each other
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +71,7 @@ def export(file: str | Path, out: str | Path, *, outtype: str = "f16", quiet: bo
     out = check_output(out, [Path(file)])
     model = load_model_file(file)
     try:
-        _check_pairing(model)
+        _check_features(model)
         kind, file_type = OUT_TYPES[outtype]
         tensors = list(_tensors(model, kind))
         check_space(out, sum(t.nbytes for t in tensors))
@@ -79,7 +80,7 @@ def export(file: str | Path, out: str | Path, *, outtype: str = "f16", quiet: bo
     finally:
         model.close()
     if not quiet:
-        odd = sum(t.type != kind for t in tensors if len(t.shape) == 2)
+        odd = sum(t.type != kind for t in tensors if isinstance(t.source, list | Dense))
         note = f"; rows of {odd} matrices fit no {kind.name} and are F16" if odd else ""
         print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {kind.name}{note}", file=sys.stderr)
 
@@ -97,16 +98,32 @@ def dense(linear: Linear) -> NDArray[np.float32]:
     return w
 
 
-def _check_pairing(model: ModelFile) -> None:
-    """llama.cpp rotates as the architecture does; the file's q and k must be in that order."""
-    pairings = {spec.gguf: spec.rope_pairing for spec in ARCHS.values()}
-    if model.architecture not in pairings:
-        known = ", ".join(sorted(pairings))
+def _spec(architecture: str) -> ArchSpec:
+    return next(spec for spec in ARCHS.values() if spec.gguf == architecture)
+
+
+def _check_features(model: ModelFile) -> None:
+    """What llama.cpp knows by the architecture must be what the file says: RoPE's pairs, which q and k are in
+    the order of, and the scale of attention."""
+    known = sorted({spec.gguf for spec in ARCHS.values()})
+    if model.architecture not in known:
         raise UnsupportedModelError(
-            f"{model.path}: architecture {model.architecture!r} cannot be exported; supported: {known}"
+            f"{model.path}: architecture {model.architecture!r} cannot be exported; supported: "
+            f"{', '.join(known)}"
         )
+    spec, c = _spec(model.architecture), model.config
+    size = c.d_model // c.n_heads if c.n_layers == spec.layers_of_largest else c.head_dim
+    scale = c.attn_scale or c.head_dim**-0.5
+    if not spec.scale_keys and not math.isclose(scale, size**-0.5, rel_tol=1e-5):
+        raise UnsupportedModelError(
+            f"{model.path}: dbf.scale.attention is {scale:g}; llama.cpp takes {size**-0.5:g} for this model"
+        )
+    rotates = [layer.rope != NO_ROPE for layer in model.weights.layers]
+    wanted_there = [not spec.no_rope or (i + 1) % spec.no_rope != 0 for i in range(c.n_layers)]
+    if rotates != wanted_there and not spec.positions:
+        raise UnsupportedModelError(f"{model.path}: dbf.rope.layers are not those that llama.cpp rotates")
     has = "adjacent" if model.config.rope_pairing == ADJACENT else "halves"
-    wanted = pairings[model.architecture]
+    wanted = spec.rope_pairing
     if has != wanted:
         raise UnsupportedModelError(
             f"{model.path}: dbf.rope.pairing is {has!r}; llama.cpp wants {wanted!r} of {model.architecture!r}"
@@ -118,15 +135,24 @@ def _tensors(model: ModelFile, kind: Type) -> Iterator[_Tensor]:
     weights = model.weights
     linears = {}
     for index, layer in enumerate(weights.layers):
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-        linears |= {f"blk.{index}.{name}": part for name, part in zip(LINEARS, parts, strict=True)}
+        linears |= {f"blk.{index}.{name}": linear for name, linear in layer.gguf_linears.items()}
+    fused = _spec(model.architecture).fused
+    first = {part.parts[0]: (name, part.parts) for name, part in fused.items()}
+    others = {name for part in fused.values() for name in part.parts[1:]}
     matrices = {"token_embd.weight": weights.embed, "output.weight": weights.head}
     for name, info in model.file.tensors.items():
         prefix, _, suffix = name.rpartition(".")
+        at, part = prefix[: prefix.rfind(".") + 1], prefix[prefix.rfind(".") + 1 :]
+        if part in others and suffix in ("bias", FACTORS[0]):
+            continue  # in the tensor of the first part
+        name_there, parts_there = first.get(part, (part, (part,)))
         if suffix == FACTORS[0]:
-            linear = linears[prefix]
-            shape = (linear.rows, linear.cols)
-            yield _Tensor(f"{prefix}.weight", _fitting(kind, linear.cols), shape, linear)
+            together = [linears[at + p] for p in parts_there]
+            shape = (sum(linear.rows for linear in together), together[0].cols)
+            yield _Tensor(f"{at}{name_there}.weight", _fitting(kind, shape[1]), shape, together)
+        elif suffix == "bias":
+            biases = np.concatenate([model.file.data(f"{at}{p}.bias") for p in parts_there])
+            yield _Tensor(f"{at}{name_there}.bias", Type(info.type), biases.shape, biases)
         elif name in matrices:
             yield _Tensor(name, _fitting(kind, info.shape[1]), info.shape, matrices[name])
         elif suffix not in FACTORS:
@@ -140,8 +166,8 @@ def _fitting(kind: Type, cols: int) -> Type:
 def _data(tensor: _Tensor, where: str) -> NDArray[Any]:
     """A tensor's data as the twin stores it. Raises FormatError for weights that its type cannot hold."""
     source = tensor.source
-    if isinstance(source, Linear):
-        values = dense(source)
+    if isinstance(source, list):
+        values = dense(source[0]) if len(source) == 1 else np.concatenate([dense(part) for part in source])
     elif isinstance(source, Dense):
         if source.type == tensor.type:
             return source.data.reshape(-1)

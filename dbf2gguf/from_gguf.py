@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import processors
 
-from dbf2gguf.archs import ARCHS, ArchSpec, unpermute_rope
+from dbf2gguf.archs import ACTIVATIONS, ARCHS, FULL, SLIDING, ArchSpec, unpermute_rope
 from runtime import ggml_tokenizer
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
-from runtime.model import check_features
+from runtime.model import EPSILONS, NORM_KINDS, check_features
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -65,7 +65,13 @@ def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
 
 def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
     meta = file.metadata
-    check_features(file.path, meta, arch.gguf)
+    check_features(file.path, meta, arch.gguf, arch.scale_keys)
+    window = meta.get(f"{arch.gguf}.attention.sliding_window") or None
+    if window and not (arch.windows or arch.window_of_all):
+        raise UnsupportedModelError(
+            f"{file.path}: {arch.gguf}.attention.sliding_window is {window!r:.60}: a sliding window is not "
+            f"supported in {arch.model_type!r}"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"{arch.gguf}.{key}", default)
@@ -91,19 +97,73 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": get("attention.key_length", width // heads),
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        ("layer_norm_epsilon" if arch.norm == "layer" else "rms_norm_eps"): float(
+            f"{get('attention.' + EPSILONS[NORM_KINDS[arch.norm]]):.6g}"
+        ),
         "rope_theta": float(get("rope.freq_base", 10000.0)),
-        "hidden_act": "silu",
+        "hidden_act": ACTIVATIONS[arch.activation][0],
+        "hidden_activation": ACTIVATIONS[arch.activation][0],
         "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": any(name.endswith("ffn_up.bias") for name in file.tensors),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if meta.get(f"{arch.gguf}.rope.scaling.type") == "linear":
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
+    if arch.partial_rotary:
+        config["partial_rotary_factor"] = get("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+    if meta.get(f"{arch.gguf}.rope.scaling.type") == "longrope":
+        if not arch.longrope:
+            raise UnsupportedModelError(
+                f"{file.path}: RoPE scaling 'longrope' is not supported in {arch.gguf!r}"
+            )
+        config["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "attention_factor": float(get("rope.scaling.attn_factor", 1.0)),
+            **{f"{name}_factor": _factors(file, name) for name in ("short", "long")},
+        }
     if "rope_freqs.weight" in file.tensors:
         config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
+    if arch.positions:
+        config["activation_function"], config["n_inner"] = config["hidden_act"], config["intermediate_size"]
+    if arch.scale_keys:
+        config |= {
+            "embedding_multiplier": float(get("embedding_scale", 1.0)),
+            "attention_multiplier": float(get("attention.scale", config["head_dim"] ** -0.5)),
+            "residual_multiplier": float(get("residual_scale", 1.0)),
+            "logits_scaling": float(get("logit_scale", 1.0)),
+        }
+    config["sliding_window"] = window
+    if arch.windows:
+        n_layers = config["num_hidden_layers"]
+        config |= _layer_types(file, arch, n_layers) if window else {"layer_types": [FULL] * n_layers}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        config[name] = get(name) if meta.get(f"{arch.gguf}.{name}") else None
+    if arch.scaled_embedding:  # scores are scaled by it, but in the largest models
+        large = config["num_hidden_layers"] == arch.layers_of_largest
+        config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = meta.get(f"tokenizer.ggml.{key}_token_id")
     return config
+
+
+def _layer_types(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
+    """The entries of config.json that say which layers have a sliding window, and RoPE's base there."""
+    key = f"{arch.gguf}.attention.sliding_window_pattern"
+    pattern = file.metadata.get(key, [(i + 1) % arch.windows != 0 for i in range(n_layers)])
+    if not isinstance(pattern, list) or len(pattern) != n_layers:
+        raise FormatError(f"{file.path}: {key} is {pattern!r:.60}; wanted a bool for each layer")
+    theta = file.metadata.get(f"{arch.gguf}.rope.freq_base_swa", arch.local_theta)
+    types = {"layer_types": [SLIDING if windowed else FULL for windowed in pattern]}
+    return types | ({"rope_local_base_freq": float(theta)} if theta else {})
+
+
+def _factors(file: GgufFile, name: str) -> list[float]:
+    tensor = f"rope_factors_{name}.weight"
+    if tensor not in file.tensors:
+        raise FormatError(f"{file.path}: no tensor {tensor}, which RoPE scaling 'longrope' needs")
+    return [float(f"{value:.7g}") for value in np.array(file.data(tensor)).reshape(-1)]
 
 
 def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
@@ -126,16 +186,20 @@ def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
 def _tensors(
     file: GgufFile, arch: ArchSpec, config: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    inner = arch.linears | arch.norms
+    parts = {part for fused in arch.fused.values() for part in fused.parts}
+    inner = {name: path for name, path in (arch.linears | arch.norms).items() if name not in parts}
+    inner |= {name: fused.module for name, fused in arch.fused.items()}
     outer = {
         "token_embd.weight": f"{arch.embed}.weight",
         "output_norm.weight": f"{arch.out_norm}.weight",
+        "output_norm.bias": f"{arch.out_norm}.bias",
+        "position_embd.weight": f"{arch.positions}.weight",
         "output.weight": f"{arch.head}.weight",
     }
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     result = {}
     for name, info in file.tensors.items():
-        if name == "rope_freqs.weight":
+        if name.startswith("rope_f"):
             continue  # part of config.json
         try:
             array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)
@@ -146,11 +210,17 @@ def _tensors(
         array = array.reshape(info.shape)
         if name in outer:
             target = outer[name]
+            if name == "output_norm.weight":
+                array = array - arch.norm_offset
         else:
             match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
             if match is None or match[2] not in inner:
                 raise UnsupportedModelError(f"{file.path}: no place for tensor {name!r} in {arch.model_type}")
             target = f"{arch.layers}.{match[1]}.{inner[match[2]]}.{match[3]}"
+            if match[2] in arch.norms:
+                array = array - arch.norm_offset
+            if arch.positions and array.ndim == 2:
+                array = array.T  # GPT-2's Conv1D
             if match[2] in heads and arch.rope_pairing == "adjacent":
                 array = unpermute_rope(array, heads[match[2]])
         result[target] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)

@@ -18,7 +18,7 @@ MAX_TEXT = 60
 """Characters of a value that the summary shows; it shortens the rest."""
 
 MIB = 1 << 20
-NOT_WEIGHTS = ("rope_freqs.weight",)
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 QUALITY, RECIPE = "dbf.quality.", "dbf.recipe."
 ELSEWHERE = ("dbf.version", "dbf.bits_per_weight", "dbf.sign_bits_per_weight", "general.name")
 """Keys that the summary's head shows already."""

@@ -32,6 +32,11 @@ class GrowingCache(DynamicCache):
         self._length[layer_idx] = end
         return keys[:, :, :end], values[:, :, :end]
 
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        """Positions that the mask of a call is for, and the first of them."""
+        length = query if isinstance(query, int) else len(query)
+        return self.get_seq_length(layer_idx) + length, 0
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held."""
         return self._length.get(layer_idx, 0)

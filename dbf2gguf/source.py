@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dbf2gguf.archs import ArchSpec, find_arch
+from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
 from runtime.errors import FormatError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
+CONSTANTS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names that old checkpoints give to what is computed: RoPE's frequencies, GPT-2's causal mask."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _check_safetensors(path: Path) -> None:
 
 def load_model(source: Source, device: str = "cpu") -> nn.Module:
     """The reference model, float32, in evaluation mode, without gradients. Raises FormatError."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     from dbf2gguf import attention
@@ -101,10 +103,11 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        capped = features(AutoConfig.from_pretrained(source.path, local_files_only=True)).attn_softcap
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if capped else "sdpa",  # which knows no soft caps
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below
@@ -120,7 +123,7 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             f"{source.path}: shapes contradict config.json: {name!r} is {tuple(got)}; wanted {tuple(wanted)}"
         )
     tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
-    unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(".inv_freq"))
+    unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(CONSTANTS))
     if unknown:
         raise FormatError(
             f"{source.path}: {len(unknown)} tensors have no place in the model that config.json describes, "
@@ -131,7 +134,49 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
     if device != "cpu" and attention.suits(model.config):
         model.set_attn_implementation(attention.CAUSAL)
-    return model.to(device).eval().requires_grad_(False)
+    return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
+
+
+class FusedLinear(nn.Module):
+    """Linears side by side in the place of one: their outputs one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.children()], -1)
+
+
+def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
+    """Put FusedLinear in the place of the linears that a family fuses, and ordinary linears in that of
+    GPT-2's Conv1D. Raises UnsupportedModelError if rows are not what config.json says."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not arch.fused:
+        return model
+    config, f = model.config, features(model.config)
+    q, kv = (n * head_dim(config) for n in (config.num_attention_heads, f.n_kv_heads))
+    rows = {"attn_q": q, "attn_k": kv, "attn_v": kv}
+    for index, layer in enumerate(decoder_layers(model, arch)):
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, Conv1D):
+                layer.set_submodule(name, _linear(module.weight.T.contiguous(), module.bias))
+        for fused in arch.fused.values():
+            module, parts = layer.get_submodule(fused.module), FusedLinear()
+            sizes = [rows.get(part, f.d_ff) for part in fused.parts]
+            if module.weight.shape[0] != sum(sizes):
+                raise UnsupportedModelError(
+                    f"{arch.layers}.{index}.{fused.module} has {module.weight.shape[0]} rows; wanted {sizes}"
+                )
+            biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
+            for part, weight, bias in zip(fused.parts, module.weight.split(sizes), biases, strict=True):
+                parts.add_module(part, _linear(weight, bias))
+            layer.set_submodule(fused.module, parts)
+    return model
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,16 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dbf2gguf.archs import ArchSpec, context_length, permute_rope
+from dbf2gguf.archs import FULL, ArchSpec, Features, context_length, features, head_dim, permute_rope
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.metadata import copy_metadata
 from dbf2gguf.q6_k import quantize_q6_k
 from dbf2gguf.source import Source, decoder_layers
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.format import DBF1_TYPE, FORMAT_VERSION, LINEARS, pack, unpack
+from runtime.format import DBF1_TYPE, FORMAT_VERSION, pack, unpack
+from runtime.ggml_tokenizer import SPACE
 from runtime.gguf import GgufFile
 from runtime.model import load_model_file
 from runtime.pretokenizers import find_pre
+
+ADDED_SCORE = -1000.0
+LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
+"""Added tokens that llama.cpp's converter takes for control tokens, whatever the tokenizer says."""
 
 
 def ggml_type(embed_type: str) -> gguf.GGMLQuantizationType:
@@ -118,8 +124,7 @@ def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
     try:
         heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
         for index, layer in enumerate(file.weights.layers):
-            stored = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-            for kind, linear in zip(LINEARS, stored, strict=True):
+            for kind, linear in layer.gguf_linears.items():
                 name = f"blk.{index}.{kind}"
                 if name not in factors:
                     raise FormatError(f"{path}: {name} was not written, but is there")
@@ -131,7 +136,7 @@ def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
                 _compare(f"{path}: {name}.dbf_out", linear.s_out, s_out)
                 _compare(f"{path}: {name}.dbf_mid", linear.s_mid, factors[name].s_mid[0])
                 _compare(f"{path}: {name}.dbf_in", linear.s_in, factors[name].s_in[0])
-        count = len(file.weights.layers) * len(LINEARS)
+        count = sum(len(layer.linears) for layer in file.weights.layers)
         if count != len(factors):
             raise FormatError(f"{path}: holds {count} linear layers; wanted {len(factors)}")
     finally:
@@ -170,8 +175,8 @@ def head_is_tied(model: nn.Module) -> bool:
 def _add_architecture(
     writer: gguf.GGUFWriter, source: Source, model: nn.Module, file_type: gguf.LlamaFileType
 ) -> None:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, f = model.config, features(model.config)
+    size = head_dim(config)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.name)
     weights = model.num_parameters()
@@ -180,29 +185,72 @@ def _add_architecture(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(f.d_ff)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(_rope_theta(config))
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_head_count_kv(f.n_kv_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    if source.arch.norm == "layer":
+        writer.add_layer_norm_eps(f.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(f.norm_eps)
+    if any(f.rotates) or not f.rotates:
+        writer.add_rope_freq_base(f.rope_theta)
+        writer.add_rope_dimension_count(f.rope_dims)
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_features(writer, source.arch, f)
+    if f.rope_short:
+        rotary = model.get_submodule(source.arch.decoder).rotary_emb
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(f.n_ctx_original)
+        writer.add_rope_scaling_attn_factors(float(rotary.attention_scaling))
+    if source.arch.scale_keys:  # logits are divided by the last
+        writer.add_embedding_scale(f.embed_scale)
+        writer.add_attention_scale(f.attn_scale or size**-0.5)
+        writer.add_residual_scale(f.residual_scale)
+        writer.add_logit_scale(1.0 / f.logit_scale)
+    if source.arch.window_of_all:
+        writer.add_sliding_window(0)  # llama.cpp wants the key; the context is no longer than the window
 
 
-def _rope_theta(config: Any) -> float:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+def _add_features(writer: gguf.GGUFWriter, arch: ArchSpec, f: Features) -> None:
+    """The keys that only some models have: llama.cpp's, and ours for what it knows by the architecture."""
+    if f.rope_factor != 1.0:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(f.rope_factor)
+    if not all(f.rotates):
+        writer.add_array("dbf.rope.layers", list(f.rotates))
+    if f.windows:
+        writer.add_sliding_window(max(f.windows))
+        writer.add_sliding_window_pattern([window > 0 for window in f.windows])
+    if f.rope_theta_local:
+        writer.add_rope_freq_base_swa(f.rope_theta_local)
+    if f.attn_softcap:
+        writer.add_attn_logit_softcapping(f.attn_softcap)
+    if f.logit_softcap:
+        writer.add_final_logit_softcapping(f.logit_softcap)
+    for name, scale, usual in (
+        ("embedding", f.embed_scale, 1.0),
+        ("attention", f.attn_scale, 0.0),
+        ("residual", f.residual_scale, 1.0),
+        ("logits", f.logit_scale, 1.0),
+    ):
+        if scale != usual or arch.scale_keys:
+            writer.add_float32(f"dbf.scale.{name}", scale)
 
 
 def _rope_freqs(model: nn.Module, arch: ArchSpec) -> NDArray[np.float32] | None:
-    """What divides RoPE's frequencies in a model with scaled ones; None where nothing does."""
-    config = model.config
-    scaled = model.get_submodule(arch.decoder).rotary_emb.inv_freq.double().cpu().numpy()
-    plain = _rope_theta(config) ** (-np.arange(len(scaled), dtype=np.float64) / len(scaled))
-    ratio = plain / scaled
+    """What divides RoPE's frequencies in a model with scaled ones, beside a factor of all; None where nothing
+    does."""
+    f, rotary = features(model.config), getattr(model.get_submodule(arch.decoder), "rotary_emb", None)
+    inverse = getattr(rotary, "inv_freq", None)
+    inverse = getattr(rotary, f"{FULL}_inv_freq", None) if inverse is None else inverse
+    if inverse is None:
+        return None  # no layer is like that
+    scaled = inverse.double().cpu().numpy()
+    plain = f.rope_theta ** (-np.arange(len(scaled), dtype=np.float64) / len(scaled))
+    ratio = plain / scaled / f.rope_factor
     return None if np.allclose(ratio, 1.0, rtol=1e-4) else ratio.astype(np.float32)
 
 
@@ -217,12 +265,14 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, voca
         return
     description = json.loads(text)
     if (source.path / "tokenizer.model").is_file():
-        kind, pre, tokens, scores, types = _sentencepiece_vocabulary(source, tokenizer, vocab_size)
-        writer.add_tokenizer_model(kind)
-        writer.add_tokenizer_pre(pre)
+        tokens, scores, types, prefix = _sentencepiece_vocabulary(source, tokenizer, vocab_size)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
         writer.add_token_scores(scores)
         writer.add_token_types(types)
+        if not prefix:
+            writer.add_add_space_prefix(False)
         special = gguf.SpecialVocab(source.path, n_vocab=len(tokens))
     elif description["model"]["type"] == "BPE":
         tokens, types = _bpe_vocabulary(tokenizer, vocab_size)
@@ -268,9 +318,11 @@ def _bpe_vocabulary(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[in
 
 def _sentencepiece_vocabulary(
     source: Source, tokenizer: Any, vocab_size: int
-) -> tuple[str, str, list[bytes], list[float], list[int]]:
-    """llama.cpp's model and pre names, pieces, scores and token types of a SentencePiece vocabulary."""
+) -> tuple[list[bytes], list[float], list[int], bool]:
+    """Pieces, scores and llama.cpp's token types of a SentencePiece vocabulary; whether texts get a space in
+    front."""
     from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     kinds = gguf.TokenType
     pieces = SentencePieceProcessor()
@@ -292,10 +344,14 @@ def _sentencepiece_vocabulary(
             else kinds.NORMAL
         )
     for index, token in tokenizer.added_tokens_decoder.items():
-        if index < vocab_size and types[index] in (kinds.NORMAL, kinds.UNUSED):
-            tokens[index] = token.content.encode()
-            types[index] = int(kinds.CONTROL if token.special else kinds.USER_DEFINED)
-    return "llama", "default", tokens, scores, types
+        if index >= vocab_size or types[index] not in (kinds.NORMAL, kinds.UNUSED):
+            continue
+        control = token.special or LOOKS_SPECIAL.fullmatch(token.content) is not None
+        text = token.content if control else token.content.replace(SPACE, " ")  # found in the text as it is
+        tokens[index], scores[index] = text.encode(), ADDED_SCORE
+        types[index] = int(kinds.CONTROL if control else kinds.USER_DEFINED)
+    proto = ModelProto.FromString(pieces.serialized_model_proto())
+    return tokens, scores, types, proto.normalizer_spec.add_dummy_prefix
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -336,14 +392,20 @@ def _add_tensors(
     _add_matrix(writer, "token_embd.weight", model.get_input_embeddings().weight, embed_type)
     if not head_is_tied(model):
         _add_matrix(writer, "output.weight", model.get_output_embeddings().weight, embed_type)
-    _add_vector(writer, "output_norm.weight", model.get_submodule(arch.out_norm).weight)
-    freqs = _rope_freqs(model, arch)
+    if arch.positions:
+        _add_vector(writer, "position_embd.weight", model.get_submodule(arch.positions).weight)
+    _add_norm(writer, "output_norm", model.get_submodule(arch.out_norm), arch)
+    f = features(model.config)
+    freqs = None if f.rope_short else _rope_freqs(model, arch)
+    for name, factors_of in (("long", f.rope_long), ("short", f.rope_short)):
+        if factors_of:
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors_of, np.float32))
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": f.n_kv_heads}
     for index, layer in enumerate(decoder_layers(model, arch)):
         for name, path in arch.norms.items():
-            _add_vector(writer, f"blk.{index}.{name}.weight", layer.get_submodule(path).weight)
+            _add_norm(writer, f"blk.{index}.{name}", layer.get_submodule(path), arch)
         for name, path in arch.linears.items():
             prefix, module = f"blk.{index}.{name}", layer.get_submodule(path)
             permuted = name in heads and arch.rope_pairing == "adjacent"
@@ -360,6 +422,12 @@ def _as_is(rows: Tensor) -> Tensor:
 def _add_matrix(writer: gguf.GGUFWriter, name: str, weight: Tensor, embed_type: str) -> None:
     data, kind = quantized(weight, embed_type)
     writer.add_tensor(name, data, raw_dtype=kind)
+
+
+def _add_norm(writer: gguf.GGUFWriter, name: str, norm: nn.Module, arch: ArchSpec) -> None:
+    _add_vector(writer, f"{name}.weight", norm.weight + arch.norm_offset)
+    if getattr(norm, "bias", None) is not None:
+        _add_vector(writer, f"{name}.bias", norm.bias)
 
 
 def _add_vector(writer: gguf.GGUFWriter, name: str, vector: Tensor, dtype: type = np.float32) -> None:

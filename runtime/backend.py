@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime import config as cfg
-from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes
+from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes, norm_size
 from runtime.errors import BackendError, OptionError
 
 NAMES = ("auto", "c", "numba")
@@ -101,6 +101,8 @@ def load(
     if n_ctx < 1 or (n_threads is not None and n_threads < 1):
         raise BackendError(f"n_ctx is {n_ctx}, n_threads is {n_threads}: both must be 1 or more")
     check(config, weights)
+    if config.n_positions and n_ctx > config.n_positions:
+        raise OptionError(f"a context of {n_ctx} tokens, but the model knows {config.n_positions} positions")
     kv_row_bytes(config, kv_type)
     if activations not in cfg.ACTIVATIONS:
         raise OptionError(f"activations {activations!r} are unknown; there are {', '.join(cfg.ACTIVATIONS)}")
@@ -185,22 +187,32 @@ def check(config: Config, weights: Weights) -> None:
     _check_dense("embed", weights.embed, c)
     _check_dense("head", weights.head, c)
     _expect("out_norm", weights.out_norm, (c.d_model,), np.float32)
-    if weights.rope_freqs is not None:
-        _expect("rope_freqs", weights.rope_freqs, (c.rope_dims // 2,), np.float32)
+    if weights.out_norm_bias is not None:
+        _expect("out_norm_bias", weights.out_norm_bias, (c.d_model,), np.float32)
+    if (weights.positions is None) != (c.n_positions == 0):
+        raise BackendError(f"positions: n_positions is {c.n_positions}")
+    if weights.positions is not None:
+        _expect("positions", weights.positions, (c.n_positions, c.d_model), np.float32)
+    for name in ("rope_freqs", "rope_freqs_long"):
+        if getattr(weights, name) is not None:
+            _expect(name, getattr(weights, name), (c.rope_dims // 2,), np.float32)
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     for i, layer in enumerate(weights.layers):
-        _expect(f"layer {i}: attn_norm", layer.attn_norm, (c.d_model,), np.float32)
-        _expect(f"layer {i}: ffn_norm", layer.ffn_norm, (c.d_model,), np.float32)
         if (layer.q_norm is None) != (layer.k_norm is None):
             raise BackendError(f"layer {i}: q_norm without k_norm, or the other way round")
-        for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
-            if norm is not None:
-                _expect(f"layer {i}: {name}", norm, (c.head_dim,), np.float32)
+        for name, norm in layer.norms.items():
+            size = norm_size(c, name)
+            _expect(f"layer {i}: {name}", norm, (size,), np.float32)
+        if layer.window < 0 or layer.rope not in (cfg.NO_ROPE, cfg.ROPE, cfg.LOCAL_ROPE):
+            raise BackendError(f"layer {i}: window is {layer.window}, rope is {layer.rope}")
         _check_linear(f"layer {i}: q", layer.q, heads, c.d_model)
         _check_linear(f"layer {i}: k", layer.k, kv, c.d_model)
         _check_linear(f"layer {i}: v", layer.v, kv, c.d_model)
         _check_linear(f"layer {i}: o", layer.o, c.d_model, heads)
-        _check_linear(f"layer {i}: gate", layer.gate, c.d_ff, c.d_model)
+        if layer.gate is not None:
+            _check_linear(f"layer {i}: gate", layer.gate, c.d_ff, c.d_model)
+        elif c.activation != cfg.GELU:
+            raise BackendError(f"layer {i}: no gate, which only GELU does without")
         _check_linear(f"layer {i}: up", layer.up, c.d_ff, c.d_model)
         _check_linear(f"layer {i}: down", layer.down, c.d_model, c.d_ff)
 
@@ -236,8 +248,7 @@ def _mapping(array: NDArray[Any]) -> object:
 
 def in_one_file(layer: Layer) -> bool:
     """Whether all sign matrices are contiguous views of one mapped file, whose pages can be read again."""
-    linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-    signs = [array for w in linears for array in (w.a, w.b)]
+    signs = [array for w in layer.linears.values() for array in (w.a, w.b)]
     owner = _mapping(signs[0])
     return owner is not None and all(_mapping(a) is owner and a.flags.c_contiguous for a in signs)
 
@@ -288,23 +299,26 @@ class CBackend(Backend):
         c_config = ffi.new("dbf_config *", {name: getattr(config, name) for name in names})
         layers = ffi.new("dbf_layer[]", config.n_layers)
         for to, layer in zip(layers, weights.layers, strict=True):
-            to.attn_norm = self._borrow("float[]", layer.attn_norm)
-            to.ffn_norm = self._borrow("float[]", layer.ffn_norm)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                to.q_norm, to.k_norm = (self._borrow("float[]", w) for w in (layer.q_norm, layer.k_norm))
-            for name in ("q", "k", "v", "o", "gate", "up", "down"):
-                self._linear(getattr(to, name), getattr(layer, name))
+            to.window, to.rope = layer.window, layer.rope
+            for name, norm in layer.norms.items():
+                setattr(to, name, self._borrow("float[]", norm))
+            for name, linear in layer.linears.items():
+                self._linear(getattr(to, name), linear)
         w = ffi.new("dbf_weights *")
         self._dense(w.embed, weights.embed)
         self._dense(w.head, weights.head)
         w.layers = layers
         w.out_norm = self._borrow("float[]", weights.out_norm)
+        if weights.out_norm_bias is not None:
+            w.out_norm_bias = self._borrow("float[]", weights.out_norm_bias)
+        if weights.positions is not None:
+            w.positions = self._borrow("float[]", weights.positions)
         w.mapped = all(in_one_file(layer) for layer in weights.layers)
 
         model, session = ffi.new("dbf_model **"), ffi.new("dbf_session **")
         self._ensure(lib.dbf_model_new(model, c_config, w, self.n_threads), "dbf_model_new")
         self._model = model[0]
-        rope = np.ascontiguousarray(cfg.rope_table(config, weights.rope_freqs, self.n_ctx), np.float32)
+        rope = cfg.rope_tables(config, weights, self.n_ctx)
         c_rope = ffi.from_buffer("float[]", rope) if rope.size else ffi.NULL
         kv_type, bits = cfg.KV_TYPES[self.kv_type], cfg.ACTIVATIONS[self.activations]
         self._ensure(

@@ -12,6 +12,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from runtime import format
 from runtime.errors import OptionError
 
 F32, F16, Q4_0, Q8_0, Q6_K = 0, 1, 2, 8, 14
@@ -30,6 +31,15 @@ one scale a vector, in -8191 .. 8191 (14 bits) or in -126 .. 126."""
 ADJACENT, HALVES = 0, 1
 """RoPE pairing: (2i, 2i+1), llama.cpp's "norm" order, or (i, i + dims/2), its "neox" order."""
 
+RMS_NORM, LAYER_NORM = 0, 1
+"""Norms."""
+
+SILU, GELU = 0, 1
+"""Activations; GELU is the one with tanh."""
+
+NO_ROPE, ROPE, LOCAL_ROPE = -1, 0, 1
+"""What rotates a layer's queries and keys: nothing, or a table of `rope_tables`."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -47,6 +57,20 @@ class Config:
     rope_theta: float
     rope_dims: int  # leading dimensions of each head that RoPE rotates; even, <= head_dim
     rope_pairing: int  # ADJACENT or HALVES
+    rope_factor: float = 1.0  # positions are divided by it, but for layers with LOCAL_ROPE
+    rope_magnitude: float = 1.0  # cos and sin are multiplied by it, but for layers with LOCAL_ROPE
+    rope_theta_local: float = 10000.0  # of layers with LOCAL_ROPE
+    n_ctx_original: int = 0  # contexts longer than this rotate by rope_freqs_long, if there are any
+    activation: int = SILU
+    embed_scale: float = 1.0  # embeddings are multiplied by it
+    attn_scale: float = 0.0  # and scores of attention by this; 0: 1/sqrt(head_dim)
+    attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
+    logit_softcap: float = 0.0  # the same of logits
+    residual_scale: float = 1.0  # what o and down add to the residual stream is multiplied by it
+    logit_scale: float = 1.0  # and logits by this, before the cap
+    norm: int = RMS_NORM  # of attn_norm, ffn_norm and out_norm; all others are RMSNorm
+    n_positions: int = 0  # rows of the learned positions; 0: there are none
+    joint_norms: int = 0  # 1: q_norm and k_norm are of all heads of a token together
 
 
 def kv_row_bytes(config: Config, kv_type: str) -> int:
@@ -70,6 +94,14 @@ def kv_row_bytes(config: Config, kv_type: str) -> int:
 def kv_bytes_per_token(config: Config, kv_type: str) -> int:
     """Bytes of the KV cache that one token takes; see `kv_row_bytes`."""
     return 2 * config.n_layers * config.n_kv_heads * kv_row_bytes(config, kv_type)
+
+
+def norm_size(c: Config, name: str) -> int:
+    """How many weights a norm of a layer has."""
+    if name not in ("q_norm", "k_norm"):
+        return c.d_model
+    heads = c.n_heads if name == "q_norm" else c.n_kv_heads
+    return c.head_dim * (heads if c.joint_norms else 1)
 
 
 @dataclass(frozen=True)
@@ -106,27 +138,61 @@ class Dense:
     data: NDArray[np.uint8]  # (rows, bytes of a row)
 
 
+NORMS = (
+    "attn_norm",
+    "ffn_norm",
+    "q_norm",
+    "k_norm",
+    "attn_post_norm",
+    "ffn_post_norm",
+    "attn_norm_bias",
+    "ffn_norm_bias",
+)
+"""Names of a block's norms, and of what is added after some."""
+
+LINEARS = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), format.LINEARS, strict=True))
+"""Names of a block's linear layers, in the file's order -> GGUF names."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder block."""
 
-    attn_norm: NDArray[np.float32]  # (d_model,)
-    ffn_norm: NDArray[np.float32]  # (d_model,)
+    # (d_model,) norms of what q, k, v, and of what gate, up read; None: the stream as it is
+    attn_norm: NDArray[np.float32] | None
+    ffn_norm: NDArray[np.float32] | None
     q: Linear
     k: Linear
     v: Linear
     o: Linear
-    gate: Linear
+    gate: Linear | None  # None: down reads GELU(up)
     up: Linear
     down: Linear
-    q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE; both or none
+    q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE, or all rows; both or none
     k_norm: NDArray[np.float32] | None = None
+    attn_post_norm: NDArray[np.float32] | None = None  # (d_model,) of RMSNorm of what o adds to the stream
+    ffn_post_norm: NDArray[np.float32] | None = None  # (d_model,) and of what down adds
+    attn_norm_bias: NDArray[np.float32] | None = None  # (d_model,) added after LayerNorm
+    ffn_norm_bias: NDArray[np.float32] | None = None
+    window: int = 0  # a query sees so many positions, its own the last; 0: all of them
+    rope: int = ROPE  # NO_ROPE, ROPE or LOCAL_ROPE
 
     @property
-    def norms(self) -> list[NDArray[np.float32]]:
-        """All norms' weights."""
-        every = (self.attn_norm, self.ffn_norm, self.q_norm, self.k_norm)
-        return [w for w in every if w is not None]
+    def norms(self) -> dict[str, NDArray[np.float32]]:
+        """The norms' weights that there are, by their names."""
+        every = {name: getattr(self, name) for name in NORMS}
+        return {name: w for name, w in every.items() if w is not None}
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers that there are, by their names, in the file's order."""
+        every = {name: getattr(self, name) for name in LINEARS}
+        return {name: w for name, w in every.items() if w is not None}
+
+    @property
+    def gguf_linears(self) -> dict[str, Linear]:
+        """The same by their GGUF names."""
+        return {LINEARS[name]: w for name, w in self.linears.items()}
 
 
 @dataclass(frozen=True)
@@ -137,19 +203,35 @@ class Weights:
     layers: tuple[Layer, ...]
     out_norm: NDArray[np.float32]  # (d_model,)
     head: Dense  # (n_vocab, d_model); the embedding itself when the head is tied
+    out_norm_bias: NDArray[np.float32] | None = None  # (d_model,)
+    positions: NDArray[np.float32] | None = None  # (n_positions, d_model), added to embeddings
     rope_freqs: NDArray[np.float32] | None = None  # (rope_dims/2,), divides the frequencies
+    rope_freqs_long: NDArray[np.float32] | None = None  # (rope_dims/2,), the same in long contexts
 
 
-def rope_table(config: Config, freqs: NDArray[np.float32] | None, n_ctx: int) -> NDArray[np.float32]:
+def rope_tables(config: Config, weights: Weights, n_ctx: int) -> NDArray[np.float32]:
     """cos and sin of every rotation, computed once in float64 and shared by all backends.
 
-    ->  (n_ctx, rope_dims/2, 2) float32: [p, i] = cos, sin of p * theta^(-2i/dims) / freqs[i]
+    ->  (tables, n_ctx, rope_dims/2, 2) float32: of ROPE, and of LOCAL_ROPE if there are layers that have it,
+        [p, i] = magnitude * (cos, sin of p * theta^(-2i/dims) / (factor * freqs[i]))
 
-    Source: RoFormer, arXiv:2104.09864; `freqs` is llama.cpp's tensor rope_freqs.weight.
+    Source: RoFormer, arXiv:2104.09864; LongRoPE, arXiv:2402.13753. As in llama.cpp, the room for positions
+    decides between rope_freqs and rope_freqs_long, so that a token's rotation never changes.
     """
+    freqs = weights.rope_freqs
+    if weights.rope_freqs_long is not None and n_ctx > config.n_ctx_original:
+        freqs = weights.rope_freqs_long
+    count = 1 + max(layer.rope for layer in weights.layers)  # none if no layer has any
     half = config.rope_dims // 2
-    inv = config.rope_theta ** (-np.arange(half, dtype=np.float64) * 2.0 / config.rope_dims)
-    if freqs is not None:
-        inv = inv / freqs.astype(np.float64)
-    angle = np.arange(n_ctx, dtype=np.float64)[:, None] * inv
-    return np.ascontiguousarray(np.stack([np.cos(angle), np.sin(angle)], axis=-1), dtype=np.float32)
+    tables = np.empty((count, n_ctx, half, 2), np.float32)
+    for kind, table in enumerate(tables):
+        theta = config.rope_theta_local if kind == LOCAL_ROPE else config.rope_theta
+        inv = theta ** (-np.arange(half, dtype=np.float64) * 2.0 / config.rope_dims)
+        if kind == ROPE:
+            inv = inv / config.rope_factor
+        if kind == ROPE and freqs is not None:
+            inv = inv / freqs.astype(np.float64)
+        magnitude = config.rope_magnitude if kind == ROPE else 1.0
+        angle = np.arange(n_ctx, dtype=np.float64)[:, None] * inv
+        table[..., 0], table[..., 1] = magnitude * np.cos(angle), magnitude * np.sin(angle)
+    return tables

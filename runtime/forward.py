@@ -5,6 +5,9 @@ every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
 logits = Head RMSNorm(x)
 
+What some models do otherwise is in Config and Layer: GELU, with a gate or without, LayerNorm, norms of
+queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps.
+
 C divides panels of rows among threads; here numba divides the rows of a product. Both let a chunk of tokens
 pass through a layer together. The arithmetic, and so every bit, is the same.
 """
@@ -22,15 +25,19 @@ from runtime.backend import Backend, check_tokens, describe
 from runtime.config import (
     F16,
     F32,
+    NO_ROPE,
     Q4_0,
     Q6_K,
     Q8_0,
+    RMS_NORM,
+    SILU,
     Config,
     Dense,
+    Layer,
     Linear,
     Weights,
     kv_row_bytes,
-    rope_table,
+    rope_tables,
 )
 from runtime.errors import BackendError
 
@@ -160,10 +167,9 @@ class NumbaBackend(Backend):
         self._config, self._held = config, 0
         self._weights: Weights | None = weights
         self._linears = [
-            {name: _Linear(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
-            for layer in weights.layers
+            {name: _Linear(linear) for name, linear in layer.linears.items()} for layer in weights.layers
         ]
-        self._rope = rope_table(config, weights.rope_freqs, n_ctx)
+        self._rope = rope_tables(config, weights, n_ctx)
         cache = (config.n_layers, config.n_kv_heads, n_ctx, kv_row_bytes(config, kv_type))
         self._k, self._v = np.zeros(cache, np.uint8), np.zeros(cache, np.uint8)
         self._score = np.empty(n_ctx, np.float32)
@@ -177,10 +183,11 @@ class NumbaBackend(Backend):
         first = ids.size - n_logits
         for begin in range(0, ids.size, CHUNK):
             x = self._chunk(self._weights, ids[begin : begin + CHUNK].tolist(), pos + begin)
-            for i in range(max(first - begin, 0), x.shape[0]):
-                norm = self._rmsnorm(x[i], self._weights.out_norm)
-                logits[begin + i - first] = head_logits(self._weights.head, norm)
-            self._held = pos + begin + x.shape[0]
+            end = begin + x.shape[0]
+            if end > first:
+                skip = max(first - begin, 0)
+                logits[begin + skip - first : end - first] = self._logits(self._weights, x[skip:])
+            self._held = pos + end
         return logits
 
     def close(self) -> None:
@@ -188,9 +195,16 @@ class NumbaBackend(Backend):
         self._linears = []
         self._k = self._v = np.zeros((0, 0, 0, 0), np.uint8)
 
-    def _rmsnorm(self, x: Floats, w: Floats) -> Floats:
-        y = np.empty_like(x)
-        kernels.rmsnorm(y, x, w, np.float32(self._config.norm_eps), x.size)
+    def _norms(self, x: Floats, w: Floats | None, b: Floats | None = None, kind: int = RMS_NORM) -> Floats:
+        """RMSNorm or LayerNorm of every row, or x itself if w is None."""
+        if w is None:
+            return x
+        y, eps = np.empty_like(x), np.float32(self._config.norm_eps)
+        for to, row in zip(y, x, strict=True):
+            if kind == RMS_NORM:
+                kernels.rmsnorm(to, row, w, eps, row.size)
+            else:
+                kernels.layernorm(to, row, w, b, eps, row.size)
         return y
 
     def _chunk(self, weights: Weights, tokens: list[int], pos: int) -> Floats:
@@ -199,41 +213,74 @@ class NumbaBackend(Backend):
 
         # embedding
         x = np.stack([dense_row(weights.embed, token) for token in tokens])
+        if c.embed_scale != 1.0:
+            kernels.scale(x.reshape(-1), np.float32(c.embed_scale), x.size)
+        if weights.positions is not None:
+            _add(x, np.ascontiguousarray(weights.positions[pos : pos + n]))
 
         for i, (layer, w) in enumerate(zip(weights.layers, self._linears, strict=True)):
             # queries, keys, values
-            h = np.stack([self._rmsnorm(row, layer.attn_norm) for row in x])
-            q = self._linear(w["q"], h).reshape(n, c.n_heads, c.head_dim)
-            k = self._linear(w["k"], h).reshape(n, c.n_kv_heads, c.head_dim)
-            v = self._linear(w["v"], h).reshape(n, c.n_kv_heads, c.head_dim)
+            h = self._norms(x, layer.attn_norm, layer.attn_norm_bias, c.norm)
+            q, k, v = (self._linear(w[name], h) for name in "qkv")
 
-            # RoPE, KV cache
+            # norms of queries and keys, RoPE, KV cache
+            q_norm, k_norm = layer.q_norm, layer.k_norm
+            if c.joint_norms:
+                q, k, q_norm, k_norm = self._norms(q, q_norm), self._norms(k, k_norm), None, None
+            q = q.reshape(n, c.n_heads, c.head_dim)
+            k, v = (t.reshape(n, c.n_kv_heads, c.head_dim) for t in (k, v))
             for j in range(n):
-                self._turn(q[j], layer.q_norm, pos + j)
-                self._turn(k[j], layer.k_norm, pos + j)
+                self._turn(q[j], q_norm, layer.rope, pos + j)
+                self._turn(k[j], k_norm, layer.rope, pos + j)
                 self._store(k[j], v[j], i, pos + j)
 
             # attention, added to the residual stream
-            attended = np.stack([self._attention(q[j], i, pos + j) for j in range(n)])
-            _add(x, self._linear(w["o"], attended))
+            attended = np.stack([self._attention(q[j], i, layer, pos + j) for j in range(n)])
+            self._add_linear(x, w["o"], attended, layer.attn_post_norm)
 
             # feed-forward, added to the residual stream
-            h = np.stack([self._rmsnorm(row, layer.ffn_norm) for row in x])
-            gate, up = self._linear(w["gate"], h), self._linear(w["up"], h)
-            kernels.silu_mul(gate.reshape(-1), gate.reshape(-1), up.reshape(-1), gate.size)
-            _add(x, self._linear(w["down"], gate))
+            h = self._norms(x, layer.ffn_norm, layer.ffn_norm_bias, c.norm)
+            up = self._linear(w["up"], h).reshape(-1)
+            if "gate" in w:
+                gate = self._linear(w["gate"], h).reshape(-1)
+                act_mul = kernels.silu_mul if c.activation == SILU else kernels.gelu_mul
+                act_mul(up, gate, up, up.size)
+            else:
+                kernels.gelu(up, up, up.size)
+            self._add_linear(x, w["down"], up.reshape(n, c.d_ff), layer.ffn_post_norm)
         return x
+
+    def _logits(self, weights: Weights, x: Floats) -> Floats:
+        """Logits of some tokens, by their residual streams."""
+        c = self._config
+        h = self._norms(x, weights.out_norm, weights.out_norm_bias, c.norm)
+        y = np.empty((x.shape[0], c.n_vocab), np.float32)
+        for to, row in zip(y, h, strict=True):
+            to[:] = head_logits(weights.head, row)
+        if c.logit_scale != 1.0:
+            kernels.scale(y.reshape(-1), np.float32(c.logit_scale), y.size)
+        if c.logit_softcap > 0:
+            kernels.softcap(y.reshape(-1), np.float32(c.logit_softcap), y.size)
+        return y
 
     def _linear(self, w: _Linear, x: Floats) -> Floats:
         return linear(w, x, self._qmax)
 
-    def _turn(self, heads: Any, norm: Floats | None, pos: int) -> None:
-        """Normalize, in some models, and rotate queries or keys."""
+    def _add_linear(self, x: Floats, w: _Linear, y: Floats, norm: Floats | None) -> None:
+        """x += w(y); in some models, w(y) is normalized or scaled first"""
+        branch = self._norms(self._linear(w, y), norm)
+        if self._config.residual_scale != 1.0:
+            kernels.scale(branch.reshape(-1), np.float32(self._config.residual_scale), branch.size)
+        _add(x, branch)
+
+    def _turn(self, heads: Any, norm: Floats | None, rope: int, pos: int) -> None:
+        """Normalize queries or keys, unless norm is None, and rotate them, unless rope is NO_ROPE."""
         c = self._config
         for x in heads:
             if norm is not None:
                 kernels.rmsnorm(x, x, norm, np.float32(c.norm_eps), c.head_dim)
-            kernels.rope(x, self._rope[pos], c.rope_dims, c.rope_pairing)
+            if rope != NO_ROPE:
+                kernels.rope(x, self._rope[rope, pos], c.rope_dims, c.rope_pairing)
 
     def _store(self, k: Any, v: Any, layer: int, pos: int) -> None:
         """Store keys and values."""
@@ -241,18 +288,24 @@ class NumbaBackend(Backend):
             self._narrow(self._k[layer, h, pos], k[h])
             self._narrow(self._v[layer, h, pos], v[h])
 
-    def _attention(self, q: Any, layer: int, pos: int) -> Floats:
-        """Attention of every query head over the positions up to pos."""
+    def _attention(self, q: Any, index: int, layer: Layer, pos: int) -> Floats:
+        """Attention of every query head over the positions up to pos, or a window of them."""
         c, held = self._config, pos + 1
+        begin = max(held - layer.window, 0) if layer.window else 0
+        n = held - begin
         y = np.zeros((c.n_heads, c.head_dim), np.float32)
         factor = np.float32(1.0) / np.sqrt(np.float32(c.head_dim))
+        if c.attn_scale > 0:
+            factor = np.float32(c.attn_scale)
         group = c.n_heads // c.n_kv_heads
         for kv_head in range(c.n_kv_heads):
-            k, v = (self._widen(cache[layer, kv_head, :held]) for cache in (self._k, self._v))
+            k, v = (self._widen(cache[index, kv_head, begin:held]) for cache in (self._k, self._v))
             for h in range(kv_head * group, (kv_head + 1) * group):
-                kernels.scores(self._score, q[h], k, factor, held, c.head_dim)
-                inverse = np.float32(1.0) / np.float32(kernels.softmax(self._score, held))
-                kernels.mix(y[h], self._score, v, held, c.head_dim)
+                kernels.scores(self._score, q[h], k, factor, n, c.head_dim)
+                if c.attn_softcap > 0:
+                    kernels.softcap(self._score, np.float32(c.attn_softcap), n)
+                inverse = np.float32(1.0) / np.float32(kernels.softmax(self._score, n))
+                kernels.mix(y[h], self._score, v, n, c.head_dim)
                 y[h] *= inverse
         return y.reshape(-1)
 

@@ -45,7 +45,8 @@ EXP_LOG2E = f32(1.44269504088896341)
 EXP_LN2_HIGH, EXP_LN2_LOW = f32(0.693359375), f32(-2.12194440e-4)
 EXP_P0, EXP_P1, EXP_P2 = f32(1.9875691500e-4), f32(1.3981999507e-3), f32(8.3334519073e-3)
 EXP_P3, EXP_P4, EXP_P5 = f32(4.1665795894e-2), f32(1.6666665459e-1), f32(5.0000001201e-1)
-ONE, HALF, ZERO = f32(1.0), f32(0.5), f32(0.0)
+GELU_1, GELU_3 = f32(1.59576912160573071), f32(0.0713548162726009)
+ONE, TWO, HALF, ZERO = f32(1.0), f32(2.0), f32(0.5), f32(0.0)
 SUBNORMAL = f32(2.0**-24)
 
 
@@ -101,6 +102,18 @@ def exp_f32(x: Any) -> Any:
     r = (x - n * EXP_LN2_HIGH) - n * EXP_LN2_LOW
     p = ((((EXP_P0 * r + EXP_P1) * r + EXP_P2) * r + EXP_P3) * r + EXP_P4) * r + EXP_P5
     return ((p * (r * r) + r) + ONE) * float_of((np.int64(n) + 127) << 23)
+
+
+@njit(cache=True)
+def gelu_f32(x: Any) -> Any:
+    """GELU with tanh, see `gelu_mul`."""
+    return x / (ONE + exp_f32(-(x * (GELU_1 + GELU_3 * (x * x)))))
+
+
+@njit(cache=True)
+def softcap_f32(x: Any, cap: Any, twice: Any) -> Any:
+    """cap * tanh(x / cap); twice is 2 / cap."""
+    return cap - (cap + cap) / (exp_f32(x * twice) + ONE)
 
 
 @njit(cache=True)
@@ -429,6 +442,30 @@ def rmsnorm(y: Array, x: Array, w: Array, eps: Any, n: int) -> None:
 
 
 @njit(cache=True)
+def layernorm(y: Array, x: Array, w: Array, b: Array | None, eps: Any, n: int) -> None:
+    """y[i] = ((x[i] - mean) / sqrt(variance + eps)) * w[i] + b[i],
+    mean and variance those of x;  b may be NULL
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    w  (n,)  float32
+    b  (n,)  float32, or None
+    Mirror: cext/src/kernels_ref.c.  Source: Layer Normalization, arXiv:1607.06450.
+    """
+    sums, squares = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    for i in range(n):
+        sums[i % LANES] = sums[i % LANES] + x[i]
+    mean = lanes_sum(sums) / f32(n)
+    for i in range(n):
+        d = x[i] - mean
+        squares[i % LANES] = squares[i % LANES] + d * d
+    root = ONE / np.sqrt(lanes_sum(squares) / f32(n) + eps)
+    for i in range(n):
+        v = ((x[i] - mean) * root) * w[i]
+        y[i] = v if b is None else v + b[i]
+
+
+@njit(cache=True)
 def rope(x: Array, cos_sin: Array, dims: int, pairing: int) -> None:
     """rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)
 
@@ -507,6 +544,32 @@ def silu_mul(y: Array, gate: Array, up: Array, n: int) -> None:
 
 
 @njit(cache=True)
+def gelu_mul(y: Array, gate: Array, up: Array, n: int) -> None:
+    """y[i] = gate[i] / (1 + exp(-a)) * up[i],  a = 2 sqrt(2/pi) (gate[i] + 0.044715 gate[i]^3), which is GELU
+    with tanh
+
+    y     (n,)  float32, overwritten
+    gate  (n,)  float32
+    up    (n,)  float32
+    Mirror: cext/src/kernels_ref.c.  Source: GELU, arXiv:1606.08415.
+    """
+    for i in range(n):
+        y[i] = gelu_f32(gate[i]) * up[i]
+
+
+@njit(cache=True)
+def gelu(y: Array, x: Array, n: int) -> None:
+    """y[i] = x[i] / (1 + exp(-a)),  a = 2 sqrt(2/pi) (x[i] + 0.044715 x[i]^3)
+
+    y  (n,)  float32, overwritten
+    x  (n,)  float32
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = gelu_f32(x[i])
+
+
+@njit(cache=True)
 def add(y: Array, x: Array, n: int) -> None:
     """y[i] = y[i] + x[i]
 
@@ -516,6 +579,29 @@ def add(y: Array, x: Array, n: int) -> None:
     """
     for i in range(n):
         y[i] = y[i] + x[i]
+
+
+@njit(cache=True)
+def scale(y: Array, factor: Any, n: int) -> None:
+    """y[i] = y[i] * factor
+
+    y  (n,)  float32, overwritten
+    Mirror: cext/src/kernels_ref.c.
+    """
+    for i in range(n):
+        y[i] = y[i] * factor
+
+
+@njit(cache=True)
+def softcap(y: Array, cap: Any, n: int) -> None:
+    """y[i] = cap * tanh(y[i] / cap),  cap > 0
+
+    y  (n,)  float32, overwritten
+    Mirror: cext/src/kernels_ref.c.  Source: Gemma 2, arXiv:2408.00118.
+    """
+    twice = TWO / cap
+    for i in range(n):
+        y[i] = softcap_f32(y[i], cap, twice)
 
 
 @njit(cache=True)

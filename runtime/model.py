@@ -17,27 +17,44 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from runtime.config import ADJACENT, BLOCKS, F16, F32, HALVES, Config, Dense, Layer, Linear, Weights
+from runtime.config import (
+    ADJACENT,
+    BLOCKS,
+    F16,
+    F32,
+    GELU,
+    HALVES,
+    LAYER_NORM,
+    LINEARS,
+    LOCAL_ROPE,
+    NO_ROPE,
+    RMS_NORM,
+    ROPE,
+    SILU,
+    Config,
+    Dense,
+    Layer,
+    Linear,
+    Weights,
+    norm_size,
+)
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.format import DBF1, FORMAT_VERSION, LINEARS, pad8
+from runtime.format import DBF1, FORMAT_VERSION, pad8
 from runtime.gguf import GgufFile, TensorInfo, type_name
 
 I8 = int(GGMLQuantizationType.I8)
 
 ROPE_PAIRINGS = {"adjacent": ADJACENT, "halves": HALVES}
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU}
+NORM_KINDS = {"rms": RMS_NORM, "layer": LAYER_NORM}
+EPSILONS = {RMS_NORM: "layer_norm_rms_epsilon", LAYER_NORM: "layer_norm_epsilon"}
+POSITIONS = "position_embd.weight"
 
 MAX_SIZE = 1 << 24
 """Largest dimension of a model: sizes and their sums then fit int32 everywhere."""
 
 FORBIDDEN = (
-    ("rope.scaling.type", ("none", "llama3"), "RoPE scaling"),
-    ("attention.sliding_window", (0,), "sliding-window attention"),
-    ("attn_logit_softcapping", (0.0,), "soft-capped attention scores"),
-    ("final_logit_softcapping", (0.0,), "soft-capped logits"),
-    ("attention.scale", (0.0,), "a scale of attention scores"),
-    ("logit_scale", (0.0, 1.0), "a logit scale"),
-    ("embedding_scale", (0.0, 1.0), "an embedding scale"),
-    ("residual_scale", (0.0, 1.0), "a residual scale"),
+    ("rope.scaling.type", ("none", "llama3", "linear", "longrope"), "RoPE scaling"),
     ("attention.causal", (True,), "non-causal attention"),
     ("use_parallel_residual", (False,), "parallel residual branches"),
     ("expert_count", (0,), "mixture of experts"),
@@ -45,10 +62,36 @@ FORBIDDEN = (
 """Keys (after the architecture) whose other values stand for features that are not implemented.
 Llama 3's RoPE scaling is: its factors are the tensor rope_freqs.weight."""
 
+NORMS = {
+    "attn_norm": "attn_norm.weight",
+    "ffn_norm": "ffn_norm.weight",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "attn_post_norm": "post_attention_norm.weight",
+    "ffn_post_norm": "post_ffw_norm.weight",
+    "attn_norm_bias": "attn_norm.bias",
+    "ffn_norm_bias": "ffn_norm.bias",
+}
+"""Fields of Layer -> GGUF names."""
 
-def check_features(path: str | Path, metadata: Mapping[str, Any], arch: str) -> None:
-    """Raise UnsupportedModelError if a GGUF's metadata speak of a feature that is not implemented."""
-    for name, harmless, feature in FORBIDDEN:
+NORM_PAIRS = (("attn_norm", "attn_post_norm"), ("ffn_norm", "ffn_post_norm"))
+"""Each layer has one of either, or both."""
+
+SCALES = (
+    ("attention.scale", (0.0,), "a scale of attention scores"),
+    ("logit_scale", (0.0, 1.0), "a logit scale"),
+    ("embedding_scale", (0.0, 1.0), "an embedding scale"),
+    ("residual_scale", (0.0, 1.0), "a residual scale"),
+)
+"""Such keys whose meaning differs from architecture to architecture; `dbf.scale.*` say it without doubt."""
+
+
+def check_features(path: str | Path, metadata: Mapping[str, Any], arch: str, scales: bool = False) -> None:
+    """Raise UnsupportedModelError if a GGUF's metadata speak of a feature that is not implemented.
+
+    scales  whether the caller knows what the keys of SCALES mean
+    """
+    for name, harmless, feature in FORBIDDEN if scales else FORBIDDEN + SCALES:
         value = metadata.get(f"{arch}.{name}")
         if value is not None and value not in harmless:
             raise UnsupportedModelError(
@@ -170,6 +213,39 @@ class _Reader:
             raise self._fail(f"{key} is {value}, wanted a positive number")
         return value
 
+    def _optional(self, key: str, default: float) -> float:
+        """A number that is not negative, and `default` where there is none."""
+        value = float(self._get(key, float, default))
+        if not (value >= 0 and math.isfinite(value)):
+            raise self._fail(f"{key} is {value}, wanted a number of 0 or more")
+        return value
+
+    def _flags(self, key: str, n_layers: int) -> list[bool]:
+        """A bool for each layer."""
+        values = self.meta.get(key)
+        if not isinstance(values, list) or [type(v) for v in values] != [bool] * n_layers:
+            raise self._fail(f"{key} is {values!r:.60}, wanted a bool for each of {n_layers} layers")
+        return values
+
+    def _ropes(self, windows: list[int]) -> list[int]:
+        """What rotates the queries and keys of each layer."""
+        local = f"{self.arch}.rope.freq_base_swa" in self.meta
+        ropes = [LOCAL_ROPE if window and local else ROPE for window in windows]
+        if "dbf.rope.layers" not in self.meta:
+            return ropes
+        rotates = self._flags("dbf.rope.layers", len(windows))
+        return [rope if yes else NO_ROPE for rope, yes in zip(ropes, rotates, strict=True)]
+
+    def _windows(self, n_layers: int) -> list[int]:
+        """The sliding window of each layer; 0 for none."""
+        key = f"{self.arch}.attention.sliding_window"
+        if not self.meta.get(key):
+            return [0] * n_layers
+        window = self._size("attention.sliding_window")
+        if f"{key}_pattern" not in self.meta:
+            raise self._unsupported(f"{key} is {window}, but {key}_pattern does not say in which layers")
+        return [window if windowed else 0 for windowed in self._flags(f"{key}_pattern", n_layers)]
+
     def _choice(self, key: str, default: str, known: tuple[str, ...]) -> str:
         value = str(self._get(key, str, default))
         if value not in known:
@@ -177,9 +253,10 @@ class _Reader:
         return value
 
     def config(self) -> Config:
-        check_features(self.file.path, self.meta, self.arch)
-        self._choice("dbf.activation", "silu", ("silu",))
-        self._choice("dbf.norm", "rms", ("rms",))
+        told = any(key.startswith("dbf.scale.") for key in self.meta)
+        check_features(self.file.path, self.meta, self.arch, told)
+        activation = self._choice("dbf.activation", "silu", tuple(ACTIVATIONS))
+        norm = self._choice("dbf.norm", "rms", tuple(NORM_KINDS))
         pairing = self._choice("dbf.rope.pairing", "", tuple(ROPE_PAIRINGS))
         d_model, n_heads = self._size("embedding_length"), self._size("attention.head_count")
         head_dim = self._size("attention.key_length", max(1, d_model // n_heads))
@@ -193,10 +270,24 @@ class _Reader:
             head_dim=head_dim,
             n_vocab=self._size("vocab_size", n_vocab),
             n_ctx_train=self._size("context_length"),
-            norm_eps=self._positive("attention.layer_norm_rms_epsilon"),
+            norm_eps=self._positive(f"attention.{EPSILONS[NORM_KINDS[norm]]}"),
             rope_theta=self._positive("rope.freq_base", 10000.0),
             rope_dims=self._size("rope.dimension_count", head_dim),
             rope_pairing=ROPE_PAIRINGS[pairing],
+            rope_factor=self._rope_factor(),
+            rope_magnitude=self._positive("rope.scaling.attn_factor", 1.0),
+            n_ctx_original=self._size("rope.scaling.original_context_length") if self._longrope else 0,
+            rope_theta_local=self._positive("rope.freq_base_swa", 10000.0),
+            activation=ACTIVATIONS[activation],
+            embed_scale=self._optional("dbf.scale.embedding", 1.0),
+            attn_scale=self._optional("dbf.scale.attention", 0.0),
+            attn_softcap=self._optional(f"{self.arch}.attn_logit_softcapping", 0.0),
+            logit_softcap=self._optional(f"{self.arch}.final_logit_softcapping", 0.0),
+            residual_scale=self._optional("dbf.scale.residual", 1.0),
+            logit_scale=self._optional("dbf.scale.logits", 1.0),
+            norm=NORM_KINDS[norm],
+            n_positions=self._n_positions(),
+            joint_norms=self._joint_norms(n_heads * head_dim, head_dim),
         )
         if config.n_heads % config.n_kv_heads:
             raise self._fail(f"{config.n_heads} heads are no multiple of {config.n_kv_heads} KV heads")
@@ -211,6 +302,28 @@ class _Reader:
         if self._size("attention.value_length", head_dim) != head_dim:
             raise self._unsupported("keys and values of different length are not implemented")
         return config
+
+    def _rope_factor(self) -> float:
+        linear = self.meta.get(f"{self.arch}.rope.scaling.type") == "linear"
+        return self._positive("rope.scaling.factor") if linear else 1.0
+
+    def _joint_norms(self, rows: int, head_dim: int) -> int:
+        """Whether queries are normalized all heads together; the norm's length tells it."""
+        norm = self.file.tensors.get("blk.0.attn_q_norm.weight")
+        return int(norm is not None and norm.shape == (rows,) and rows != head_dim)
+
+    def _n_positions(self) -> int:
+        """Rows of the learned positions; 0 if there are none."""
+        if POSITIONS not in self.file.tensors:
+            return 0
+        rows = self._tensor(POSITIONS).shape[0]
+        if rows > MAX_SIZE:
+            raise self._fail(f"tensor {POSITIONS} has {rows} rows, wanted {MAX_SIZE} at most")
+        return rows
+
+    @property
+    def _longrope(self) -> bool:
+        return self.meta.get(f"{self.arch}.rope.scaling.type") == "longrope"
 
     # -- tensors ----------------------------------------------------------------------------------------
 
@@ -266,32 +379,56 @@ class _Reader:
         data = self.file.data(name)
         return Dense(info.type, rows, cols, data.view(np.uint8).reshape(rows, -1))
 
-    def _layer(self, i: int, c: Config) -> Layer:
+    def _layer(self, i: int, c: Config, window: int, rope: int) -> Layer:
         d, heads, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = ((heads, d), (kv, d), (kv, d), (d, heads), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
-        q, k, v, o, gate, up, down = (
-            self._linear(f"blk.{i}.{n}", *size) for n, size in zip(LINEARS, sizes, strict=True)
-        )
-        attn_norm, ffn_norm = (self._vector(f"blk.{i}.{n}.weight", d) for n in ("attn_norm", "ffn_norm"))
-        q_norm = k_norm = None
-        if f"blk.{i}.attn_q_norm.weight" in self.file.tensors:
-            q_norm, k_norm = (self._vector(f"blk.{i}.attn_{n}_norm.weight", c.head_dim) for n in "qk")
-        return Layer(attn_norm, ffn_norm, q, k, v, o, gate, up, down, q_norm, k_norm)
+        linears: dict[str, Any] = {
+            field: self._linear(f"blk.{i}.{name}", *size)
+            for (field, name), size in zip(LINEARS.items(), sizes, strict=True)
+            if field != "gate" or c.activation != GELU or f"blk.{i}.{name}.dbf_mid" in self.file.tensors
+        }
+        norms: dict[str, Any] = {"attn_norm": None, "ffn_norm": None}
+        for field, name in NORMS.items():
+            if f"blk.{i}.{name}" in self.file.tensors:
+                norms[field] = self._vector(f"blk.{i}.{name}", norm_size(c, field))
+        for pair in NORM_PAIRS:
+            if all(norms.get(field) is None for field in pair):
+                raise self._fail(f"tensor blk.{i}.{pair[0]}.weight is missing")
+        if (norms.get("q_norm") is None) != (norms.get("k_norm") is None):
+            raise self._fail(
+                f"layer {i} has only one of the tensors attn_q_norm.weight and attn_k_norm.weight"
+            )
+        return Layer(**({"gate": None} | linears), **norms, window=window, rope=rope)
+
+    def _freqs(self, name: str, c: Config) -> NDArray[np.float32]:
+        freqs = self._vector(name, c.rope_dims // 2)
+        if not (freqs > 0).all():
+            raise self._fail(f"tensor {name} holds a value that is not positive")
+        return freqs
 
     def weights(self, c: Config) -> Weights:
         embed = self._dense("token_embd.weight", c.n_vocab, c.d_model)
         tied = "output.weight" not in self.file.tensors
-        freqs = None
-        if "rope_freqs.weight" in self.file.tensors:
-            freqs = self._vector("rope_freqs.weight", c.rope_dims // 2)
-            if not (freqs > 0).all():
-                raise self._fail("tensor rope_freqs.weight holds a value that is not positive")
+        freqs: NDArray[np.float32] | None = None
+        freqs_long: NDArray[np.float32] | None = None
+        if self._longrope:
+            freqs = self._freqs("rope_factors_short.weight", c)
+            freqs_long = self._freqs("rope_factors_long.weight", c)
+        elif "rope_freqs.weight" in self.file.tensors:
+            freqs = self._freqs("rope_freqs.weight", c)
+        windows = self._windows(c.n_layers)
+        kinds = enumerate(zip(windows, self._ropes(windows), strict=True))
         weights = Weights(
             embed=embed,
-            layers=tuple(self._layer(i, c) for i in range(c.n_layers)),
+            layers=tuple(self._layer(i, c, window, rope) for i, (window, rope) in kinds),
             out_norm=self._vector("output_norm.weight", c.d_model),
+            out_norm_bias=self._vector("output_norm.bias", c.d_model)
+            if "output_norm.bias" in self.file.tensors
+            else None,
+            positions=self._array(POSITIONS, F32, (c.n_positions, c.d_model)) if c.n_positions else None,
             head=embed if tied else self._dense("output.weight", c.n_vocab, c.d_model),
             rope_freqs=freqs,
+            rope_freqs_long=freqs_long,
         )
         unknown = [name for name in self.file.tensors if name not in self.used]
         if unknown:

@@ -13,8 +13,9 @@ import tokenizers
 from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from runtime.config import F32, HALVES, Config, Dense, Layer, Linear, Weights
-from runtime.format import DBF1_TYPE, LINEARS, pad8
+from runtime.config import F32, HALVES, LOCAL_ROPE, NO_ROPE, Config, Dense, Layer, Linear, Weights
+from runtime.format import DBF1_TYPE, pad8
+from runtime.model import EPSILONS, NORMS
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -91,14 +92,14 @@ def metadata(c: Config, arch: str = "llama") -> dict[str, Any]:
         f"{arch}.attention.head_count": c.n_heads,
         f"{arch}.attention.head_count_kv": c.n_kv_heads,
         f"{arch}.attention.key_length": c.head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": c.norm_eps,
+        f"{arch}.attention.{EPSILONS[c.norm]}": c.norm_eps,
         f"{arch}.rope.freq_base": c.rope_theta,
         f"{arch}.rope.dimension_count": c.rope_dims,
         f"{arch}.vocab_size": c.n_vocab,
         "dbf.version": 1,
         "dbf.rope.pairing": ("adjacent", "halves")[c.rope_pairing],
-        "dbf.activation": "silu",
-        "dbf.norm": "rms",
+        "dbf.activation": ("silu", "gelu_tanh")[c.activation],
+        "dbf.norm": ("rms", "layer")[c.norm],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
@@ -107,19 +108,46 @@ def metadata(c: Config, arch: str = "llama") -> dict[str, Any]:
     }
 
 
+def features(c: Config, weights: Weights, arch: str = "llama") -> dict[str, Any]:
+    """Keys of what only some models have."""
+    meta: dict[str, Any] = {}
+    windows = [layer.window for layer in weights.layers]
+    if any(windows):
+        meta[f"{arch}.attention.sliding_window"] = max(windows)
+        meta[f"{arch}.attention.sliding_window_pattern"] = [window > 0 for window in windows]
+    if any(layer.rope == LOCAL_ROPE for layer in weights.layers):
+        meta[f"{arch}.rope.freq_base_swa"] = c.rope_theta_local
+    if any(layer.rope == NO_ROPE for layer in weights.layers):
+        meta["dbf.rope.layers"] = [layer.rope != NO_ROPE for layer in weights.layers]
+    if c.rope_factor != 1:
+        meta[f"{arch}.rope.scaling.type"] = "linear"
+        meta[f"{arch}.rope.scaling.factor"] = c.rope_factor
+    for key, value, usual in (
+        (f"{arch}.attn_logit_softcapping", c.attn_softcap, 0.0),
+        (f"{arch}.final_logit_softcapping", c.logit_softcap, 0.0),
+        ("dbf.scale.embedding", c.embed_scale, 1.0),
+        ("dbf.scale.attention", c.attn_scale, 0.0),
+        ("dbf.scale.residual", c.residual_scale, 1.0),
+        ("dbf.scale.logits", c.logit_scale, 1.0),
+    ):
+        if value != usual:
+            meta[key] = value
+    return meta
+
+
 def tensors(weights: Weights, c: Config) -> dict[str, tuple[Any, GGMLQuantizationType | None]]:
     """name -> (array, type to declare or None for the array's own)."""
     f32 = weights.embed.data.view(np.float32).reshape(c.n_vocab, c.d_model)
     out: dict[str, tuple[Any, GGMLQuantizationType | None]] = {"token_embd.weight": (f32, None)}
     out["output_norm.weight"] = (weights.out_norm, None)
+    if weights.out_norm_bias is not None:
+        out["output_norm.bias"] = (weights.out_norm_bias, None)
+    if weights.positions is not None:
+        out["position_embd.weight"] = (weights.positions, None)
     for i, layer in enumerate(weights.layers):
-        out[f"blk.{i}.attn_norm.weight"] = (layer.attn_norm, None)
-        out[f"blk.{i}.ffn_norm.weight"] = (layer.ffn_norm, None)
-        if layer.q_norm is not None:
-            out[f"blk.{i}.attn_q_norm.weight"] = (layer.q_norm, None)
-            out[f"blk.{i}.attn_k_norm.weight"] = (layer.k_norm, None)
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-        for name, part in zip(LINEARS, parts, strict=True):
+        for name, norm in layer.norms.items():
+            out[f"blk.{i}.{NORMS[name]}"] = (norm, None)
+        for name, part in layer.gguf_linears.items():
             at = f"blk.{i}.{name}"
             out[f"{at}.dbf_a"] = (part.a, DBF1_TYPE)
             out[f"{at}.dbf_b"] = (part.b, DBF1_TYPE)
@@ -164,7 +192,7 @@ def write_model(
     """Write a model; `change` may edit the metadata and the tensors first, to make a bad one."""
     config = config or tiny_config()
     weights = weights or tiny_weights(config)
-    meta, arrays = metadata(config, arch), tensors(weights, config)
+    meta, arrays = metadata(config, arch) | features(config, weights, arch), tensors(weights, config)
     if change is not None:
         change(meta, arrays)
     return write(path, arch, meta, arrays)

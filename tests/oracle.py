@@ -5,7 +5,19 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from runtime.config import ADJACENT, F16, F32, Config, Dense, Linear, Weights
+from runtime.config import (
+    ADJACENT,
+    F16,
+    F32,
+    GELU,
+    LOCAL_ROPE,
+    NO_ROPE,
+    RMS_NORM,
+    Config,
+    Dense,
+    Linear,
+    Weights,
+)
 from runtime.format import unpack
 
 
@@ -35,11 +47,29 @@ def rmsnorm(x, w, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
 
 
-def rope(x, config: Config, pos, freqs=None):
+def maybe_norm(x, w, eps):
+    return x if w is None else rmsnorm(x, w, eps)
+
+
+def any_norm(c: Config, x, w, b):
+    """LayerNorm or RMSNorm, or x itself"""
+    if w is None or c.norm == RMS_NORM:
+        return maybe_norm(x, w, c.norm_eps)
+    x = x - x.mean(-1, keepdims=True)
+    return rmsnorm(x, w, c.norm_eps) + (0 if b is None else b)
+
+
+def rope(x, config: Config, pos, freqs=None, kind=0):
     """x: (n, heads, head_dim) at positions pos: (n,)"""
+    if kind == NO_ROPE:
+        return x
     half = config.rope_dims // 2
-    inv = config.rope_theta ** (-2.0 * np.arange(half) / config.rope_dims)
-    angle = pos[:, None] * (inv if freqs is None else inv / freqs)
+    if kind == LOCAL_ROPE:
+        inv = config.rope_theta_local ** (-2.0 * np.arange(half) / config.rope_dims)
+    else:
+        inv = config.rope_theta ** (-2.0 * np.arange(half) / config.rope_dims) / config.rope_factor
+        inv = inv if freqs is None else inv / freqs
+    angle = pos[:, None] * inv
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     y = x.copy()
     at = slice(0, 2 * half, 2) if config.rope_pairing == ADJACENT else slice(0, half)
@@ -49,12 +79,19 @@ def rope(x, config: Config, pos, freqs=None):
     return y
 
 
-def attention(q, k, v):
+def softcap(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def attention(q, k, v, scale=0.0, cap=0.0, window=0):
     """Causal; q: (n, heads, dim), k and v: (n, kv_heads, dim) -> (n, heads * dim)"""
     n, heads, dim = q.shape
     k, v = (np.repeat(t, heads // k.shape[1], axis=1) for t in (k, v))
-    score = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(dim)
-    score[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+    score = softcap(np.einsum("ihd,jhd->hij", q, k) * (scale or dim**-0.5), cap)
+    seen = np.tri(n, dtype=bool)
+    if window:
+        seen &= ~np.tri(n, k=-window, dtype=bool)
+    score[:, ~seen] = -np.inf
     p = np.exp(score - score.max(-1, keepdims=True))
     return np.einsum("hij,jhd->ihd", p / p.sum(-1, keepdims=True), v).reshape(n, -1)
 
@@ -63,20 +100,32 @@ def silu(x):
     return x / (1.0 + np.exp(-x))
 
 
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def forward(config: Config, w: Weights, tokens):
     """Logits of all tokens: (n, n_vocab)"""
     c, n = config, len(tokens)
     pos = np.arange(n)
-    x = dense(w.embed)[tokens]
+    act = gelu if c.activation == GELU else silu
+    x = dense(w.embed)[tokens] * c.embed_scale
+    x = x if w.positions is None else x + w.positions[:n]
     for layer in w.layers:
-        h = rmsnorm(x, layer.attn_norm, c.norm_eps)
-        q = dbf_linear(layer.q, h).reshape(n, c.n_heads, c.head_dim)
-        k = dbf_linear(layer.k, h).reshape(n, c.n_kv_heads, c.head_dim)
-        v = dbf_linear(layer.v, h).reshape(n, c.n_kv_heads, c.head_dim)
-        if layer.q_norm is not None:
+        h = any_norm(c, x, layer.attn_norm, layer.attn_norm_bias)
+        q, k, v = (dbf_linear(w, h) for w in (layer.q, layer.k, layer.v))
+        if c.joint_norms:
             q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
-        q, k = rope(q, c, pos, w.rope_freqs), rope(k, c, pos, w.rope_freqs)
-        x = x + dbf_linear(layer.o, attention(q, k, v))
-        h = rmsnorm(x, layer.ffn_norm, c.norm_eps)
-        x = x + dbf_linear(layer.down, silu(dbf_linear(layer.gate, h)) * dbf_linear(layer.up, h))
-    return rmsnorm(x, w.out_norm, c.norm_eps) @ dense(w.head).T
+        q = q.reshape(n, c.n_heads, c.head_dim)
+        k, v = (t.reshape(n, c.n_kv_heads, c.head_dim) for t in (k, v))
+        if layer.q_norm is not None and not c.joint_norms:
+            q, k = rmsnorm(q, layer.q_norm, c.norm_eps), rmsnorm(k, layer.k_norm, c.norm_eps)
+        q, k = (rope(t, c, pos, w.rope_freqs, layer.rope) for t in (q, k))
+        y = dbf_linear(layer.o, attention(q, k, v, c.attn_scale, c.attn_softcap, layer.window))
+        x = x + maybe_norm(y, layer.attn_post_norm, c.norm_eps) * c.residual_scale
+        h = any_norm(c, x, layer.ffn_norm, layer.ffn_norm_bias)
+        up = dbf_linear(layer.up, h)
+        y = dbf_linear(layer.down, act(up) if layer.gate is None else act(dbf_linear(layer.gate, h)) * up)
+        x = x + maybe_norm(y, layer.ffn_post_norm, c.norm_eps) * c.residual_scale
+    x = any_norm(c, x, w.out_norm, w.out_norm_bias)
+    return softcap(x @ dense(w.head).T * c.logit_scale, c.logit_softcap)

@@ -15,7 +15,20 @@ import pytest
 import tiny
 
 from runtime import backend
-from runtime.config import ADJACENT, F16, F32, Q4_0, Q6_K, Q8_0, kv_bytes_per_token
+from runtime.config import (
+    ADJACENT,
+    F16,
+    F32,
+    GELU,
+    LAYER_NORM,
+    LOCAL_ROPE,
+    NO_ROPE,
+    Q4_0,
+    Q6_K,
+    Q8_0,
+    ROPE,
+    kv_bytes_per_token,
+)
 from runtime.errors import BackendError, OptionError
 
 cext = pytest.importorskip("cext", reason="the C core is not built")
@@ -37,6 +50,30 @@ MODELS = {
     "20 queries share a KV head": (tiny.config(n_heads=20, n_kv_heads=1, head_dim=128, n_layers=1), {}),
     "head norms": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True}),
     "wide heads": (tiny.config(head_dim=96, rope_dims=96, n_layers=1), {"kind": F32}),
+    "GELU": (tiny.config(activation=GELU, n_layers=1), {}),
+    "windows": (
+        tiny.config(n_layers=4, rope_theta_local=50.0, rope_factor=8.0),
+        {"windows": (1, 5, 0, 40), "ropes": (LOCAL_ROPE, LOCAL_ROPE, ROPE, NO_ROPE)},
+    ),
+    "a window on wide heads": (tiny.config(head_dim=128, rope_dims=128, n_layers=1), {"windows": (33,)}),
+    "scales and soft caps": (
+        tiny.config(embed_scale=48**0.5, attn_scale=0.7, attn_softcap=2.0, logit_softcap=3.0),
+        {"tied": True},
+    ),
+    "LayerNorm, positions, no gate": (
+        tiny.config(norm=LAYER_NORM, n_positions=N_CTX, activation=GELU),
+        {"bias": True, "norm_biases": True, "gated": False, "ropes": (NO_ROPE, NO_ROPE)},
+    ),
+    "LayerNorm without biases": (tiny.config(norm=LAYER_NORM, n_layers=1), {"tied": True}),
+    "norms after only, and of all heads": (
+        tiny.config(joint_norms=1),
+        {"head_norms": True, "post_norms": True, "pre_norms": False},
+    ),
+    "scales of what is added and of logits": (
+        tiny.config(residual_scale=0.22, logit_scale=0.125, logit_softcap=3.0),
+        {"bias": True},
+    ),
+    "norms after": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True, "post_norms": True}),
 }
 
 
@@ -293,6 +330,30 @@ def test_weights_that_do_not_fit():
     for options in ({"n_ctx": 0}, {"n_ctx": 10, "n_threads": 0}, {"n_ctx": 10, "backend": "fortran"}):
         with pytest.raises(BackendError):
             backend.load(config, w, **options)
+
+
+def test_features_that_do_not_fit():
+    config = tiny.config(n_positions=12, n_layers=1)
+    w = tiny.weights(config)
+    layer = w.layers[0]
+    for weights, words in [
+        (replace(w, positions=None), "n_positions is 12"),
+        (replace(w, positions=w.positions[1:]), "positions: got"),
+        (replace(w, out_norm_bias=w.out_norm[1:]), "out_norm_bias"),
+        (replace(w, layers=(replace(layer, gate=None),)), "no gate, which only GELU"),
+        (replace(w, layers=(replace(layer, window=-1),)), "window is -1"),
+        (replace(w, layers=(replace(layer, rope=2),)), "rope is 2"),
+        (replace(w, layers=(replace(layer, q_norm=layer.attn_norm),)), "q_norm without k_norm"),
+        (replace(w, layers=(replace(layer, attn_post_norm=w.out_norm[1:]),)), "attn_post_norm"),
+        (replace(w, layers=(replace(layer, ffn_norm_bias=w.out_norm[1:]),)), "ffn_norm_bias"),
+    ]:
+        with pytest.raises(BackendError, match=words):
+            backend.load(config, weights, backend="c", n_ctx=10)
+    with pytest.raises(OptionError, match="a context of 13 tokens, but the model knows 12 positions"):
+        backend.load(config, w, backend="c", n_ctx=13)
+    for change in ({"attn_softcap": -1.0}, {"embed_scale": float("inf")}, {"activation": 2}, {"norm": 2}):
+        with pytest.raises(BackendError, match="dbf_model_new"):
+            backend.load(replace(config, **change), w, backend="c", n_ctx=10)
 
 
 def test_non_finite_weights_do_not_crash():

@@ -31,13 +31,16 @@ from dbf2gguf.recipe import find_recipe
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
 from dbf2gguf.write import verify
-from runtime import Sampler
+from runtime import Sampler, ggml_tokenizer
 from runtime.errors import FormatError, OptionError
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
 
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260k"
 IDS = [1, 60, 7, 8, 90, 11, 12, 33, 200, 100, 44, 250, 17, 294, 3, 2, 60, 7, 8, 91]
+
+COLUMNS = ("tokens", "scores", "token_type")
+"""Of a SentencePiece vocabulary in llama.cpp's keys."""
 
 TOLERANCE = 1e-2
 """Largest difference of a logit, over the standard deviation of all logits.
@@ -47,6 +50,21 @@ vector's largest entry at most, and of about 1e-4 of its root mean square on ave
 linear, 7 linears a layer and a few layers add up to about 5e-4 of a logit's size on average, and 4 of these
 at the worst of some thousand logits. Measured: 1e-3 to 4e-3. Wrong signs, scales, rotations or heads: > 0.1.
 """
+
+GEMMA: dict[str, Any] = {
+    "head_dim": 16, "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
+
+PHI_LONG: dict[str, Any] = {
+    "model_type": "phi3", "pad_token_id": 0, "hidden_size": 64, "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64, "short_factor": [1.0, 1.1, 1.3, 1.5, 1.75, 2.0],
+        "long_factor": [1.0, 1.5, 3.0, 5.0, 9.0, 20.0],
+    },
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 MODELS: dict[str, dict[str, Any]] = {
     "gqa-tied": {},
@@ -76,7 +94,38 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 64},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "gemma3": {**GEMMA, "model_type": "gemma3_text"},
+    "gemma3-pattern": {
+        **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 6, "layer_types": None,
+    },
+    "gpt2": {"model_type": "gpt2", "bos_token_id": 1, "n_inner": 52},
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
+    },
+    "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 64},
+    "phi3-longrope": PHI_LONG,
+    "gemma2": {
+        **GEMMA, "model_type": "gemma2", "layer_types": None, "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3-scales": {
+        **GEMMA, "model_type": "gemma3_text", "query_pre_attn_scalar": 30, "final_logit_softcapping": 2.0,
+        "sliding_window": 4, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+    },
 }  # fmt: skip
+
+NUMBA = [
+    "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
+    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2",
+]  # fmt: skip
+"""Models that the Numba backend runs, too."""
 
 
 class Case:
@@ -116,22 +165,41 @@ def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_dense_twins(make: Callable[[str], Case], name: str) -> None:
     case = make(name)
-    with runtime.load(case.out, backend="c", n_threads=1) as model:
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32) as model:
         assert_close(model.logits(IDS), case.twin_logits(IDS))
 
 
+def test_longrope_in_long_contexts(make: Callable[[str], Case]) -> None:
+    """Other factors, once there is room for more than the original context."""
+    case, ids = make("phi3-longrope"), IDS * 5
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=128) as model:
+        assert_close(model.logits(ids), case.twin_logits(ids))
+        long = model.logits(IDS)
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=64) as model:
+        assert np.abs(long - model.logits(IDS)).max() > 10 * TOLERANCE * long.std()
+
+
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
-@pytest.mark.parametrize("name", ["gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", NUMBA)
 def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
-    """The same logits within the same bound, and the same greedy tokens as C."""
-    case = make(name)
-    tokens = []
-    for backend in ("c", "numba"):
-        with runtime.load(case.out, backend=backend, n_threads=1) as model:
-            assert_close(model.logits(IDS), case.twin_logits(IDS))
-            tokens.append(list(model.generate(IDS[:5], Sampler(temperature=0), 15)))
-    assert tokens[0] == tokens[1]
-    assert len(tokens[0]) > 1
+    """The same logits as C, bit for bit, of a prompt, of tokens one by one, and after a cache that held other
+    tokens behind the shared ones; and the same greedy tokens."""
+    case, wanted = make(name), None
+    other = [*IDS[:9], *IDS[:2:-1]]
+    for backend, threads in (("c", 1), ("c", 3), ("numba", 1)):
+        with runtime.load(case.out, backend=backend, n_threads=threads, n_ctx=32) as model:
+            run, ids, other_ids = model.backend.eval, np.array(IDS, np.int32), np.array(other, np.int32)
+            whole = run(ids, 0, len(ids))
+            assert_close(whole, case.twin_logits(IDS))
+            steps = [run(ids[i : i + 1], i, 1) for i in range(len(ids))]
+            run(other_ids, 0, 0)
+            reused = run(ids[9:], 9, len(ids) - 9)
+            tokens = list(model.generate(IDS[:5], Sampler(temperature=0), 15))
+        assert len(tokens) > 1
+        wanted = (whole, tokens) if wanted is None else wanted
+        assert tokens == wanted[1]
+        for logits in (whole, np.concatenate(steps), np.concatenate([whole[:9], reused])):
+            np.testing.assert_array_equal(logits.view(np.uint32), wanted[0].view(np.uint32))
 
 
 @pytest.mark.parametrize(("embed_type", "width"), [("q8_0", 32), ("q6_k", 256), ("q4_0", 32)])
@@ -178,10 +246,16 @@ def test_rows_of_no_whole_block(
 # What the file holds --------------------------------------------------------------------------------------
 
 
-def test_a_sliding_window_bounds_the_context(make: Callable[[str], Case]) -> None:
-    with GgufFile(make("mistral").out) as file:
-        assert file.metadata["general.architecture"] == "llama"
-        assert file.metadata["llama.context_length"] == 64
+@pytest.mark.parametrize(("name", "arch"), [("mistral", "llama"), ("phi3", "phi3")])
+def test_a_sliding_window_bounds_the_context(make: Callable[[str], Case], name: str, arch: str) -> None:
+    """Where all layers have one; not where only some have."""
+    with GgufFile(make(name).out) as file:
+        assert file.metadata["general.architecture"] == arch
+        assert file.metadata[f"{arch}.context_length"] == 64
+    with GgufFile(make("gemma3").out) as file:
+        assert file.metadata["gemma3.context_length"] == 128
+        assert file.metadata["gemma3.attention.sliding_window"] == 7
+        assert file.metadata["gemma3.attention.sliding_window_pattern"] == [True, False, True]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -349,7 +423,26 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa-tied", "mha-separate-head", "biases", "wide-heads", "qwen2", "qwen3", "llama-3.2"]
+    "name",
+    [
+        "gqa-tied",
+        "mha-separate-head",
+        "biases",
+        "wide-heads",
+        "qwen2",
+        "qwen3",
+        "llama-3.2",
+        "linear-rope",
+        "gemma3-pattern",
+        "gemma2",
+        "gpt2",
+        "granite",
+        "granite-plain",
+        "olmo2",
+        "smollm3",
+        "phi3",
+        "phi3-longrope",
+    ],
 )
 def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
     """The model as llama.cpp writes it, q and k permuted, comes back as the folder it was."""
@@ -449,7 +542,7 @@ def test_verify_counts_layers(make: Callable[[str], Case]) -> None:
         verify(case.out, source, factors)
 
 
-# A real SentencePiece model -------------------------------------------------------------------------------
+# SentencePiece -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")
@@ -481,6 +574,63 @@ def test_stories260k(tmp_path: Path) -> None:
         assert meta["tokenizer.ggml.unknown_token_id"] == pieces.unk_id()
         assert meta["tokenizer.ggml.add_bos_token"] is True
         assert meta["llama.feed_forward_length"] == 172
+
+
+def write_gemma_tokenizer(folder: Path) -> None:
+    """A SentencePiece vocabulary as Gemma has it: no space in front of a text, runs of spaces as tokens."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from transformers import PreTrainedTokenizerFast
+
+    kinds = gguf.TokenType
+    pieces = [(token, 0.0, kinds.CONTROL) for token in ("<pad>", "<eos>", "<bos>")]
+    pieces += [("<unk>", 0.0, kinds.UNKNOWN)]
+    pieces += [(token, 0.0, kinds.USER_DEFINED) for token in ("<mask>", "\n\n", "\u2581\u2581", "<unused0>")]
+    pieces += [(f"<0x{byte:02X}>", 0.0, kinds.BYTE) for byte in range(256)]
+    words = ["\u2581", "t", "h", "e", "c", "a", "th", "the", "\u2581the", "ca", "\u2581ca"]
+    pieces += [(word, -float(i), kinds.NORMAL) for i, word in enumerate(words)]
+    proto = ModelProto()
+    for piece, score, kind in pieces:
+        proto.pieces.add(piece=piece, score=score, type=int(kind))
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = 2, True
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    for name, index in ids.items():
+        setattr(proto.trainer_spec, name, index)
+        setattr(proto.trainer_spec, name.replace("id", "piece"), pieces[index][0])
+    proto.normalizer_spec.name, proto.normalizer_spec.add_dummy_prefix = "identity", False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    columns = zip(*pieces, strict=True)
+    metadata = {f"tokenizer.ggml.{name}": list(column) for name, column in zip(COLUMNS, columns, strict=True)}
+    metadata["tokenizer.ggml.token_type"] = [int(kind) for kind in metadata["tokenizer.ggml.token_type"]]
+    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=ggml_tokenizer.build(metadata, "test"), bos_token="<bos>", eos_token="<eos>",
+        unk_token="<unk>", pad_token="<pad>",
+    )  # fmt: skip
+    made.save_pretrained(folder)
+
+
+def test_sentencepiece_of_gemma(tmp_path: Path) -> None:
+    """llama.cpp's keys: added tokens as they stand in a text, those that look special as control tokens."""
+    folder = tiny_hf.write_folder(tmp_path / "model", **MODELS["gemma3"])
+    write_gemma_tokenizer(folder)
+    convert(folder, tmp_path / "out.gguf", **tiny_hf.QUICK)
+    theirs, text = load_tokenizer(open_source(folder, tmp_path)), "the  cat\n\nthe \u00e9 <mask>"
+    with GgufFile(tmp_path / "out.gguf") as file:
+        meta = file.metadata
+        ours = Tokenizer.from_metadata(meta)
+        assert ours.encode(text, add_special=False, parse_special=True) == theirs(text).input_ids
+        assert ours.decode(theirs(text).input_ids) == text
+        assert meta["tokenizer.ggml.model"] == "llama"
+        assert meta["tokenizer.ggml.add_space_prefix"] is False
+        kinds = gguf.TokenType
+        tokens, scores, types = (meta[f"tokenizer.ggml.{name}"] for name in COLUMNS)
+        assert (tokens[4], types[4]) == ("<mask>", kinds.CONTROL)
+        assert (tokens[6], types[6], scores[6]) == ("  ", kinds.USER_DEFINED, -1000.0)
+        assert types[7] == kinds.CONTROL
+        assert types[8:264] == [kinds.BYTE] * 256
+        assert (tokens[271], types[271], scores[271]) == ("the", kinds.NORMAL, -7.0)
+        assert (tokens[299], types[299]) == ("[PAD299]", kinds.UNUSED)
 
 
 @pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")

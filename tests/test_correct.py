@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_hf
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import ARCHS, Group
+from dbf2gguf.archs import ARCHS, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.convert import make_plan
-from dbf2gguf.correct import factorize_model
+from dbf2gguf.correct import _embed, _record, factorize_model
 from dbf2gguf.distill import Student
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
-from dbf2gguf.source import Source, linear_names, load_model, open_source
+from dbf2gguf.source import Source, decoder_layers, linear_names, load_model, open_source, split_fused
 from dbf2gguf.work import Work
 
 RECIPE = Recipe(row_tokens=32, correct_rows=48, admm_iterations=12, damping=0.1)
@@ -124,6 +125,44 @@ def test_groups_hold_every_linear_once(arch: object) -> None:
     groups: tuple[Group, ...] = arch.groups  # type: ignore[attr-defined]
     linears: dict[str, str] = arch.linears  # type: ignore[attr-defined]
     assert sorted(name for group in groups for name in group.linears) == sorted(linears)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"sliding_window": 5},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "olmo2": {"pad_token_id": 0},
+    "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_layers_one_by_one(name: str) -> None:
+    """Each layer gets its own arguments (masks, rotations), and each group's residual is what its output is
+    added to."""
+    arch = ARCHS[name]
+    model = split_fused(tiny_hf.model(model_type=name, **FAMILIES[name]), arch)
+    scale = features(model.config).residual_scale
+    rows = torch.randint(0, tiny_hf.N_VOCAB, (6, 24), generator=torch.Generator().manual_seed(2))
+    layers = decoder_layers(model, arch)
+    states, arguments = _embed(model, layers, rows)
+    for layer, own in zip(layers, arguments, strict=True):
+        records = [_record(layer, arch, state, own) for state in states]
+        for record in records:
+            after = [*record.residuals[2:], record.output]  # each residual stream is the next group's
+            for group, x, residual in zip(arch.groups, record.inputs, record.residuals, strict=True):
+                if residual is not None:
+                    (linear,) = (layer.get_submodule(arch.linears[n]) for n in group.linears)
+                    wanted = next(stream for stream in after if stream is not None)
+                    assert torch.allclose(residual + scale * linear(x), wanted, atol=1e-4)
+                    after = [record.output]
+        states = [record.output for record in records]
+    got = model.get_submodule(arch.out_norm)(torch.cat(states))
+    assert torch.allclose(got, hidden_states(model, input_ids=rows), atol=1e-4)
 
 
 def test_importance_is_used(setup: Setup) -> None:

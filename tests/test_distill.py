@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dbf2gguf.distill
-from dbf2gguf.archs import ARCHS
+from dbf2gguf.archs import ARCHS, features
 from dbf2gguf.distill import (
     FactorStack,
     Student,
@@ -183,20 +183,24 @@ def test_gradients_pass_through_the_signs(monkeypatch: pytest.MonkeyPatch, part:
             assert torch.allclose(getattr(stack, name).grad[i], scale.grad * rms, rtol=1e-4, atol=1e-4)
 
 
-def test_kl_gradient_is_autograds() -> None:
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (1.0, 3.0), (0.3, 2.0)])
+def test_kl_gradient_is_autograds(scale: float, cap: float) -> None:
+    f = replace(features(tiny_hf.model().config), logit_scale=scale, logit_softcap=cap)
     generator = torch.Generator().manual_seed(6)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     hidden, wanted, head = normal(7, 12).requires_grad_(), normal(7, 12), normal(30, 12)
-    kl, error = _kl_gradient(hidden.detach(), wanted, head, head)
-    log_q, log_p = (torch.log_softmax(h @ head.mT, -1) for h in (hidden, wanted))
+    kl, error = _kl_gradient(hidden.detach(), wanted, head, head, f)
+    scaled = [h @ head.mT * scale for h in (hidden, wanted)]
+    capped = [cap * torch.tanh(x / cap) if cap else x for x in scaled]
+    log_q, log_p = (torch.log_softmax(x, -1) for x in capped)
     expected = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
     expected.backward()
     assert float(kl) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert torch.allclose(error @ head, hidden.grad, rtol=1e-4, atol=1e-5)
-    assert float(_kl_gradient(wanted, wanted, head, head)[0]) == pytest.approx(0, abs=1e-5)
+    assert float(_kl_gradient(wanted, wanted, head, head, f)[0]) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("dense", [False, True])

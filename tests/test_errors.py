@@ -252,12 +252,17 @@ def test_gguf_of_another_architecture(place: Place) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     message = place.fails(model=place.base / "x.gguf")
-    assert "'mamba' is not supported; supported: llama" in message
+    assert "'mamba' is not supported; supported: gemma2" in message
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rope.scaling.type", "linear"), ("attention.sliding_window", 4096), ("expert_count", 8)],
+    [
+        ("rope.scaling.type", "yarn"),
+        ("attention.sliding_window", 4096),
+        ("attention.scale", 4),
+        ("expert_count", 8),
+    ],
 )
 def test_gguf_of_a_feature_that_is_not_there(place: Place, key: str, value: Any) -> None:
     """Never dropped in silence: the converted model would be another one."""

@@ -27,7 +27,7 @@ from dbf2gguf.convert import convert
 from dbf2gguf.export import LARGEST, OUT_TYPES, export
 from runtime import Sampler
 from runtime.config import ADJACENT, Q8_0, Dense, Linear
-from runtime.format import LINEARS, unpack
+from runtime.format import unpack
 from runtime.gguf import GgufFile
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +81,7 @@ def test_weights(path: Path, tmp_path: Path, outtype: str, capsys: pytest.Captur
     weights = tiny_weights(CONFIG, bias=True)
     with GgufFile(out) as twin, GgufFile(path) as file:
         for i, layer in enumerate(weights.layers):
-            parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-            for name, part in zip(LINEARS, parts, strict=True):
+            for name, part in layer.gguf_linears.items():
                 kind = "F16" if name == "ffn_down" and outtype == "q8_0" else outtype.upper()
                 assert twin.tensors[f"blk.{i}.{name}.weight"].type_name == kind
                 got, wanted = read(twin, f"blk.{i}.{name}.weight"), product(part)
@@ -224,7 +223,7 @@ def test_not_ours(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str])
     halves = write(tmp_path / "h.gguf", lambda meta, _: meta.update({"dbf.rope.pairing": "halves"}))
     assert "dbf.rope.pairing is 'halves'; llama.cpp wants 'adjacent'" in fails(capsys, halves, out)
     other = write_model(tmp_path / "o.gguf", CONFIG, tiny_weights(CONFIG), arch="wombat")
-    assert "architecture 'wombat' cannot be exported; supported: llama" in fails(capsys, other, out)
+    assert "architecture 'wombat' cannot be exported; supported: gemma2" in fails(capsys, other, out)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(halves.read_bytes()[:-40])
     assert "cut.gguf: " in fails(capsys, cut, out)
@@ -288,6 +287,10 @@ weight: 1.5e-3 and 7e-3 (f16), 7e-3 and 4e-2 (bf16), 2.6e-2 and 1.4e-1 (q8_0); o
 8e-3, 9e-3 and 8e-2, 2.2e-2 and 1.4e-1. Wrong signs, heads or rotations: > 0.1 rms.
 """
 
+GEMMA: dict[str, Any] = {
+    "head_dim": 16, "num_hidden_layers": 7, "sliding_window": 7, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+
 MODELS: dict[str, dict[str, Any]] = {
     "gqa-tied": {},
     "biases-separate-head-llama3-rope": {
@@ -303,6 +306,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "gemma3": {**GEMMA, "model_type": "gemma3_text"},
+    "gemma3-linear-rope": {
+        **GEMMA, "model_type": "gemma3_text", "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+    },
+    "gemma2": {
+        **GEMMA, "model_type": "gemma2", "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0,
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
+    "gpt2": {"model_type": "gpt2"},
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
+    },
 }  # fmt: skip
 
 

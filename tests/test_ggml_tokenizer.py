@@ -28,11 +28,11 @@ STORIES = ROOT / "../shared/models/stories260k"
 TEXT = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/FORMAT.md")] + [*PIECES]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER = "<tool call>"
-WHOLE = "\u0120multiplied"
+WHOLE = "\u0120quicksilver"
 """A token that no merges lead to."""
 
 STRINGS = [
-    *samples(600), f"a{USER} b <|im_end|>{USER}", "it is multiplied", "multiplied", "I'Ll we'VE", "  x",
+    *samples(600), f"a{USER} b <|im_end|>{USER}", "it is quicksilver", "quicksilver", "I'Ll we'VE", "  x",
     "x \n\n y", "12345678 1 22 333", "a\u00adb", "\u0301e",
 ]  # fmt: skip
 

@@ -77,9 +77,9 @@ def test_constants():
         assert getattr(mirror, name) == int(c[f"DBF_{name}"])
     for name in ("Q6_K_HIGH", "Q6_K_SCALES", "Q6_K_D"):
         assert getattr(mirror, name) == int(c[name])
-    exps = [name for name in c if name.startswith("EXP_")]
-    assert len(exps) == 11
-    for name in exps:
+    numbers = [name for name in c if name.startswith(("EXP_", "GELU_"))]
+    assert len(numbers) == 13
+    for name in numbers:
         assert getattr(mirror, name) == mirror.f32(c[name]), name
 
 
@@ -88,7 +88,9 @@ def test_header_constants_are_those_of_config():
     for name in ("F32", "F16", "Q4_0", "Q8_0", "Q6_K"):
         assert getattr(lib, f"DBF_{name}") == getattr(cfg, name), name
     assert len(cfg.BLOCKS) == 5
-    assert (lib.DBF_ADJACENT, lib.DBF_HALVES) == (cfg.ADJACENT, cfg.HALVES)
+    assert (lib.DBF_RMS, lib.DBF_LAYER) == (cfg.RMS_NORM, cfg.LAYER_NORM)
+    for name in ("ADJACENT", "HALVES", "SILU", "GELU"):
+        assert getattr(lib, f"DBF_{name}") == getattr(cfg, name), name
 
 
 def test_structs_are_those_of_config():

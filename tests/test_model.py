@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 from make_gguf import tensors, tiny_config, tiny_weights, write, write_model
 
-from runtime.config import ADJACENT, F16, Q4_0, Q8_0, Layer, Linear, Weights
+from runtime.config import (
+    ADJACENT,
+    F16,
+    GELU,
+    LAYER_NORM,
+    LOCAL_ROPE,
+    NO_ROPE,
+    Q4_0,
+    Q8_0,
+    ROPE,
+    Layer,
+    Linear,
+    Weights,
+)
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.format import DBF1_TYPE
 from runtime.model import load_model_file
@@ -60,6 +73,63 @@ def test_defaults(tmp_path: Path) -> None:
     config = tiny_config(n_kv_heads=4)
     got = load_model_file(write_model(tmp_path / "m.gguf", config, change=change)).config
     assert dataclasses.replace(got, norm_eps=config.norm_eps) == config
+
+
+def test_features(tmp_path: Path) -> None:
+    """What only some models have comes back as it was written."""
+    config = tiny_config(
+        n_layers=4, activation=GELU, embed_scale=5.5, attn_scale=0.25, attn_softcap=50.0, logit_softcap=30.0,
+        rope_factor=8.0, rope_theta_local=500.0, residual_scale=0.5, logit_scale=0.125,
+    )  # fmt: skip
+    plain, norm = tiny_weights(config), np.linspace(0.5, 1.5, 32, dtype=np.float32)
+    head = np.linspace(0.5, 1.5, 8, dtype=np.float32)
+    layers = [
+        dataclasses.replace(
+            layer, window=window, rope=rope, q_norm=head, k_norm=head[::-1].copy(),
+            attn_post_norm=norm, ffn_post_norm=norm[::-1].copy(),
+        )
+        for layer, window, rope in zip(
+            plain.layers, (16, 0, 16, 0), (LOCAL_ROPE, ROPE, NO_ROPE, NO_ROPE), strict=True
+        )
+    ]  # fmt: skip
+    weights = dataclasses.replace(plain, layers=tuple(layers))
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
+    assert dataclasses.replace(got.config, norm_eps=config.norm_eps) == config
+    assert same(got.weights, weights)
+
+
+def test_norms_after_only_and_of_all_heads(tmp_path: Path) -> None:
+    config = tiny_config(joint_norms=1)
+    plain = tiny_weights(config)
+    q, k, x = (np.linspace(0.5, 1.5, n, dtype=np.float32) for n in (32, 16, 32))
+    norms = {
+        "attn_norm": None,
+        "ffn_norm": None,
+        "attn_post_norm": x,
+        "ffn_post_norm": x,
+        "q_norm": q,
+        "k_norm": k,
+    }
+    layers = tuple(dataclasses.replace(layer, **norms) for layer in plain.layers)
+    weights = dataclasses.replace(plain, layers=layers)
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
+    assert got.config.joint_norms == 1
+    assert same(got.weights, weights)
+
+
+def test_layernorm_positions_and_no_gate(tmp_path: Path) -> None:
+    config = tiny_config(norm=LAYER_NORM, n_positions=20, activation=GELU)
+    plain, bias = tiny_weights(config), np.linspace(-0.5, 1.5, 32, dtype=np.float32)
+    nothing = {"gate": None, "rope": NO_ROPE}
+    layers = tuple(
+        dataclasses.replace(layer, attn_norm_bias=bias, ffn_norm_bias=-bias, **nothing)
+        for layer in plain.layers
+    )
+    positions = np.linspace(-1, 1, 20 * 32, dtype=np.float32).reshape(20, 32)
+    weights = dataclasses.replace(plain, layers=layers, out_norm_bias=bias, positions=positions)
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
+    assert dataclasses.replace(got.config, norm_eps=config.norm_eps) == config
+    assert same(got.weights, weights)
 
 
 def test_i8_carrier(tmp_path: Path) -> None:
@@ -122,22 +192,33 @@ def nan(n: int, dtype: Any, value: float = np.nan) -> Any:
     return out
 
 
+def windows(size: int, pattern: list[bool]) -> Edit:
+    key = "llama.attention.sliding_window"
+    return lambda meta, arrays: meta.update({key: size, f"{key}_pattern": pattern})
+
+
 UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     "plain GGUF": (meta_is("dbf.version", None), "plain GGUF file.*dbf2gguf .* OUT.gguf"),
     "version": (meta_is("dbf.version", 2), "dbf.version is 2"),
-    "activation": (meta_is("dbf.activation", "gelu"), "dbf.activation is 'gelu'; implemented: silu"),
-    "norm": (meta_is("dbf.norm", "layer"), "dbf.norm is 'layer'"),
+    "activation": (
+        meta_is("dbf.activation", "gelu"),
+        "dbf.activation is 'gelu'; implemented: silu, gelu_tanh",
+    ),
+    "norm": (meta_is("dbf.norm", "batch"), "dbf.norm is 'batch'; implemented: rms, layer"),
     "pairing": (meta_is("dbf.rope.pairing", "thirds"), "dbf.rope.pairing is 'thirds'"),
     "carrier": (meta_is("dbf.carrier", "i16"), "dbf.carrier"),
     "rope scaling": (meta_is("llama.rope.scaling.type", "yarn"), "RoPE scaling is not implemented"),
-    "sliding window": (meta_is("llama.attention.sliding_window", 128), "sliding-window"),
-    "soft cap": (meta_is("llama.final_logit_softcapping", 30.0), "soft-capped logits"),
+    "sliding window": (
+        meta_is("llama.attention.sliding_window", 128),
+        "sliding_window_pattern does not say in which layers",
+    ),
+    "scale": (meta_is("llama.attention.scale", 0.5), "a scale of attention scores"),
     "experts": (meta_is("llama.expert_count", 8), "mixture of experts"),
     "value length": (meta_is("llama.attention.value_length", 16), "different length"),
     "heads per layer": (meta_is("llama.attention.head_count_kv", [2, 4]), "differs from layer to layer"),
     "unknown tensor": (
-        tensor_is("blk.0.post_attention_norm.weight", np.ones(8, np.float32)),
-        "blk.0.post_attention_norm.weight",
+        tensor_is("blk.0.attn_sinks.weight", np.ones(4, np.float32)),
+        "blk.0.attn_sinks.weight",
     ),
     "F64 embedding": (
         tensor_is("token_embd.weight", np.ones((300, 32))),
@@ -168,8 +249,19 @@ BAD: dict[str, tuple[Edit, str]] = {
     "no norm": (tensor_is("output_norm.weight", None), "output_norm.weight is missing"),
     "half of the head norms": (
         tensor_is("blk.0.attn_q_norm.weight", np.ones(8, np.float32)),
-        "blk.0.attn_k_norm.weight is missing",
+        "only one of the tensors attn_q_norm",
     ),
+    "post-norm shape": (
+        tensor_is("blk.0.post_attention_norm.weight", np.ones(8, np.float32)),
+        r"has shape \(8,\), wanted \(32,\)",
+    ),
+    "window pattern": (windows(128, [True]), "wanted a bool for each of 2 layers"),
+    "rope layers": (meta_is("dbf.rope.layers", [True]), "wanted a bool for each of 2 layers"),
+    "no norm of a layer": (tensor_is("blk.1.ffn_norm.weight", None), "blk.1.ffn_norm.weight is missing"),
+    "window": (windows(1 << 25, [True, False]), "wanted an integer in"),
+    "cap": (meta_is("llama.final_logit_softcapping", -1.0), "wanted a number of 0 or more"),
+    "embedding scale": (meta_is("dbf.scale.embedding", float("nan")), "wanted a number of 0 or more"),
+    "linear scaling": (meta_is("llama.rope.scaling.type", "linear"), "rope.scaling.factor is missing"),
     "norm nan": (tensor_is("blk.0.attn_norm.weight", nan(32, np.float32)), "not finite"),
     "scale inf": (tensor_is("blk.0.attn_q.dbf_out", nan(32, np.float16, np.inf)), "dbf_out .* not finite"),
     "scale type": (tensor_is("blk.0.attn_q.dbf_out", np.ones(32, np.float32)), "type F32, wanted F16"),

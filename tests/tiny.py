@@ -5,7 +5,21 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from runtime.config import F16, F32, HALVES, Q4_0, Q6_K, Q8_0, Config, Dense, Layer, Linear, Weights
+from runtime.config import (
+    F16,
+    F32,
+    HALVES,
+    Q4_0,
+    Q6_K,
+    Q8_0,
+    ROPE,
+    Config,
+    Dense,
+    Layer,
+    Linear,
+    Weights,
+    norm_size,
+)
 
 
 def config(**changes: int | float) -> Config:
@@ -79,10 +93,16 @@ def weights(
     tied: bool = False,
     bias: bool = False,
     head_norms: bool = False,
+    post_norms: bool = False,
+    pre_norms: bool = True,
+    norm_biases: bool = False,
+    gated: bool = True,
+    windows: tuple[int, ...] = (),
+    ropes: tuple[int, ...] = (),
     bpw: float = 4.0,
     seed: int = 0,
 ) -> Weights:
-    """Random weights for `c`."""
+    """Random weights for `c`; windows and ropes are those of the layers."""
     rng = np.random.default_rng(seed)
 
     def lin(rows: int, cols: int, with_bias: bool = False) -> Linear:
@@ -94,14 +114,23 @@ def weights(
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     layers = tuple(
         Layer(
-            attn_norm=norm(), ffn_norm=norm(),
+            attn_norm=norm() if pre_norms else None, ffn_norm=norm() if pre_norms else None,
             q=lin(heads, c.d_model, bias), k=lin(kv, c.d_model, bias), v=lin(kv, c.d_model, bias),
-            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model), up=lin(c.d_ff, c.d_model),
+            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model) if gated else None,
+            up=lin(c.d_ff, c.d_model, bias and not gated),
             down=lin(c.d_model, c.d_ff),
-            q_norm=norm(c.head_dim) if head_norms else None, k_norm=norm(c.head_dim) if head_norms else None,
+            q_norm=norm(norm_size(c, "q_norm")) if head_norms else None,
+            k_norm=norm(norm_size(c, "k_norm")) if head_norms else None,
+            attn_post_norm=norm() if post_norms else None, ffn_post_norm=norm() if post_norms else None,
+            attn_norm_bias=norm() if norm_biases else None, ffn_norm_bias=norm() if norm_biases else None,
+            window=windows[i] if windows else 0, rope=ropes[i] if ropes else ROPE,
         )
-        for _ in range(c.n_layers)
+        for i in range(c.n_layers)
     )  # fmt: skip
     embed = dense(rng, kind, c.n_vocab, c.d_model)
     head = embed if tied else dense(rng, kind, c.n_vocab, c.d_model)
-    return Weights(embed=embed, layers=layers, out_norm=norm(), head=head)
+    positions = rng.standard_normal((c.n_positions, c.d_model)).astype(np.float32)
+    return Weights(
+        embed=embed, layers=layers, out_norm=norm(), head=head, out_norm_bias=norm() if norm_biases else None,
+        positions=positions if c.n_positions else None,
+    )  # fmt: skip

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from make_gguf import CHAT_TEMPLATE, tokenizer_json
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dbf2gguf.archs import ARCHS, permute_rope
+from dbf2gguf.archs import ARCHS, features, permute_rope
 from dbf2gguf.convert import as_read, load_model
 from dbf2gguf.factorize import Factors
 from dbf2gguf.source import Source, linear_names, open_source
 from runtime.config import ADJACENT, Linear
-from runtime.format import LINEARS, unpack
+from runtime.format import unpack
 from runtime.model import load_model_file
 
 N_VOCAB = 300
@@ -55,11 +56,11 @@ def model(seed: int = 0, model_type: str = "llama", **changes: Any) -> Any:
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in made.named_parameters():
-        if "norm" in name:
-            parameter.uniform_(0.5, 1.5)
+        if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5).sub_(ARCHS[model_type].norm_offset)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
-        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")):
             parameter.normal_(0, 0.3)
         else:
             parameter.normal_(0, parameter.shape[1] ** -0.5)
@@ -104,8 +105,7 @@ def file_factors(path: Path, source: Source) -> dict[str, Factors]:
     found: dict[str, Factors] = {}
     heads = {"attn_q": file.config.n_heads, "attn_k": file.config.n_kv_heads}
     for index, layer in enumerate(file.weights.layers):
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-        for name, part in zip(LINEARS, parts, strict=True):
+        for name, part in layer.gguf_linears.items():
             factors = _factors(part)
             if name in heads and file.config.rope_pairing == ADJACENT:
                 n = heads[name]
@@ -150,28 +150,63 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    f = features(config)
+    writer.add_feed_forward_length(f.d_ff)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(f.n_kv_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(head_dim)
+    (writer.add_layer_norm_eps if arch.norm == "layer" else writer.add_layer_norm_rms_eps)(f.norm_eps)
+    every_rope = getattr(config, "rope_parameters", None) or {}
+    rope = every_rope.get("full_attention", every_rope)
+    if rope:
+        writer.add_rope_freq_base(rope["rope_theta"])
+    partial = rope.get("partial_rotary_factor") or 1.0
+    writer.add_rope_dimension_count(int(head_dim * partial))
     writer.add_vocab_size(config.vocab_size)
-    freqs = rope_freqs(made)
+    if arch.windows:
+        writer.add_sliding_window(config.sliding_window)
+    if arch.window_of_all:
+        writer.add_sliding_window(config.sliding_window or 0)
+    if "sliding_attention" in every_rope:
+        writer.add_rope_freq_base_swa(every_rope["sliding_attention"]["rope_theta"])
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if getattr(config, "final_logit_softcapping", None):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    kind = rope.get("rope_type")
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "longrope":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_attn_factors(made.model.rotary_emb.attention_scaling)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for length in ("long", "short"):
+            factors = np.array(rope[f"{length}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
+    if arch.scale_keys:
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    freqs = rope_freqs(made) if kind == "llama3" else None
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
     _add_bpe(writer, folder, pre, config.vocab_size)
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.gguf)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    known = next(known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.gguf)
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     for name, tensor in made.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if arch.rope_pairing == "adjacent" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = permute_rope(tensor, heads)
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.T  # Conv1D
+        if name.endswith("norm.weight"):
+            tensor = tensor + arch.norm_offset
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         writer.add_tensor(target, tensor.contiguous().numpy())

@@ -91,8 +91,8 @@ typedef struct golden { /* input, and after it the output, of every kernel that 
     int16_t q[COLS], small[COLS];
     float scale, scale8, scaled[COLS], descaled[DBF_PANEL], f32[BATCH * DENSE], f16[BATCH * DENSE],
         q4_0[BATCH * DENSE], q8_0[BATCH * DENSE], q6_k[BATCH * DENSE], norm[COLS], scores[3 * HELD], weights[COLS],
-        sum, attended[DIM], gated[COLS], added[COLS], widened[COLS], from_q4_0[DENSE * BLOCKS],
-        from_q8_0[DENSE * BLOCKS], from_q6_k[DENSE * SUPER];
+        sum, attended[DIM], gated[3 * COLS], centred[2 * COLS], added[COLS], scaled_by[COLS], capped[COLS],
+        widened[COLS], from_q4_0[DENSE * BLOCKS], from_q8_0[DENSE * BLOCKS], from_q6_k[DENSE * SUPER];
     uint16_t narrowed[COLS];
     uint8_t to_q8_0[DENSE * BLOCKS / DBF_Q8_0_BLOCK * DBF_Q8_0_BYTES];
     int16_t q_many[COLS * WIDE];
@@ -183,7 +183,15 @@ static int run_all(golden_t *g, const kernels_t *k)
     memcpy(g->attended, g->x, sizeof g->attended);
     k->mix(g->attended, g->weights, g->w, HELD, DIM);
     k->silu_mul(g->gated, g->w, g->x, COLS);
+    k->gelu_mul(g->gated + COLS, g->w, g->x, COLS);
+    k->gelu(g->gated + 2 * COLS, g->w, COLS);
+    k->layernorm(g->centred, g->x, g->w, NULL, 1e-5f, COLS);
+    k->layernorm(g->centred + COLS, g->w, g->w + COLS, g->w + 2 * COLS, 1e-5f, COLS);
     k->add(g->added, g->x, COLS);
+    memcpy(g->scaled_by, g->x, sizeof g->scaled_by);
+    k->scale(g->scaled_by, 0.22f, COLS);
+    memcpy(g->capped, g->x, sizeof g->capped);
+    k->softcap(g->capped, 50.0f, COLS);
     k->to_f16(g->narrowed, g->x, COLS);
     k->from_f16(g->widened, g->h, COLS);
     k->to_q8_0(g->to_q8_0, g->x, DENSE * BLOCKS);

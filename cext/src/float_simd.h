@@ -167,6 +167,33 @@ static void rmsnorm_simd(float *y, const float *x, const float *w, float eps, in
     for (; i < n; i++) y[i] = (x[i] * root) * w[i];
 }
 
+static void layernorm_simd(float *y, const float *x, const float *w, const float *b, float eps, int n)
+{
+    int full = n / DBF_LANES * DBF_LANES, j = 0;
+    vf acc[ACCS] = { 0 }, squares[ACCS] = { 0 };
+    float sum;
+    for (int k = 0; k < full; k += DBF_LANES)
+        for (int a = 0; a < ACCS; a++) acc[a] = acc[a] + vf_load(x + k + a * VW);
+    SUM_TAIL(acc, full, n, x[i]);
+    float mean = sum / (float)n;
+    for (int k = 0; k < full; k += DBF_LANES)
+        for (int a = 0; a < ACCS; a++) {
+            vf d = vf_load(x + k + a * VW) - vf_set1(mean);
+            squares[a] = squares[a] + d * d;
+        }
+    SUM_TAIL(squares, full, n, (x[i] - mean) * (x[i] - mean));
+    float root = 1.0f / sqrtf(sum / (float)n + eps);
+    for (; j + VW <= n; j += VW) {
+        vf v = ((vf_load(x + j) - vf_set1(mean)) * vf_set1(root)) * vf_load(w + j);
+        if (b) v = v + vf_load(b + j);
+        vf_store(y + j, v);
+    }
+    for (; j < n; j++) {
+        float v = ((x[j] - mean) * root) * w[j];
+        y[j] = b ? v + b[j] : v;
+    }
+}
+
 /* The dot products of x with VW rows of k, one in each lane; n is a multiple of DBF_LANES. FLIGHT rows at a time: as
  * many as there are registers for. */
 INLINE vf dots_simd(const float *k, const float *x, int n)
@@ -262,11 +289,51 @@ static void silu_mul_simd(float *y, const float *gate, const float *up, int n)
     for (; i < n; i++) y[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
 }
 
+static void gelu_mul_simd(float *y, const float *gate, const float *up, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf g = vf_load(gate + i);
+        vf a = g * (vf_set1(GELU_1) + vf_set1(GELU_3) * (g * g));
+        vf_store(y + i, g / (vf_set1(1.0f) + vf_exp(-a)) * vf_load(up + i));
+    }
+    for (; i < n; i++) y[i] = gelu_f32(gate[i]) * up[i];
+}
+
+static void gelu_simd(float *y, const float *x, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf v = vf_load(x + i);
+        vf a = v * (vf_set1(GELU_1) + vf_set1(GELU_3) * (v * v));
+        vf_store(y + i, v / (vf_set1(1.0f) + vf_exp(-a)));
+    }
+    for (; i < n; i++) y[i] = gelu_f32(x[i]);
+}
+
 static void add_simd(float *y, const float *x, int n)
 {
     int i = 0;
     for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(y + i) + vf_load(x + i));
     for (; i < n; i++) y[i] = y[i] + x[i];
+}
+
+static void scale_simd(float *y, float factor, int n)
+{
+    int i = 0;
+    for (; i + VW <= n; i += VW) vf_store(y + i, vf_load(y + i) * vf_set1(factor));
+    for (; i < n; i++) y[i] = y[i] * factor;
+}
+
+static void softcap_simd(float *y, float cap, int n)
+{
+    int i = 0;
+    float twice = 2.0f / cap;
+    for (; i + VW <= n; i += VW) {
+        vf e = vf_exp(vf_load(y + i) * vf_set1(twice));
+        vf_store(y + i, vf_set1(cap) - vf_set1(cap + cap) / (e + vf_set1(1.0f)));
+    }
+    for (; i < n; i++) y[i] = softcap_f32(y[i], cap, twice);
 }
 
 static void to_f16_simd(uint16_t *y, const float *x, int n)
@@ -320,11 +387,16 @@ static void set_float_kernels(kernels_t *k)
     k->gemv_f32 = gemv_f32_simd;
     k->gemv_f16 = gemv_f16_simd;
     k->rmsnorm = rmsnorm_simd;
+    k->layernorm = layernorm_simd;
     k->scores = scores_simd;
     k->softmax = softmax_simd;
     k->mix = mix_simd;
     k->silu_mul = silu_mul_simd;
+    k->gelu_mul = gelu_mul_simd;
+    k->gelu = gelu_simd;
     k->add = add_simd;
+    k->scale = scale_simd;
+    k->softcap = softcap_simd;
     k->to_f16 = to_f16_simd;
     k->from_f16 = from_f16_simd;
     k->to_q8_0 = to_q8_0_simd;

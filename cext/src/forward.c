@@ -1,9 +1,12 @@
 /* forward.c - the forward pass.  Mirror: runtime/forward.py.
  *
  * x = embedding
- * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x);  some models: RoPE(RMSNorm(Q n)) etc.
+ * every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
  *               x += Down (SiLU(Gate n) * Up n),              n = RMSNorm(x)
  * logits = Head RMSNorm(x)
+ *
+ * What some models do otherwise is in dbf_config and dbf_layer: GELU, with a gate or without, LayerNorm, norms of
+ * queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps.
  *
  * All threads run forward() side by side and meet at barriers. Rows of matrices are divided among them, in panels.
  * Norms and the like are divided by tokens; for a single token every thread does them for itself, which costs less
@@ -29,19 +32,35 @@ static int min_of(int a, int b)
     return a < b ? a : b;
 }
 
-/* norm = RMSNorm(x) of tokens first .. n-1: divided, or a single one by every thread into its own memory */
-static float *norms(dbf_session *s, int thread, const float *w, int first, int n)
+static int max_of(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* RMSNorm or LayerNorm; b may be NULL */
+static void norm(const dbf_model *m, float *y, const float *x, const float *w, const float *b)
+{
+    if (m->config.norm == DBF_LAYER)
+        m->kernels->layernorm(y, x, w, b, m->config.norm_eps, m->config.d_model);
+    else
+        m->kernels->rmsnorm(y, x, w, m->config.norm_eps, m->config.d_model);
+}
+
+/* norm(x) of tokens first .. n-1, or x itself if w is NULL: divided, or a single one by every thread into its own
+ * memory */
+static float *norms(dbf_session *s, int thread, const float *w, const float *b, int first, int n)
 {
     const dbf_model *m = s->model;
     int d = m->config.d_model, begin, end;
+    if (!w) return s->x + (size_t)first * d;
     if (n - first == 1) {
-        m->kernels->rmsnorm(s->scratch[thread].x, s->x + (size_t)first * d, w, m->config.norm_eps, d);
+        norm(m, s->scratch[thread].x, s->x + (size_t)first * d, w, b);
         lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n - first, &begin, &end);
     for (int i = first + begin; i < first + end; i++)
-        m->kernels->rmsnorm(s->norm + (size_t)i * d, s->x + (size_t)i * d, w, m->config.norm_eps, d);
+        norm(m, s->norm + (size_t)i * d, s->x + (size_t)i * d, w, b);
     meet(s, thread, REST);
     return s->norm + (size_t)first * d;
 }
@@ -61,12 +80,30 @@ static void widen(const dbf_session *s, float *to, const uint8_t *from, int n)
     if (s->kv_type == DBF_Q8_0) k->from_q8_0(to, from, n * s->model->config.head_dim);
 }
 
-/* normalize and rotate one head's query or key; w may be NULL */
-static void turn(const dbf_session *s, float *x, const float *w, int pos)
+/* normalize one head's query or key, unless w is NULL, and rotate it, unless rope is -1 */
+static void turn(const dbf_session *s, float *x, const float *w, int rope, int pos)
 {
     const dbf_config *c = &s->model->config;
     if (w) s->model->kernels->rmsnorm(x, x, w, c->norm_eps, c->head_dim);
-    s->model->kernels->rope(x, s->rope + (size_t)pos * c->rope_dims, c->rope_dims, c->rope_pairing);
+    if (rope < 0) return;
+    const float *cos_sin = s->rope + ((size_t)rope * s->n_ctx + pos) * c->rope_dims;
+    s->model->kernels->rope(x, cos_sin, c->rope_dims, c->rope_pairing);
+}
+
+/* RMSNorm of all heads of a token together, for queries and for keys, in models that have that */
+static void joint_norms(const job_t *job, int thread, const layer_t *l)
+{
+    dbf_session *s = job->s;
+    const dbf_config *c = &s->model->config;
+    int q = c->n_heads * c->head_dim, k = c->n_kv_heads * c->head_dim, begin, end;
+    if (!c->joint_norms || !l->norm[Q_NORM]) return;
+    pool_split(s->model->pool, thread, job->n, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *queries = s->q_heads + (size_t)i * q, *keys = s->k_heads + (size_t)i * k;
+        s->model->kernels->rmsnorm(queries, queries, l->norm[Q_NORM], c->norm_eps, q);
+        s->model->kernels->rmsnorm(keys, keys, l->norm[K_NORM], c->norm_eps, k);
+    }
+    meet(s, thread, REST);
 }
 
 /* turn queries and keys, store keys and values; one item is one head of one token */
@@ -75,18 +112,19 @@ static void turn_and_store(const job_t *job, int thread, int layer)
     dbf_session *s = job->s;
     const dbf_config *c = &s->model->config;
     const layer_t *l = &s->model->layers[layer];
+    const float *q_norm = c->joint_norms ? NULL : l->norm[Q_NORM], *k_norm = c->joint_norms ? NULL : l->norm[K_NORM];
     int heads = c->n_heads + c->n_kv_heads, dim = c->head_dim, begin, end;
     pool_split(s->model->pool, thread, job->n * heads, &begin, &end);
     for (int item = begin; item < end; item++) {
         int i = item / heads, h = item % heads, pos = job->pos + i;
         if (h < c->n_heads) {
-            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, l->q_norm, pos);
+            turn(s, s->q_heads + ((size_t)i * c->n_heads + h) * dim, q_norm, l->rope, pos);
             continue;
         }
         h -= c->n_heads;
         size_t from = ((size_t)i * c->n_kv_heads + h) * dim;
         size_t to = (((size_t)layer * c->n_kv_heads + h) * s->n_ctx + pos) * s->kv_bytes;
-        turn(s, s->k_heads + from, l->k_norm, pos);
+        turn(s, s->k_heads + from, k_norm, l->rope, pos);
         narrow(s, s->k + to, s->k_heads + from);
         narrow(s, s->v + to, s->v_heads + from);
     }
@@ -94,38 +132,48 @@ static void turn_and_store(const job_t *job, int thread, int layer)
 }
 
 /* Attention of n <= QUERIES queries of one KV head: numbers first .. first + n - 1 of all that share it, which are
- * the heads of its group for one token after the other. Keys and values pass in tiles: each is widened to float32
- * once, for all queries, and stays in the L1 cache meanwhile. */
+ * the heads of its group for one token after the other. Query q sees the positions from[q] .. held[q] - 1. Keys and
+ * values pass in tiles: each is widened to float32 once, for all queries, and stays in the L1 cache meanwhile. */
 static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int first, int n)
 {
     dbf_session *s = job->s;
     const dbf_config *c = &s->model->config;
     const kernels_t *k = s->model->kernels;
-    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, tile = tile_rows(dim), held[QUERIES] = { 0 };
+    int dim = c->head_dim, group = c->n_heads / c->n_kv_heads, tile = tile_rows(dim);
+    int window = s->model->layers[layer].window, from[QUERIES] = { 0 }, held[QUERIES] = { 0 };
     size_t at[QUERIES], cache = ((size_t)layer * c->n_kv_heads + kv_head) * s->n_ctx * s->kv_bytes;
-    float factor = 1.0f / sqrtf((float)dim), sum[QUERIES];
+    float factor = c->attn_scale > 0.0f ? c->attn_scale : 1.0f / sqrtf((float)dim), sum[QUERIES];
     for (int q = 0; q < n; q++) {
         int i = (first + q) / group, h = kv_head * group + (first + q) % group;
         at[q] = ((size_t)i * c->n_heads + h) * dim;
         held[q] = job->pos + i + 1;
+        from[q] = window > 0 && held[q] > window ? held[q] - window : 0;
         memset(s->attended + at[q], 0, (size_t)dim * sizeof(float));
     }
-    int most = held[n - 1];
+    int least = from[0], most = held[n - 1];
 
-    for (int j = 0; j < most; j += tile) {
+    for (int j = least; j < most; j += tile) {
         widen(s, own->tile, s->k + cache + (size_t)j * s->kv_bytes, min_of(tile, most - j));
-        for (int q = 0; q < n; q++)
-            if (held[q] > j)
-                k->scores(own->score + (size_t)q * s->n_ctx + j, s->q_heads + at[q], own->tile, factor,
-                          min_of(tile, held[q] - j), dim);
+        for (int q = 0; q < n; q++) {
+            int begin = max_of(from[q], j), count = min_of(j + tile, held[q]) - begin;
+            if (count > 0)
+                k->scores(own->score + (size_t)q * s->n_ctx + begin, s->q_heads + at[q],
+                          own->tile + (size_t)(begin - j) * dim, factor, count, dim);
+        }
     }
-    for (int q = 0; q < n; q++) sum[q] = k->softmax(own->score + (size_t)q * s->n_ctx, held[q]);
-    for (int j = 0; j < most; j += tile) {
+    for (int q = 0; q < n; q++) {
+        float *score = own->score + (size_t)q * s->n_ctx + from[q];
+        if (c->attn_softcap > 0.0f) k->softcap(score, c->attn_softcap, held[q] - from[q]);
+        sum[q] = k->softmax(score, held[q] - from[q]);
+    }
+    for (int j = least; j < most; j += tile) {
         widen(s, own->tile, s->v + cache + (size_t)j * s->kv_bytes, min_of(tile, most - j));
-        for (int q = 0; q < n; q++)
-            if (held[q] > j)
-                k->mix(s->attended + at[q], own->score + (size_t)q * s->n_ctx + j, own->tile,
-                       min_of(tile, held[q] - j), dim);
+        for (int q = 0; q < n; q++) {
+            int begin = max_of(from[q], j), count = min_of(j + tile, held[q]) - begin;
+            if (count > 0)
+                k->mix(s->attended + at[q], own->score + (size_t)q * s->n_ctx + begin,
+                       own->tile + (size_t)(begin - j) * dim, count, dim);
+        }
     }
     for (int q = 0; q < n; q++) {
         float *y = s->attended + at[q], inverse = 1.0f / sum[q];
@@ -133,8 +181,8 @@ static void attend(const job_t *job, scratch_t *own, int layer, int kv_head, int
     }
 }
 
-/* attention of every query over the positions up to its own; queries are divided so that those of a thread share as
- * many KV heads as can be */
+/* attention of every query over the positions up to its own, or a window of them; queries are divided so that those of
+ * a thread share as many KV heads as can be */
 static void attention(const job_t *job, int thread, int layer)
 {
     dbf_session *s = job->s;
@@ -149,23 +197,50 @@ static void attention(const job_t *job, int thread, int layer)
     meet(s, thread, ATTENTION);
 }
 
-/* SiLU(gate) * up: divided, or a single token by every thread into its own memory */
-static const float *gated(dbf_session *s, int thread, int n)
+/* y = SiLU(gate) * up, or GELU(gate) * up, or without gate GELU(up) */
+static void activate(const dbf_model *m, float *y, const float *gate, const float *up)
+{
+    const kernels_t *k = m->kernels;
+    if (!gate)
+        k->gelu(y, up, m->config.d_ff);
+    else
+        (m->config.activation == DBF_GELU ? k->gelu_mul : k->silu_mul)(y, gate, up, m->config.d_ff);
+}
+
+/* what down reads: divided, or a single token by every thread into its own memory */
+static const float *activated(dbf_session *s, int thread, int has_gate, int n)
 {
     const dbf_model *m = s->model;
     int d_ff = m->config.d_ff, begin, end;
     if (n == 1) {
-        m->kernels->silu_mul(s->scratch[thread].x, s->gate, s->up, d_ff);
+        activate(m, s->scratch[thread].x, has_gate ? s->gate : NULL, s->up);
         lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++) {
         float *gate = s->gate + (size_t)i * d_ff;
-        m->kernels->silu_mul(gate, gate, s->up + (size_t)i * d_ff, d_ff);
+        activate(m, gate, has_gate ? gate : NULL, s->up + (size_t)i * d_ff);
     }
     meet(s, thread, REST);
     return s->gate;
+}
+
+/* x += w(y); in some models, w(y) is normalized or scaled first */
+static void add_linear(dbf_session *s, int thread, const linear_t *w, const float *y, const float *norm, int n)
+{
+    const dbf_model *m = s->model;
+    int d = m->config.d_model, plain = !norm && m->config.residual_scale == 1.0f, begin, end;
+    linears(s, thread, (apply_t[]){ { w, y, plain ? s->x : s->norm, plain } }, 1, n);
+    if (plain) return;
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *branch = s->norm + (size_t)i * d;
+        if (norm) m->kernels->rmsnorm(branch, branch, norm, m->config.norm_eps, d);
+        if (m->config.residual_scale != 1.0f) m->kernels->scale(branch, m->config.residual_scale, d);
+        m->kernels->add(s->x + (size_t)i * d, branch, d);
+    }
+    meet(s, thread, REST);
 }
 
 /* Logits of n tokens whose normalized states are x. Rows of the head are divided, panel by panel: one is read from
@@ -195,6 +270,8 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
             float y[DBF_BATCH * DBF_PANEL];
             int some = min_of(DBF_BATCH, n - i);
             dense_gemv(k, y, w, r, rows, x + i * cols, q + i * cols, scale + i, some);
+            if (m->config.logit_scale != 1.0f) k->scale(y, m->config.logit_scale, some * rows);
+            if (m->config.logit_softcap > 0.0f) k->softcap(y, m->config.logit_softcap, some * rows);
             for (int j = 0; j < some; j++)
                 memcpy(job->logits + (i + j) * vocab + r, y + j * rows, (size_t)rows * sizeof *y);
         }
@@ -213,38 +290,46 @@ static void forward(void *arg, int thread)
 
     /* embedding */
     pool_split(m->pool, thread, n, &begin, &end);
-    for (int i = begin; i < end; i++)
-        dense_row(m->kernels, s->x + (size_t)i * m->config.d_model, &m->embed, job->tokens[i]);
+    for (int i = begin; i < end; i++) {
+        float *x = s->x + (size_t)i * m->config.d_model;
+        dense_row(m->kernels, x, &m->embed, job->tokens[i]);
+        if (m->config.embed_scale != 1.0f) m->kernels->scale(x, m->config.embed_scale, m->config.d_model);
+        const float *position = m->positions ? m->positions + (size_t)(job->pos + i) * m->config.d_model : NULL;
+        if (position) m->kernels->add(x, position, m->config.d_model);
+    }
     meet(s, thread, REST);
 
     for (int layer = 0; layer < m->config.n_layers; layer++) {
         const layer_t *l = &m->layers[layer];
 
         /* queries, keys, values */
-        const float *x = norms(s, thread, l->attn_norm, 0, n);
+        const float *x = norms(s, thread, l->norm[ATTN_NORM], l->norm[ATTN_NORM_BIAS], 0, n);
         linears(s, thread,
                 (apply_t[]){ { &l->linear[Q], x, s->q_heads, 0 },
                              { &l->linear[K], x, s->k_heads, 0 },
                              { &l->linear[V], x, s->v_heads, 0 } },
                 3, n);
 
-        /* RoPE, KV cache */
+        /* norms of queries and keys, RoPE, KV cache */
+        joint_norms(job, thread, l);
         turn_and_store(job, thread, layer);
 
         /* attention, added to the residual stream */
         attention(job, thread, layer);
-        linears(s, thread, (apply_t[]){ { &l->linear[O], s->attended, s->x, 1 } }, 1, n);
+        add_linear(s, thread, &l->linear[O], s->attended, l->norm[ATTN_POST_NORM], n);
 
         /* feed-forward, added to the residual stream */
-        x = norms(s, thread, l->ffn_norm, 0, n);
-        linears(s, thread,
-                (apply_t[]){ { &l->linear[GATE], x, s->gate, 0 }, { &l->linear[UP], x, s->up, 0 } }, 2, n);
-        x = gated(s, thread, n);
-        linears(s, thread, (apply_t[]){ { &l->linear[DOWN], x, s->x, 1 } }, 1, n);
+        x = norms(s, thread, l->norm[FFN_NORM], l->norm[FFN_NORM_BIAS], 0, n);
+        const apply_t gate = { &l->linear[GATE], x, s->gate, 0 }, up = { &l->linear[UP], x, s->up, 0 };
+        int has_gate = l->linear[GATE].rows > 0;
+        linears(s, thread, has_gate ? (apply_t[]){ gate, up } : &up, has_gate ? 2 : 1, n);
+        x = activated(s, thread, has_gate, n);
+        add_linear(s, thread, &l->linear[DOWN], x, l->norm[FFN_POST_NORM], n);
     }
 
     /* logits */
-    if (job->first < n) head_logits(job, thread, norms(s, thread, m->out_norm, job->first, n), n - job->first);
+    if (job->first < n)
+        head_logits(job, thread, norms(s, thread, m->out_norm, m->out_norm_bias, job->first, n), n - job->first);
 }
 
 int dbf_forward(dbf_session *s, const int32_t *tokens, int n, int pos, float *logits, int n_logits)

@@ -116,6 +116,11 @@ typedef struct kernels {
     /* y[i] = (x[i] / sqrt(sum_k x[k]^2 / n + eps)) * w[i];  y may be x;  error: (n/32 + 8) u |y| */
     void (*rmsnorm)(float *y, const float *x, const float *w, float eps, int n);
 
+    /* y[i] = ((x[i] - mean) / sqrt(variance + eps)) * w[i] + b[i],
+     * mean and variance those of x;  b may be NULL
+     * y may be x;  error: (n/16 + 12) u (max |x| / sqrt(variance + eps) |w| + |y|) */
+    void (*layernorm)(float *y, const float *x, const float *w, const float *b, float eps, int n);
+
     /* rotate the first dims elements of one head, in place: (a, b) -> (a cos - b sin, a sin + b cos)
      * cos_sin[dims/2][2]; pairing DBF_ADJACENT or DBF_HALVES;  error: 2 u (|a| + |b|) */
     void (*rope)(float *x, const float *cos_sin, int dims, int pairing);
@@ -135,8 +140,22 @@ typedef struct kernels {
     /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i];  error: 9 u |y| for |gate| <= 80 */
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
 
+    /* y[i] = gate[i] / (1 + exp(-a)) * up[i],  a = 2 sqrt(2/pi) (gate[i] + 0.044715 gate[i]^3), which is GELU with tanh
+     * error: (6 |a| + 9) u |y| for |a| <= 80 */
+    void (*gelu_mul)(float *y, const float *gate, const float *up, int n);
+
+    /* y[i] = x[i] / (1 + exp(-a)),  a = 2 sqrt(2/pi) (x[i] + 0.044715 x[i]^3)
+     * y may be x;  error: (6 |a| + 8) u |y| for |a| <= 80 */
+    void (*gelu)(float *y, const float *x, int n);
+
     /* y[i] = y[i] + x[i];  error: u |y| */
     void (*add)(float *y, const float *x, int n);
+
+    /* y[i] = y[i] * factor;  error: u |y| */
+    void (*scale)(float *y, float factor, int n);
+
+    /* y[i] = cap * tanh(y[i] / cap),  cap > 0;  error: 9 u cap */
+    void (*softcap)(float *y, float cap, int n);
 
     /* float32 to float16, round to nearest even */
     void (*to_f16)(uint16_t *y, const float *x, int n);

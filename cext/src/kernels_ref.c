@@ -225,6 +225,22 @@ static void rmsnorm(float *y, const float *x, const float *w, float eps, int n)
     for (int i = 0; i < n; i++) y[i] = (x[i] * root) * w[i];
 }
 
+static void layernorm(float *y, const float *x, const float *w, const float *b, float eps, int n)
+{
+    float sums[DBF_LANES] = { 0 }, squares[DBF_LANES] = { 0 };
+    for (int i = 0; i < n; i++) sums[i % DBF_LANES] = sums[i % DBF_LANES] + x[i];
+    float mean = lanes_sum(sums) / (float)n;
+    for (int i = 0; i < n; i++) {
+        float d = x[i] - mean;
+        squares[i % DBF_LANES] = squares[i % DBF_LANES] + d * d;
+    }
+    float root = 1.0f / sqrtf(lanes_sum(squares) / (float)n + eps);
+    for (int i = 0; i < n; i++) {
+        float v = ((x[i] - mean) * root) * w[i];
+        y[i] = b ? v + b[i] : v;
+    }
+}
+
 static void rope(float *x, const float *cos_sin, int dims, int pairing)
 {
     int half = dims / 2;
@@ -268,9 +284,30 @@ static void silu_mul(float *y, const float *gate, const float *up, int n)
     for (int i = 0; i < n; i++) y[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
 }
 
+static void gelu_mul(float *y, const float *gate, const float *up, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = gelu_f32(gate[i]) * up[i];
+}
+
+static void gelu(float *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = gelu_f32(x[i]);
+}
+
 static void add(float *y, const float *x, int n)
 {
     for (int i = 0; i < n; i++) y[i] = y[i] + x[i];
+}
+
+static void scale(float *y, float factor, int n)
+{
+    for (int i = 0; i < n; i++) y[i] = y[i] * factor;
+}
+
+static void softcap(float *y, float cap, int n)
+{
+    float twice = 2.0f / cap;
+    for (int i = 0; i < n; i++) y[i] = softcap_f32(y[i], cap, twice);
 }
 
 static void to_f16(uint16_t *y, const float *x, int n)
@@ -343,12 +380,17 @@ const kernels_t kernels_ref = {
     .gemv_q8_0 = gemv_q8_0,
     .gemv_q6_k = gemv_q6_k,
     .rmsnorm = rmsnorm,
+    .layernorm = layernorm,
     .rope = rope,
     .scores = scores,
     .softmax = softmax,
     .mix = mix,
     .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
+    .gelu = gelu,
     .add = add,
+    .scale = scale,
+    .softcap = softcap,
     .to_f16 = to_f16,
     .from_f16 = from_f16,
     .to_q8_0 = to_q8_0,

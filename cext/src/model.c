@@ -17,6 +17,7 @@
 #define MAX_LAYERS 4096
 #define MAX_VOCAB (1 << 24)
 #define MAX_CTX (1 << 24)
+#define MAX_ROPES 16
 #define MAX_THREADS 1024
 #define ALIGN 64
 
@@ -37,14 +38,22 @@ static int dim_ok(int n)
     return n >= 1 && n <= MAX_DIM;
 }
 
+static int number_ok(float x)
+{
+    return x >= 0.0f && isfinite(x);
+}
+
 static int config_ok(const dbf_config *c)
 {
     return c->n_layers >= 1 && c->n_layers <= MAX_LAYERS && dim_ok(c->d_model) && dim_ok(c->d_ff)
         && dim_ok(c->n_heads) && dim_ok(c->n_kv_heads) && c->n_heads % c->n_kv_heads == 0 && dim_ok(c->head_dim)
         && c->n_heads <= MAX_DIM / c->head_dim && c->n_vocab >= 1 && c->n_vocab <= MAX_VOCAB && c->rope_dims >= 0
         && c->rope_dims % 2 == 0 && c->rope_dims <= c->head_dim
-        && (c->rope_pairing == DBF_ADJACENT || c->rope_pairing == DBF_HALVES) && c->norm_eps >= 0.0f
-        && isfinite(c->norm_eps);
+        && (c->rope_pairing == DBF_ADJACENT || c->rope_pairing == DBF_HALVES) && number_ok(c->norm_eps)
+        && (c->norm == DBF_RMS || c->norm == DBF_LAYER) && c->n_positions >= 0
+        && (c->activation == DBF_SILU || c->activation == DBF_GELU) && isfinite(c->embed_scale)
+        && isfinite(c->residual_scale) && isfinite(c->logit_scale) && (c->joint_norms == 0 || c->joint_norms == 1)
+        && number_ok(c->attn_scale) && number_ok(c->attn_softcap) && number_ok(c->logit_softcap);
 }
 
 static int dense_ok(const dbf_dense *d, int rows, int cols)
@@ -58,21 +67,47 @@ static int linear_ok(const dbf_linear *l, int rows, int cols)
         && l->s_mid && l->s_in;
 }
 
+/* there is one, or the activation is one that does without */
+static int gate_ok(const dbf_linear *l, const dbf_config *c)
+{
+    return l->rows == 0 ? c->activation == DBF_GELU : linear_ok(l, c->d_ff, c->d_model);
+}
+
 static int weights_ok(const dbf_weights *w, const dbf_config *c)
 {
     int heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    if (!w->layers || !w->out_norm || !dense_ok(&w->embed, c->n_vocab, c->d_model)
+    if (!w->layers || !w->out_norm || !w->positions != !c->n_positions || !dense_ok(&w->embed, c->n_vocab, c->d_model)
         || !dense_ok(&w->head, c->n_vocab, c->d_model))
         return 0;
     for (int i = 0; i < c->n_layers; i++) {
         const dbf_layer *l = &w->layers[i];
-        if (!l->attn_norm || !l->ffn_norm || !l->q_norm != !l->k_norm || !linear_ok(&l->q, heads, c->d_model)
+        if (!l->q_norm != !l->k_norm || l->window < 0 || l->rope < -1
+            || l->rope >= MAX_ROPES || !linear_ok(&l->q, heads, c->d_model)
             || !linear_ok(&l->k, kv, c->d_model) || !linear_ok(&l->v, kv, c->d_model)
-            || !linear_ok(&l->o, c->d_model, heads) || !linear_ok(&l->gate, c->d_ff, c->d_model)
+            || !linear_ok(&l->o, c->d_model, heads) || !gate_ok(&l->gate, c)
             || !linear_ok(&l->up, c->d_ff, c->d_model) || !linear_ok(&l->down, c->d_model, c->d_ff))
             return 0;
     }
     return 1;
+}
+
+/* one of the norms of a layer, or a bias of one, NULL if it lacks it, and how many numbers it has */
+static const float *norm_of(const dbf_layer *l, int i)
+{
+    const float *norms[N_NORMS] = {
+        [ATTN_NORM] = l->attn_norm, [FFN_NORM] = l->ffn_norm,
+        [Q_NORM] = l->q_norm, [K_NORM] = l->k_norm,
+        [ATTN_POST_NORM] = l->attn_post_norm, [FFN_POST_NORM] = l->ffn_post_norm,
+        [ATTN_NORM_BIAS] = l->attn_norm_bias, [FFN_NORM_BIAS] = l->ffn_norm_bias,
+    };
+    return norms[i];
+}
+
+static size_t norm_bytes(const dbf_config *c, int i)
+{
+    int heads = i == Q_NORM ? c->n_heads : c->n_kv_heads;
+    int n = i == Q_NORM || i == K_NORM ? c->head_dim * (c->joint_norms ? heads : 1) : c->d_model;
+    return (size_t)n * sizeof(float);
 }
 
 /* ---- model ------------------------------------------------------------------------------------------------ */
@@ -107,6 +142,7 @@ static void drop_layer(const dbf_layer *layer)
     const dbf_linear *l = &layer->q;
     const uint8_t *begin = l->a, *end = l->a;
     for (int i = 0; i < N_LINEARS; i++, l++) {
+        if (l->rows == 0) continue;
         const uint8_t *a_end = l->a + (size_t)l->rows * (size_t)(l->rank / 8);
         const uint8_t *b_end = l->b + (size_t)l->rank * (size_t)((l->cols + 7) / 8);
         begin = l->a < begin ? l->a : begin;
@@ -133,6 +169,7 @@ static void pack_some(void *arg, int thread)
         const dbf_layer *layer = &p->weights->layers[i / N_LINEARS];
         const dbf_linear *from = &layer->q + i % N_LINEARS;
         const linear_t *to = &p->model->layers[i / N_LINEARS].linear[i % N_LINEARS];
+        if (from->rows == 0) continue;
         copy(to->s_out, from->s_out, (size_t)from->rows * sizeof *from->s_out);
         copy(to->s_mid, from->s_mid, (size_t)from->rank * sizeof *from->s_mid);
         copy(to->s_in, from->s_in, (size_t)from->cols * sizeof *from->s_in);
@@ -156,11 +193,11 @@ static void *place(const dbf_model *m, size_t *used, size_t bytes)
 static size_t lay_out(dbf_model *m, const dbf_weights *w)
 {
     const kernels_t *k = m->kernels;
-    size_t used = 0, norm = (size_t)m->config.d_model * sizeof(float);
-    size_t head = (size_t)m->config.head_dim * sizeof(float);
+    size_t used = 0;
     for (int i = 0; i < m->config.n_layers * N_LINEARS; i++) {
         const dbf_linear *from = &w->layers[i / N_LINEARS].q + i % N_LINEARS;
         linear_t *to = &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
+        if (from->rows == 0) continue; /* no gate */
         size_t a_bytes = k->sign_pack_bytes(from->rows, from->rank);
         size_t b_bytes = k->sign_pack_bytes(from->rank, from->cols);
         *to = (linear_t){ .rows = from->rows, .rank = from->rank, .cols = from->cols };
@@ -174,12 +211,14 @@ static size_t lay_out(dbf_model *m, const dbf_weights *w)
         m->max_dim = max_of(m->max_dim, max_of(from->rows, from->cols));
     }
     for (int i = 0; i < m->config.n_layers; i++) {
-        m->layers[i].attn_norm = place(m, &used, norm);
-        m->layers[i].ffn_norm = place(m, &used, norm);
-        if (w->layers[i].q_norm) m->layers[i].q_norm = place(m, &used, head);
-        if (w->layers[i].k_norm) m->layers[i].k_norm = place(m, &used, head);
+        m->layers[i].window = w->layers[i].window;
+        m->layers[i].rope = w->layers[i].rope;
+        m->n_ropes = max_of(m->n_ropes, w->layers[i].rope + 1);
+        for (int j = 0; j < N_NORMS; j++)
+            if (norm_of(&w->layers[i], j)) m->layers[i].norm[j] = place(m, &used, norm_bytes(&m->config, j));
     }
-    m->out_norm = place(m, &used, norm);
+    m->out_norm = place(m, &used, norm_bytes(&m->config, ATTN_NORM));
+    if (w->out_norm_bias) m->out_norm_bias = place(m, &used, norm_bytes(&m->config, ATTN_NORM));
     return used;
 }
 
@@ -193,14 +232,13 @@ static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
     m->packed = alloc_weights(bytes);
     if (!m->packed) return DBF_ENOMEM;
     lay_out(m, w);
-    size_t norm = (size_t)m->config.d_model * sizeof(float), head = (size_t)m->config.head_dim * sizeof(float);
-    for (int i = 0; i < m->config.n_layers; i++) {
-        copy(m->layers[i].attn_norm, w->layers[i].attn_norm, norm);
-        copy(m->layers[i].ffn_norm, w->layers[i].ffn_norm, norm);
-        if (w->layers[i].q_norm) copy(m->layers[i].q_norm, w->layers[i].q_norm, head);
-        if (w->layers[i].k_norm) copy(m->layers[i].k_norm, w->layers[i].k_norm, head);
-    }
-    copy(m->out_norm, w->out_norm, norm);
+    for (int i = 0; i < m->config.n_layers; i++)
+        for (int j = 0; j < N_NORMS; j++) {
+            const float *from = norm_of(&w->layers[i], j);
+            if (from) copy(m->layers[i].norm[j], from, norm_bytes(&m->config, j));
+        }
+    copy(m->out_norm, w->out_norm, norm_bytes(&m->config, ATTN_NORM));
+    if (w->out_norm_bias) copy(m->out_norm_bias, w->out_norm_bias, norm_bytes(&m->config, ATTN_NORM));
     packing_t packing = { .model = m, .weights = w };
     return pool_run(m->pool, pack_some, &packing);
 }
@@ -218,6 +256,7 @@ int dbf_model_new(dbf_model **out, const dbf_config *config, const dbf_weights *
     m->kernels = kernels;
     m->embed = weights->embed;
     m->head = weights->head;
+    m->positions = weights->positions;
     int code = fill_model(m, weights, n_threads);
     if (code)
         dbf_model_free(m);
@@ -252,7 +291,7 @@ static size_t lay_out_session(dbf_session *s)
     size_t used = 0, f = sizeof(float), heads = (size_t)c->n_heads * c->head_dim;
     size_t kv = (size_t)c->n_kv_heads * c->head_dim, wide = (size_t)max_of(m->max_dim, m->max_rank);
     s->table_bytes = round_up(m->kernels->sign_table_bytes((int)wide));
-    s->rope = part(s, &used, (size_t)s->n_ctx * c->rope_dims * f);
+    s->rope = part(s, &used, (size_t)m->n_ropes * s->n_ctx * c->rope_dims * f);
     s->k = part(s, &used, (size_t)c->n_layers * c->n_kv_heads * s->n_ctx * s->kv_bytes);
     s->v = part(s, &used, (size_t)c->n_layers * c->n_kv_heads * s->n_ctx * s->kv_bytes);
     s->x = part(s, &used, CHUNK * c->d_model * f);
@@ -288,7 +327,9 @@ static size_t lay_out_session(dbf_session *s)
 int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float *rope, int kv_type,
                     int activation_bits)
 {
-    if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX || (!rope && model->config.rope_dims > 0)
+    if (!out || !model || n_ctx < 1 || n_ctx > MAX_CTX
+        || (model->config.n_positions && n_ctx > model->config.n_positions)
+        || (!rope && model->config.rope_dims > 0 && model->n_ropes > 0)
         || (kv_type != DBF_F16 && kv_type != DBF_Q8_0) || !dense_row_bytes(kv_type, model->config.head_dim)
         || (activation_bits != 16 && activation_bits != 8))
         return DBF_EINVAL;
@@ -307,7 +348,7 @@ int dbf_session_new(dbf_session **out, dbf_model *model, int n_ctx, const float 
         return DBF_ENOMEM;
     }
     lay_out_session(s);
-    if (rope) memcpy(s->rope, rope, (size_t)n_ctx * model->config.rope_dims * sizeof *rope);
+    if (rope) memcpy(s->rope, rope, (size_t)model->n_ropes * n_ctx * model->config.rope_dims * sizeof *rope);
     *out = s;
     return DBF_OK;
 }

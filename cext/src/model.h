@@ -31,10 +31,12 @@ typedef struct linear {
 void *alloc_weights(size_t bytes);
 
 enum { Q, K, V, O, GATE, UP, DOWN, N_LINEARS };
+enum { ATTN_NORM, FFN_NORM, Q_NORM, K_NORM, ATTN_POST_NORM, FFN_POST_NORM, ATTN_NORM_BIAS, FFN_NORM_BIAS, N_NORMS };
 
 typedef struct layer {
-    const float *attn_norm, *ffn_norm, *q_norm, *k_norm; /* the last two may be NULL */
-    linear_t linear[N_LINEARS];
+    const float *norm[N_NORMS]; /* NULL for those that it lacks */
+    linear_t linear[N_LINEARS]; /* GATE may have no rows */
+    int window, rope;           /* as in dbf_layer */
 } layer_t;
 
 struct dbf_model {
@@ -42,10 +44,11 @@ struct dbf_model {
     const kernels_t *kernels;
     pool_t *pool;
     dbf_dense embed, head;
-    const float *out_norm;
+    const float *out_norm, *out_norm_bias, *positions;
     layer_t *layers;
     uint8_t *packed;        /* all a and b, repacked, and everything that is copied */
     int max_dim, max_rank;  /* of the rows and cols of all matrices; of all ranks */
+    int n_ropes;            /* RoPE tables that the layers name */
 };
 
 /* work space of one thread */
@@ -67,14 +70,14 @@ struct dbf_session {
     dbf_model *model;
     int n_ctx, held;    /* positions there is room for; positions filled */
     int qmax;           /* activations of sign products lie in -qmax .. qmax: DBF_QMAX or DBF_QMAX8 */
-    float *rope;        /* [n_ctx][rope_dims/2][2] */
+    float *rope;        /* [model->n_ropes][n_ctx][rope_dims/2][2] */
     int kv_type;
     size_t kv_bytes;    /* of one position of one KV head, its keys or its values */
     uint8_t *k, *v;     /* kv_type [n_layers][n_kv_heads][n_ctx][head_dim] */
 
     /* activations of a chunk, all [CHUNK][...] */
     float *x;                   /* [d_model] the residual stream */
-    float *norm;                /* [d_model] */
+    float *norm;                /* [d_model] a linear's input, or what one is to add to x */
     float *q_heads, *attended;  /* [n_heads * head_dim] */
     float *k_heads, *v_heads;   /* [n_kv_heads * head_dim] */
     float *gate, *up;           /* [d_ff] */

@@ -64,6 +64,21 @@ static inline float exp_f32(float x)
     return ((p * (r * r) + r) + 1.0f) * float_of((uint32_t)((int32_t)n + 127) << 23);
 }
 
+/* 2 sqrt(2/pi), and that times 0.044715 */
+#define GELU_1 1.59576912160573071f
+#define GELU_3 0.0713548162726009f
+
+static inline float gelu_f32(float x)
+{
+    return x / (1.0f + exp_f32(-(x * (GELU_1 + GELU_3 * (x * x)))));
+}
+
+/* cap * tanh(x / cap); twice is 2 / cap */
+static inline float softcap_f32(float x, float cap, float twice)
+{
+    return cap - (cap + cap) / (exp_f32(x * twice) + 1.0f);
+}
+
 /* the order in which every float sum of the library ends */
 static inline float lanes_sum(float *lane)
 {

@@ -478,6 +478,27 @@ static void test_rmsnorm(const kernels_t *k, int n)
     give_back(k->name, "rmsnorm", n);
 }
 
+static void test_layernorm(const kernels_t *k, int n)
+{
+    for (int biased = 0; biased < 2; biased++) {
+        float *y = take((size_t)n, sizeof *y), *x = floats((size_t)n, 30.0f), *w = floats((size_t)n, 2.0f);
+        float *b = biased ? floats((size_t)n, 3.0f) : NULL;
+        double sum = 0.0, squares = 0.0, top = 0.0;
+        for (int i = 0; i < n; i++) sum += x[i], top = larger(top, fabs((double)x[i]));
+        for (int i = 0; i < n; i++) squares += (x[i] - sum / n) * (x[i] - sum / n);
+        double root = 1.0 / sqrt(squares / n + (double)1e-2f);
+        k->layernorm(y, x, w, b, 1e-2f, n);
+        ref->layernorm(want_f, x, w, b, 1e-2f, n);
+        SAME(y, want_f, n, "layernorm");
+        for (int i = 0; i < n; i++) {
+            double want = (x[i] - sum / n) * root * w[i] + (b ? (double)b[i] : 0.0);
+            double error = (n / 16.0 + 12.0) * U * (top * root * fabs((double)w[i]) + fabs(want));
+            NEAR(y[i], want, error, "layernorm", n);
+        }
+        give_back(k->name, "layernorm", n);
+    }
+}
+
 static void test_rope(const kernels_t *k, int half)
 {
     for (int pairing = DBF_ADJACENT; pairing <= DBF_HALVES; pairing++) {
@@ -574,23 +595,60 @@ static void test_attention(const kernels_t *k, int n)
     test_softmax(k, n);
 }
 
-static void test_silu_mul(const kernels_t *k, int n)
+static void test_gates(const kernels_t *k, int n)
 {
     static const float odd[] = { 200.0f, -200.0f, INFINITY, -INFINITY, 0.0f, -0.0f };
-    for (int in_place = 0; in_place < 2; in_place++) {
-        float *gate = floats((size_t)n, 80.0f), *up = floats((size_t)n, 2.0f);
+    for (int variant = 0; variant < 4; variant++) {
+        int in_place = variant % 2, gelu = variant / 2;
+        float *gate = floats((size_t)n, gelu ? 9.5f : 80.0f), *up = floats((size_t)n, 2.0f);
         float *y = in_place ? gate : take((size_t)n, sizeof *y);
         uint32_t at = next() % (uint32_t)n;
         gate[at] = odd[next() % (sizeof odd / sizeof *odd)];
-        static double want[MAX];
-        for (int i = 0; i < n; i++) want[i] = gate[i] / (1.0 + exp(-(double)gate[i])) * up[i];
-        ref->silu_mul(want_f, gate, up, n);
-        k->silu_mul(y, gate, up, n);
-        SAME(y, want_f, n, "silu_mul");
+        static double want[MAX], error[MAX];
+        for (int i = 0; i < n; i++) {
+            double g = gate[i], a = gelu ? 2.0 * sqrt(2.0 / M_PI) * (g + 0.044715 * g * g * g) : g;
+            want[i] = g / (1.0 + exp(-a)) * up[i];
+            error[i] = ((gelu ? 6.0 * fabs(a) : 0.0) + 9.0) * U * fabs(want[i]);
+        }
+        (gelu ? ref->gelu_mul : ref->silu_mul)(want_f, gate, up, n);
+        (gelu ? k->gelu_mul : k->silu_mul)(y, gate, up, n);
+        SAME(y, want_f, n, gelu ? "gelu_mul" : "silu_mul");
         for (int i = 0; i < n; i++)
-            if (i != (int)at) NEAR(y[i], want[i], 9.0 * U * fabs(want[i]), "silu_mul", n);
-        give_back(k->name, "silu_mul", n);
+            if (i != (int)at) NEAR(y[i], want[i], error[i], gelu ? "gelu_mul" : "silu_mul", n);
+        give_back(k->name, "gates", n);
     }
+}
+
+static void test_gelu(const kernels_t *k, int n)
+{
+    float *x = floats((size_t)n, 9.5f), *y = n % 2 ? x : take((size_t)n, sizeof *y);
+    static double want[MAX], error[MAX];
+    for (int i = 0; i < n; i++) {
+        double v = x[i], a = 2.0 * sqrt(2.0 / M_PI) * (v + 0.044715 * v * v * v);
+        want[i] = v / (1.0 + exp(-a));
+        error[i] = (6.0 * fabs(a) + 8.0) * U * fabs(want[i]);
+    }
+    ref->gelu(want_f, x, n);
+    k->gelu(y, x, n);
+    SAME(y, want_f, n, "gelu");
+    for (int i = 0; i < n; i++) NEAR(y[i], want[i], error[i], "gelu", n);
+    give_back(k->name, "gelu", n);
+}
+
+static void test_softcap(const kernels_t *k, int n)
+{
+    static const float odd[] = { 1e30f, -1e30f, INFINITY, -INFINITY, 0.0f, 1e-30f };
+    static float before[MAX];
+    float *y = floats((size_t)n, n % 2 ? 200.0f : 3.0f), cap = n % 3 ? 30.0f : 2.5f;
+    y[next() % (uint32_t)n] = odd[next() % (sizeof odd / sizeof *odd)];
+    memcpy(before, y, (size_t)n * sizeof *y);
+    memcpy(want_f, y, (size_t)n * sizeof *y);
+    k->softcap(y, cap, n);
+    ref->softcap(want_f, cap, n);
+    SAME(y, want_f, n, "softcap");
+    for (int i = 0; i < n; i++)
+        NEAR(y[i], (double)cap * tanh((double)before[i] / (double)cap), 9.0 * U * (double)cap, "softcap", n);
+    give_back(k->name, "softcap", n);
 }
 
 static void test_add(const kernels_t *k, int n)
@@ -605,6 +663,19 @@ static void test_add(const kernels_t *k, int n)
     for (int i = 0; i < n; i++)
         NEAR(y[i], (double)before[i] + x[i], U * fabs((double)before[i] + x[i]), "add", n);
     give_back(k->name, "add", n);
+}
+
+static void test_scale(const kernels_t *k, int n)
+{
+    static float before[MAX];
+    float *y = floats((size_t)n, 9.0f), factor = uniform();
+    memcpy(before, y, (size_t)n * sizeof *y);
+    memcpy(want_f, y, (size_t)n * sizeof *y);
+    k->scale(y, factor, n);
+    ref->scale(want_f, factor, n);
+    SAME(y, want_f, n, "scale");
+    for (int i = 0; i < n; i++) NEAR(y[i], (double)before[i] * (double)factor, U * fabs((double)y[i]), "scale", n);
+    give_back(k->name, "scale", n);
 }
 
 static void test_f16(const kernels_t *k, int n)
@@ -697,8 +768,12 @@ int main(void)
                 test_rmsnorm(k, n);
                 test_rope(k, n);
                 test_attention(k, n);
-                test_silu_mul(k, n);
+                test_layernorm(k, n);
+                test_gates(k, n);
+                test_gelu(k, n);
                 test_add(k, n);
+                test_scale(k, n);
+                test_softcap(k, n);
                 test_f16(k, n);
                 if (n < 100) test_q8_0(k, n);
             }

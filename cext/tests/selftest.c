@@ -114,7 +114,9 @@ static void run_model(const dbf_config *c, const dbf_weights *w, const float *ro
     dbf_model_free(model);
 }
 
-static void test_model(int type, int dim, int kv_type, int head_norms)
+/* variant 1: norms of queries and keys, windows, GELU, soft caps and whatever else some models have; 2: LayerNorm,
+ * learned positions and no gate, too */
+static void test_model(int type, int dim, int kv_type, int variant)
 {
     static float want[TOKENS * VOCAB], got[TOKENS * VOCAB];
     dbf_layer layers[LAYERS];
@@ -122,13 +124,27 @@ static void test_model(int type, int dim, int kv_type, int head_norms)
         layers[i] = (dbf_layer){ random_floats(D), random_floats(D), random_linear(HEADS * dim, D),
                                  random_linear(KV * dim, D), random_linear(KV * dim, D), random_linear(D, HEADS * dim),
                                  random_linear(FF, D), random_linear(FF, D), random_linear(D, FF),
-                                 head_norms ? random_floats(dim) : NULL, head_norms ? random_floats(dim) : NULL };
-    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f };
+                                 variant ? random_floats(dim) : NULL, variant ? random_floats(dim) : NULL,
+                                 variant ? random_floats(D) : NULL, variant ? random_floats(D) : NULL,
+                                 NULL, NULL, variant ? 13 - 13 * i : 0, variant ? i - 1 : 0 };
+    if (variant == 2)
+        for (int i = 0; i < LAYERS; i++) {
+            dbf_linear *gate = &layers[i].gate;
+            free((void *)gate->a), free((void *)gate->b), free((void *)gate->s_out), free((void *)gate->s_mid);
+            free((void *)gate->s_in), free((void *)gate->bias);
+            *gate = (dbf_linear){ 0 };
+            layers[i].attn_norm_bias = random_floats(D), layers[i].ffn_norm_bias = random_floats(D);
+        }
+    dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f, DBF_SILU, 1.0f, 0.0f, 0.0f, 0.0f,
+                     1.0f, 1.0f, variant == 2 ? DBF_LAYER : DBF_RMS, variant == 2 ? CTX : 0, 0 };
+    if (variant) c.activation = DBF_GELU, c.embed_scale = 16.0f, c.attn_scale = 0.3f, c.attn_softcap = 2.0f;
+    if (variant) c.logit_softcap = 5.0f, c.residual_scale = 0.4f, c.logit_scale = 0.5f;
     uint16_t *h = random_halves(VOCAB * D);
     float *f = random_floats(VOCAB * D);
     uint8_t *blocks = random_blocks(type, VOCAB * D / (type == DBF_Q6_K ? 256 : 32));
     dbf_dense dense = { type, VOCAB, D, type == DBF_F32 ? (void *)f : type == DBF_F16 ? (void *)h : (void *)blocks };
-    dbf_weights w = { dense, dense, layers, random_floats(D) };
+    dbf_weights w = { dense, dense, layers, random_floats(D), variant == 2 ? random_floats(D) : NULL,
+                      variant == 2 ? random_floats(CTX * D) : NULL, 0 };
     float rope[CTX][8][2];
     for (int p = 0; p < CTX; p++)
         for (int i = 0; i < 8; i++) {
@@ -154,11 +170,13 @@ static void test_model(int type, int dim, int kv_type, int head_norms)
     for (int i = 0; i < LAYERS; i++) {
         free((void *)layers[i].attn_norm), free((void *)layers[i].ffn_norm);
         free((void *)layers[i].q_norm), free((void *)layers[i].k_norm);
+        free((void *)layers[i].attn_post_norm), free((void *)layers[i].ffn_post_norm);
+        free((void *)layers[i].attn_norm_bias), free((void *)layers[i].ffn_norm_bias);
         for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++)
             free((void *)l->a), free((void *)l->b), free((void *)l->s_out), free((void *)l->s_mid),
                 free((void *)l->s_in), free((void *)l->bias);
     }
-    free(h), free(f), free(blocks), free((void *)w.out_norm);
+    free(h), free(f), free(blocks), free((void *)w.out_norm), free((void *)w.out_norm_bias), free((void *)w.positions);
 }
 
 static void test_bench(void)
@@ -195,7 +213,7 @@ int main(void)
     test_model(DBF_F16, 32, DBF_Q8_0, 1);
     test_model(DBF_Q4_0, 20, DBF_F16, 1);
     test_model(DBF_Q8_0, 64, DBF_Q8_0, 0);
-    test_model(DBF_Q6_K, 64, DBF_F16, 0);
+    test_model(DBF_Q6_K, 64, DBF_F16, 2);
     test_bench();
     printf("ok:");
     for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));

@@ -83,7 +83,8 @@ def facts(file: ModelFile) -> Facts:
     replaced = sum(x.rows * x.cols for x in linears)
     bits = sum(linear_bits(x.rows, x.cols, x.rank) for x in linears)
     bias = sum(x.rows for x in linears if x.bias is not None)
-    norms = w.out_norm.size + sum(norm.size for layer in w.layers for norm in layer.norms)
+    norms = w.out_norm.size + sum(x.size for x in (w.out_norm_bias, w.positions) if x is not None)
+    norms += sum(norm.size for layer in w.layers for norm in layer.norms.values())
     head = 0 if w.head is w.embed else w.head.rows * w.head.cols
     return Facts(
         architecture=file.architecture,
@@ -97,8 +98,10 @@ def facts(file: ModelFile) -> Facts:
 def bytes_per_token(w: Weights) -> int:
     """Bytes of weights that one token reads, as they are in the file; the KV cache comes on top."""
     total: int = w.head.data.nbytes + w.out_norm.nbytes + w.embed.data.shape[1]
+    total += 0 if w.positions is None else w.out_norm.nbytes
+    total += 0 if w.out_norm_bias is None else w.out_norm_bias.nbytes
     for layer in w.layers:
-        total += sum(norm.nbytes for norm in layer.norms)
+        total += sum(norm.nbytes for norm in layer.norms.values())
         for x in _linears(layer):
             total += sum(part.nbytes for part in (x.a, x.b, x.s_out, x.s_mid, x.s_in))
             total += 0 if x.bias is None else x.bias.nbytes
@@ -106,7 +109,7 @@ def bytes_per_token(w: Weights) -> int:
 
 
 def _linears(layer: Layer) -> Iterator[Any]:
-    yield from (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+    yield from layer.linears.values()
 
 
 # ---- timing ------------------------------------------------------------------------------------------------
