@@ -33,6 +33,12 @@ RECIPE = Recipe(
 )
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the CPU has: what is compared with formulas is not rounded to bfloat16."""
+    monkeypatch.setattr(dbf2gguf.distill, "has_bfloat16", lambda _: False)
+
+
 class Setup:
     def __init__(self) -> None:
         self.model: nn.Module = tiny_hf.model(attention_bias=True)
@@ -251,3 +257,16 @@ def test_batches() -> None:
     drawn = [i for _ in range(5) for i in next(uneven).flatten().tolist()]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert len(next(_batches(rows[:3], 8, 0))) == 3  # fewer rows than a batch
+
+
+def test_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes the same way, as nearly as 8 bits of mantissa allow; what is kept stays float32."""
+    plain = Setup()
+    wanted = plain.train(plain.student())
+    monkeypatch.setattr(dbf2gguf.distill, "has_bfloat16", lambda _: True)
+    setup = Setup()
+    student = setup.student()
+    got = setup.train(student)
+    assert got != wanted
+    assert got == pytest.approx(wanted, rel=0.1)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
