@@ -179,6 +179,10 @@ def convert(
         except BaseException:
             if not work.parts():
                 work.remove()
+            elif not quiet:
+                print(
+                    f"note: {work.folder} keeps what is finished; the same command goes on", file=sys.stderr
+                )
             raise
         work.remove()
         return report

@@ -118,11 +118,14 @@ def _sha256(file: Path) -> str:
 
 def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as out:
-        write(out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
+    try:
+        with temporary.open("wb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _differences(known: str, key: Mapping[str, Any]) -> str:

@@ -54,9 +54,14 @@ class Place:
         return code, err
 
     def untouched(self) -> None:
-        """The earlier output is as it was, and nothing lies beside it."""
+        """The earlier output is as it was, and nothing lies beside it but whole parts for the same command
+        to go on from."""
         assert self.out.read_bytes() == PRECIOUS
-        assert [p.name for p in self.out.parent.iterdir()] == ["out.gguf"]
+        assert {p.name for p in self.out.parent.iterdir()} - {"out.gguf.work"} == {"out.gguf"}
+        kept = self.out.with_name("out.gguf.work")
+        if kept.exists():
+            suffixes = {path.suffix for path in kept.iterdir()}
+            assert suffixes == {".json", ".pt", ".sha256"}
 
     def fails(self, *options: str, model: Path | None = None, out: Path | None = None) -> str:
         """The message of a conversion that must fail."""
@@ -450,7 +455,8 @@ def test_disk_full_while_writing(place: Place, monkeypatch: pytest.MonkeyPatch, 
         assert writer.fout is not None
         writer.fout[0].write(b"half of it")
         writer.fout[0].flush()
-        assert len(list(place.out.parent.iterdir())) == 2  # the temporary file is beside the output
+        beside = {path.name for path in place.out.parent.iterdir()} - {"out.gguf", "out.gguf.work"}
+        assert len(beside) == 1  # the temporary file
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, stage, fill)
