@@ -104,8 +104,8 @@ static inline vb among(vb average, int n)
     return average;
 }
 
-/* n groups ahead of those at w, with two planes and with one; inlined, as gcc 12 drops calls of functions that do nothing
- * but this */
+/* n groups ahead of those at w, with two planes and with one; inlined, as gcc 12 drops calls of functions that do
+ * nothing but this */
 INLINE void prefetch(const uint8_t *w, int n)
 {
     for (int i = 0; i < n; i++) {
