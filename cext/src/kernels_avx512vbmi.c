@@ -9,8 +9,8 @@
  * and on a Zen 4 vbroadcasti32x4 takes the unit that shuffles, one a cycle, even from memory: with 4 of these, 4 vpshufb
  * and 1.25 shifts, 512 signs take 9.25 cycles there, where by their number 13.5 vector instructions would take 6.75.
  * Here the unit has 4.25 to do, and 12.5 instructions are 6.25 cycles. Measured on one core of a Zen 4 at 3.7 GHz, 2048
- * columns, weights in the caches, in signs per cycle: 70 instead of 53, with one plane 96 instead of 80. From memory
- * both are as fast as it is.
+ * columns, weights in the caches, in signs per cycle: 70 instead of 53, with one plane 96 instead of 80. From memory:
+ * lut16_x86.h.
  *
  * An Intel core broadcasts on a load port, so that only a mask is saved there: 12.5 instructions instead of 13.5, not
  * measured; dispatch.c takes this set by itself on AMD's alone. What else was tried, in signs per cycle of the Zen 4:

@@ -9,25 +9,26 @@
  * Measured on one core of a Cascade Lake whose other hyperthread was busy, 2048 columns, in signs per cycle: 61 with
  * AVX-512 where 3 instructions gave 50. By count, if nothing but the ports bound them: 76 (AVX-512) and 57 (AVX2).
  *
- * From memory. A panel of 4096 columns passes over 32 KB of tables, which is all that the L1 cache holds, so that
- * tables miss it as weights do, and both want its few buffers for misses, some 24 on a Zen 4. Weights that are
- * prefetched from memory into the L1 cache hold these for as long as that takes: a loop that only reads gets 14 GB/s so,
- * where the core can read 30. And with that many tables from the L2 cache, what the CPU prefetches by itself goes wrong.
- * Prefetched far ahead into the L2 cache, and just ahead from there into the L1 cache, weights arrive while others are
- * computed. Both halves of a panel take turns every 8 groups, so that weights are asked for steadily. One core of a
- * Zen 4, large pages, Gs/s from the caches / from memory (30 GB/s are 240 Gs/s):
- *                                          AVX2        AVX-512     VBMI
- *   4096 x 4096, into the L1 cache, 8 KB   163 / 90    186 / 118   244 / 116
- *   nothing prefetched                     188 / 87    183 / 102   235 / 105
- *   into the L2 cache alone, 16 KB         188 / 178   188 / 184   249 / 160
- *   into both, 16 and 2 KB                 188 / 180   192 / 190   249 / 233
- *   one plane, into the L1 cache, 8 KB     232 / 112   261 / 153   314 / 151
- *   one plane, into both                   241 / 214   267 / 225   326 / 190
- * (The first row is of a time when AVX2 had one half of 128 groups after the other, which cost it most of the rest.)
- * Two cores, which read 18 GB/s each, get 131 to 142 each, with two planes and with one: 91 to 98 %. From small pages
- * one gets 147 to 186. Distances of 12 to 32 and of 1 to 4 KB are as good within 5 %, 4 KB are too few. Every other line
- * is enough where tables stay in the L1 cache (one plane, 2048 columns, VBMI: 248 instead of 195), and halves the speed
- * where they do not.
+ * From memory. A panel of 4096 columns passes over 32 KB of tables, all that the L1 cache holds, so that tables miss it
+ * as weights do, and both want its few buffers for misses, some 24 on a Zen 4. Weights that are prefetched from memory
+ * into the L1 cache hold these for as long as that takes: a loop that only reads gets 14 GB/s so, where the core can
+ * read 30. And with that many tables from the L2 cache, what the CPU prefetches by itself goes wrong. So weights are
+ * prefetched far ahead into the L2 cache, and just ahead from there into the L1 cache. With one plane, which takes less
+ * time than the memory, many of the former are dropped: asking again is better there. Both halves of a panel take turns
+ * every 8 groups, so that weights are asked for steadily. One core of a Zen 4, 4096 x 4096, large pages, Gs/s from the
+ * L3 cache / from memory (30 GB/s are 240 Gs/s):
+ *                                       AVX2        AVX-512     VBMI
+ *   two planes: into L1, 8 KB           159 / 86    186 / 112   243 / 112  (AVX2 had a half of 128 groups at a time)
+ *               nothing                 187 / 84    187 / 99    241 / 102
+ *               into L2, 16 KB          188 / 178   188 / 184   249 / 160
+ *               and L1, 2 KB            188 / 176   192 / 190   248 / 230
+ *               instead, L2, 6 KB       182 / 174   192 / 189   234 / 209
+ *   one plane:  into L1, 8 KB           231 / 110   263 / 152   311 / 149
+ *               nothing                 240 / 114   265 / 138   320 / 136
+ *               L2, 16 KB, and L1, 2 KB 240 / 215   266 / 218   323 / 186
+ *               instead, L2, 6 KB       239 / 214   260 / 228   317 / 229
+ * Distances of 12 to 32 KB and of 1 to 4 KB are as good within 5 %, 4 KB for the first are too few; every other line is
+ * half as fast. From small pages, where memory is fragmented, 110 to 130, and the core itself reads 14 to 20 GB/s.
  * Not measured on Intel, whose cores have 12 to 16 such buffers, too, and load twice a cycle or more: of 64 rows x 8
  * columns, 5 loads and 2 prefetches are 3.5 of 6.75 cycles with AVX-512, 10 and 2 are 6 of 9 with AVX2.
  *
@@ -40,9 +41,10 @@
 #define PARTS (DBF_PANEL / LB)
 #define INLINE static inline __attribute__((always_inline))
 
-/* bytes that weights are prefetched ahead, see above: into the L2 cache and from there into the L1 cache */
+/* bytes that weights are prefetched ahead, see above: into the L2 cache, then into the L1 cache, or again */
 #define FAR 16384
 #define NEAR 2048
+#define AGAIN 6144
 
 /* Compilers would load the tables of 8 groups once for both parts, and have no registers for them. */
 #if LB < 64
@@ -102,12 +104,21 @@ static inline vb among(vb average, int n)
     return average;
 }
 
-/* n groups ahead of those at w; inlined, as gcc 12 drops calls of a function that does nothing but this */
+/* n groups ahead of those at w, with two planes and with one; inlined, as gcc 12 drops calls of functions that do
+ * nothing but this */
 INLINE void prefetch(const uint8_t *w, int n)
 {
     for (int i = 0; i < n; i++) {
         _mm_prefetch((const char *)w + FAR + i * DBF_PANEL, _MM_HINT_T1);
         _mm_prefetch((const char *)w + NEAR + i * DBF_PANEL, _MM_HINT_T0);
+    }
+}
+
+INLINE void prefetch8(const uint8_t *w, int n)
+{
+    for (int i = 0; i < n; i++) {
+        _mm_prefetch((const char *)w + FAR + i * DBF_PANEL, _MM_HINT_T1);
+        _mm_prefetch((const char *)w + AGAIN + i * DBF_PANEL, _MM_HINT_T1);
     }
 }
 
@@ -261,7 +272,7 @@ static inline void add8_groups(int32_t *isum, const uint8_t *w, const uint8_t *t
 {
     tally_t sum[PARTS] = { 0 };
     for (int g = 0; g < n / 4; g++, w += 4 * DBF_PANEL, t += 4 * LUT8_GROUP) {
-        prefetch(w, 4);
+        prefetch8(w, 4);
         add8_parts(w, t, sum, 4);
     }
     if (n & 2) {

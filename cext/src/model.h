@@ -1,4 +1,4 @@
-/* model.h - what dbf_model and dbf_session are made of. Private to model.c, forward.c and linear.c. */
+/* model.h - what dbf_model and dbf_session are made of. Private to model.c, forward.c, linear.c and bench.c. */
 #ifndef DBF_MODEL_H
 #define DBF_MODEL_H
 
@@ -26,8 +26,8 @@ typedef struct linear {
     const float *bias;
 } linear_t;
 
-/* memory for free(), on large pages where the system has them: every token reads all of it, and so fewer of its addresses
- * must be looked up */
+/* memory for free(), on large pages where the system has them: every token reads all of it, and with fewer pages, fewer
+ * of their addresses must be looked up */
 void *alloc_weights(size_t bytes);
 
 enum { Q, K, V, O, GATE, UP, DOWN, N_LINEARS };
