@@ -321,7 +321,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "gpt2": {"model_type": "gpt2"},
     "granite": {
-        "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.2,
+        "model_type": "granite", "embedding_multiplier": 2.5, "attention_multiplier": 0.05,
         "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
     },
 }  # fmt: skip
