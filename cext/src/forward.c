@@ -243,7 +243,7 @@ static void add_linear(dbf_session *s, int thread, const linear_t *w, const floa
     meet(s, thread, REST);
 }
 
-/* Logits of n tokens whose normalized states are x. Rows of the head are divided, panel by panel: one is read from
+/* Logits of n tokens whose normalized states are x. Rows of the head are shared, panel by panel: one is read from
  * memory once, whatever n is, and once from the cache for DBF_BATCH tokens. */
 static void head_logits(const job_t *job, int thread, const float *x, int n)
 {
@@ -263,8 +263,8 @@ static void head_logits(const job_t *job, int thread, const float *x, int n)
         for (int i = begin; i < end; i++) scale[i] = k->quantize(q + i * cols, x + i * cols, w->cols);
         if (n > 1) meet(s, thread, HEAD);
     }
-    pool_split(m->pool, thread, panels_of(w->rows), &begin, &end);
-    for (int panel = begin; panel < end; panel++) {
+    pool_share(m->pool, thread, panels_of(w->rows));
+    for (int panel; (panel = pool_take(m->pool, thread)) >= 0;) {
         int r = panel * DBF_PANEL, rows = min_of(DBF_PANEL, w->rows - r);
         for (int i = 0; i < n; i += DBF_BATCH) {
             float y[DBF_BATCH * DBF_PANEL];

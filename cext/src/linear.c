@@ -1,8 +1,9 @@
 /* linear.c - linear layers of one token, of few and of many; part of the forward pass of forward.c.
  *
- * One token: its table is built by every thread for itself, and rows are divided. Few: tables are divided by tokens,
- * and a panel of weights stays in the L1 cache while the tokens pass. Many: tokens lie side by side, 64 or 32 in a
- * block, for sign_gemm; between B and A they stay so. Every way gives the same bits. */
+ * One token: its table is built by every thread for itself, and panels are shared, as what memory gives to the cores
+ * differs from one moment to the next. Few: tables are divided by tokens, and a panel of weights stays in the L1 cache
+ * while the tokens pass. Many: tokens lie side by side, 64 or 32 in a block, for sign_gemm; between B and A they stay
+ * so. Every way gives the same bits. */
 #include <string.h>
 
 #include "model.h"
@@ -54,38 +55,32 @@ static void panel_a(const dbf_session *s, const apply_t *p, int panel, const voi
     if (p->add) k->add(y + r, out, rows);
 }
 
-/* several linears of one token: their panels are divided as one list, so that two barriers serve all of them */
+/* several linears of one token: their panels are shared as one list, so that two barriers serve all of them */
 static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
 {
     const dbf_model *m = s->model;
     scratch_t *own = &s->scratch[thread];
-    int total[2] = { 0, 0 };
-    for (int i = 0; i < count; i++) {
-        total[0] += panels_of(p[i].w->rank);
-        total[1] += panels_of(p[i].w->rows);
-    }
     for (int phase = 0; phase < 2; phase++) {
-        int begin, end, first = 0, stage = phase == 0 ? SIGNS_B : SIGNS_A;
-        pool_split(m->pool, thread, total[phase], &begin, &end);
-        for (int i = 0; i < count; i++) {
+        int panels[TOGETHER], total = 0, ready = -1, stage = phase == 0 ? SIGNS_B : SIGNS_A;
+        float scale = 0.0f;
+        for (int i = 0; i < count; i++) total += panels[i] = panels_of(phase == 0 ? p[i].w->rank : p[i].w->rows);
+        pool_share(m->pool, thread, total);
+        for (int panel; (panel = pool_take(m->pool, thread)) >= 0;) {
+            int i = 0;
+            while (panel >= panels[i]) panel -= panels[i++];
             const linear_t *w = p[i].w;
-            float *mid = s->mid + (size_t)i * m->max_rank, scale = 0.0f;
-            int panels = panels_of(phase == 0 ? w->rank : w->rows), ready = 0;
-            for (int panel = 0; panel < panels; panel++) {
-                if (first + panel < begin || first + panel >= end) continue;
-                if (!ready) {
-                    lap(s, thread, stage);
-                    scale = phase == 0 ? prepare(s, own, own->table, p[i].x, w->s_in, w->cols)
-                                       : prepare(s, own, own->table, mid, NULL, w->rank);
-                    lap(s, thread, TABLES);
-                    ready = 1;
-                }
-                if (phase == 0)
-                    panel_b(s, w, panel, own->table, scale, mid);
-                else
-                    panel_a(s, &p[i], panel, own->table, scale, p[i].y);
+            float *mid = s->mid + (size_t)i * m->max_rank;
+            if (i != ready) {
+                lap(s, thread, stage);
+                scale = phase == 0 ? prepare(s, own, own->table, p[i].x, w->s_in, w->cols)
+                                   : prepare(s, own, own->table, mid, NULL, w->rank);
+                lap(s, thread, TABLES);
+                ready = i;
             }
-            first += panels;
+            if (phase == 0)
+                panel_b(s, w, panel, own->table, scale, mid);
+            else
+                panel_a(s, &p[i], panel, own->table, scale, p[i].y);
         }
         meet(s, thread, stage);
     }

@@ -36,6 +36,7 @@ typedef struct gate {
 } gate_t;
 
 typedef struct worker {
+    _Alignas(64) atomic_ullong items; /* of its part that nobody has taken: the first, and 2^32 times the end */
     pool_t *pool;
     pthread_t handle;
     int thread;
@@ -139,7 +140,7 @@ int pool_run(pool_t *pool, void (*fn)(void *arg, int thread), void *arg)
 int pool_new(pool_t **out, int n_threads)
 {
     pool_t *pool = aligned_alloc(64, (sizeof *pool + 63) / 64 * 64);
-    worker_t *workers = calloc((size_t)n_threads, sizeof *workers);
+    worker_t *workers = aligned_alloc(64, (size_t)n_threads * sizeof *workers);
     if (!pool || !workers) {
         free(pool);
         free(workers);
@@ -154,8 +155,12 @@ int pool_new(pool_t **out, int n_threads)
     pool->stop = 0;
     pool->owner = getpid();
     pool->workers = workers;
+    for (int i = 0; i < n_threads; i++) {
+        workers[i].pool = pool;
+        workers[i].thread = i;
+        atomic_init(&workers[i].items, 0);
+    }
     for (int i = 1; i < n_threads; i++) {
-        workers[i] = (worker_t){ .pool = pool, .thread = i };
         if (pthread_create(&workers[i].handle, NULL, work, &workers[i]) != 0) {
             pool_free(pool);
             return DBF_ETHREAD;
@@ -190,4 +195,38 @@ void pool_split(const pool_t *pool, int thread, int n, int *begin, int *end)
 {
     *begin = (int)((int64_t)n * thread / pool->n_threads);
     *end = (int)((int64_t)n * (thread + 1) / pool->n_threads);
+}
+
+static unsigned long long items_of(unsigned begin, unsigned end)
+{
+    return begin | (unsigned long long)end << 32;
+}
+
+/* A thread's items are all taken when it shares new ones, as a barrier lies between: who helps others sees the new
+ * ones or none. */
+void pool_share(pool_t *pool, int thread, int n)
+{
+    int begin, end;
+    pool_split(pool, thread, n, &begin, &end);
+    atomic_store_explicit(&pool->workers[thread].items, items_of((unsigned)begin, (unsigned)end), memory_order_release);
+}
+
+int pool_take(pool_t *pool, int thread)
+{
+    for (int i = 0; i < pool->n_threads; i++) {
+        atomic_ullong *items = &pool->workers[(thread + i) % pool->n_threads].items;
+        unsigned long long seen = atomic_load_explicit(items, memory_order_acquire);
+        for (;;) {
+            unsigned begin = (unsigned)seen, end = (unsigned)(seen >> 32);
+            if (begin >= end) break;
+            if (pool->n_threads == 1) { /* nobody else: without the price of an exchange */
+                atomic_store_explicit(items, items_of(begin + 1, end), memory_order_relaxed);
+                return (int)begin;
+            }
+            /* its own in order, those of others from behind */
+            unsigned long long rest = i == 0 ? items_of(begin + 1, end) : items_of(begin, end - 1);
+            if (atomic_compare_exchange_weak(items, &seen, rest)) return (int)(i == 0 ? begin : end - 1);
+        }
+    }
+    return -1;
 }

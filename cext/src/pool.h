@@ -16,4 +16,9 @@ void pool_barrier(pool_t *pool); /* inside fn: wait for all threads */
 /* the part [*begin, *end) of 0 .. n-1 that is thread's */
 void pool_split(const pool_t *pool, int thread, int n, int *begin, int *end);
 
+/* The same, but a thread that is done helps the others: every thread calls pool_share, then pool_take until it
+ * returns -1, and goes on to a barrier. Each of 0 .. n-1 is returned once, to a thread its own part in order. */
+void pool_share(pool_t *pool, int thread, int n);
+int pool_take(pool_t *pool, int thread);
+
 #endif
