@@ -240,7 +240,10 @@ INLINE void rows_blocks(float *y, const uint8_t *w, const int16_t *q, const floa
         for (int k = 0; k < cols; k += 32, at += (size_t)bytes) {
             __m512i v[2], u[2];
             const char *ahead = (const char *)w + AHEAD + 4 * at;
-            for (int i = 0; i < 4 * bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+            for (int i = 0; i < 4 * bytes; i += 64) { /* into the L2 cache, then from there: see lut16_x86.h */
+                _mm_prefetch(ahead + AHEAD + i, _MM_HINT_T1);
+                _mm_prefetch(ahead + i, _MM_HINT_T0);
+            }
             unpack(v, w0 + at, w1 + at);
             unpack(u, w2 + at, w3 + at);
             __m512 d01 = two_scales(w0 + at, w1 + at), d23 = two_scales(w2 + at, w3 + at);
