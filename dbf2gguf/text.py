@@ -14,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from dbf2gguf.archs import features, head_dim
 from dbf2gguf.graphs import Recorder
 from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
@@ -177,10 +178,8 @@ def _batch_tokens(config: Any, device: torch.device) -> int:
     the text is another one."""
     if device.type != "cuda":
         return BATCH_TOKENS
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    token = 2 * 2 * config.num_hidden_layers * kv_heads * head_dim  # bytes: keys and values, bfloat16
+    width = features(config).n_kv_heads * head_dim(config)
+    token = 2 * 2 * config.num_hidden_layers * width  # bytes: keys and values, bfloat16
     return int(min(GPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // 2 // token))
 
 

@@ -242,14 +242,7 @@ def chat(args: argparse.Namespace) -> int:
     if args.max_tokens is not None and args.max_tokens < 0:
         raise OptionError(f"--max-tokens is {args.max_tokens}, wanted 0 or more")
     start = time.perf_counter()
-    with runtime.load(
-        args.model,
-        backend=args.backend,
-        n_threads=args.threads,
-        n_ctx=args.ctx,
-        kv_type=args.kv_type,
-        activations=args.activations,
-    ) as model:
+    with runtime.load(args.model, n_ctx=args.ctx, **cli.load_options(args)) as model:
         raw = args.raw
         if not raw and model.tokenizer.chat_template is None:
             if args.system:

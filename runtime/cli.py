@@ -12,6 +12,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from runtime.config import ACTIVATIONS, KV_TYPES
 from runtime.errors import DbfError
@@ -42,6 +43,16 @@ def add_backend_options(p: argparse.ArgumentParser) -> None:
     """--backend, --kv-type, --activations and -t."""
     add_common_options(p)
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What add_backend_options took, as keywords of runtime.load."""
+    return {
+        "backend": args.backend,
+        "n_threads": args.threads,
+        "kv_type": args.kv_type,
+        "activations": args.activations,
+    }
 
 
 def add_common_options(p: argparse.ArgumentParser) -> None:

@@ -224,17 +224,16 @@ def perplexity(args: argparse.Namespace) -> int:
     with open(args.text, "rb") as f:
         text = f.read().decode("utf-8", "replace")
     with ExitStack() as stack:
-        open_model = partial(runtime.load, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx)
-        model = stack.enter_context(
-            open_model(args.model, kv_type=args.kv_type, activations=args.activations)
-        )
+        model = stack.enter_context(runtime.load(args.model, n_ctx=args.ctx, **cli.load_options(args)))
         ids = model.tokenizer.encode(text)
         bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
         pieces = chunks(ids, args.ctx, args.chunks, bos)
         n_last = args.ctx - args.ctx // 2
         logits: Callable[[list[int]], NDArray[Any]] = partial(model.logits, n_last=n_last)
         if args.kl_base:
-            base = stack.enter_context(open_model(args.kl_base))
+            base = stack.enter_context(
+                runtime.load(args.kl_base, backend=args.backend, n_threads=args.threads, n_ctx=args.ctx)
+            )
             if base.tokenizer.encode(text) != ids:
                 raise OptionError(f"{args.kl_base}: its tokens of {args.text} are not those of {args.model}")
             logits = Comparison(logits, partial(base.logits, n_last=n_last))

@@ -311,14 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def zeroshot(args: argparse.Namespace) -> int:
     tasks = read_tasks(args)
-    with runtime.load(
-        args.model,
-        backend=args.backend,
-        n_threads=args.threads,
-        n_ctx=args.ctx,
-        kv_type=args.kv_type,
-        activations=args.activations,
-    ) as model:
+    with runtime.load(args.model, n_ctx=args.ctx, **cli.load_options(args)) as model:
         about = {
             "backend": model.backend.name,
             "n_threads": model.backend.n_threads,

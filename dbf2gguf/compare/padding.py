@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import HEAD_NORMS, ArchSpec
+from dbf2gguf.archs import HEAD_NORMS, ArchSpec, head_dim
 from runtime.errors import UnsupportedModelError
 
 BLOCK = 256
@@ -29,15 +29,15 @@ def padded(model: nn.Module, arch: ArchSpec) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     old = model.config
-    head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
-    widths = (old.hidden_size, old.intermediate_size, old.num_attention_heads * head_dim)
+    size = head_dim(old)
+    widths = (old.hidden_size, old.intermediate_size, old.num_attention_heads * size)
     if all(n % BLOCK == 0 for n in widths):
         return model
     width = whole(old.hidden_size)
-    heads, kv_heads = pad_heads(old.num_attention_heads, old.num_key_value_heads, head_dim, width)
+    heads, kv_heads = pad_heads(old.num_attention_heads, old.num_key_value_heads, size, width)
     config = copy.deepcopy(old)
     config.hidden_size, config.intermediate_size = width, whole(old.intermediate_size)
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = heads, kv_heads, head_dim
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = heads, kv_heads, size
     config.rms_norm_eps = old.rms_norm_eps * old.hidden_size / width
 
     wider = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)

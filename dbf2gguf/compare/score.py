@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dbf2gguf.calibrate import hidden_states
+from dbf2gguf import calibrate
 from dbf2gguf.progress import Stage
 from runtime.errors import OptionError
 from runtime.perplexity import Score, score
@@ -30,8 +30,8 @@ def logits_of(model: nn.Module) -> Logits:
     @torch.no_grad()
     def logits(ids: list[int]) -> NDArray[np.float32]:
         tokens = torch.tensor([ids], device=next(model.parameters()).device)
-        hidden = hidden_states(model, input_ids=tokens)[0, len(ids) // 2 :]
-        found: NDArray[np.float32] = model.get_output_embeddings()(hidden).float().cpu().numpy()
+        hidden = calibrate.hidden_states(model, input_ids=tokens)[0, len(ids) // 2 :]
+        found: NDArray[np.float32] = calibrate.logits(model, hidden).cpu().numpy()
         return found
 
     return logits
