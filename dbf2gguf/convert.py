@@ -5,14 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import context_length
-from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, linear_bits, plan_uniform
+from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
 from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.files import check_output, check_space, replacing
+from dbf2gguf.options import Options, check_options
 from dbf2gguf.progress import Stage
-from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, Recipe, find_recipe
+from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
+from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
 from dbf2gguf.text import rows_from_files, self_written_rows
@@ -45,57 +45,7 @@ from runtime.cli import peak_rss
 from runtime.errors import FormatError, OptionError, QualityError
 
 GRADIENT_BATCH = 4
-MAX_SEED = 1 << 32
 DEFAULT_BPW = 1.2
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a conversion was asked to do: `convert`'s arguments, checked, the preset looked up."""
-
-    preset: str
-    recipe: Recipe
-    calib: tuple[Path, ...]
-    eval_text: Path | None
-    embed_type: str
-    carrier: str
-    seed: int
-    device: str
-    quiet: bool
-    max_kl: float | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did. Sizes in bytes, times in seconds."""
-
-    plan: Plan
-    file: Path | None  # None after a dry run
-    file_bytes: int
-    model_weights: int  # all parameters, embedding and norms included, tied ones once
-    quality: Quality | None
-    seconds: dict[str, float]
-    peak_rss: int
-    tries: tuple[tuple[float, float], ...] = ()  # bits per weight asked for and mean KL, one after the other
-
-    @property
-    def file_bpw(self) -> float:
-        """Bits of the whole file per weight of the whole model."""
-        return self.file_bytes * 8 / self.model_weights
-
-    def describe(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return {
-            "bpw": self.plan.bpw,
-            "sign_bpw": self.plan.sign_bits / self.plan.weights,
-            "file_bpw": self.file_bpw,
-            "file_bytes": self.file_bytes,
-            "quality": self.quality.describe() if self.quality else None,
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "peak_rss_bytes": self.peak_rss,
-            "tries": [list(one) for one in self.tries],
-        }
 
 
 def convert(
@@ -148,7 +98,7 @@ def convert(
         max_kl=max_kl,
         force=force,
     )
-    _check_options(options, threads)
+    check_options(options, threads)
     if max_kl is not None and (bpw is not None or dry_run):
         raise OptionError(
             f"--max-kl finds the bits per weight; leave out {'--dry-run' if dry_run else '--bpw'}"
@@ -258,7 +208,7 @@ def _run(
             kl = tried.quality.kl_mean
             tries.append((bpw, kl))
             if options.max_kl is not None and not options.quiet:
-                print(_describe_try(tries, limit), file=sys.stderr)
+                print(describe_try(tries, limit), file=sys.stderr)
             if kl <= limit or (options.force and options.max_kl is None):
                 with stages("write", 1):
                     _write(temporary, made, tried)
@@ -267,7 +217,7 @@ def _run(
 
         smallest(attempt, grid, limit, DEFAULT_BPW)
         if best is None:
-            raise QualityError(_refusal(out, tries, options))
+            raise QualityError(describe_refusal(out, tries, options))
     weights = _count_weights(made.model)
     report = Report(
         best[0], out, out.stat().st_size, weights, best[1], stages.seconds(), peak_rss(), tuple(tries)
@@ -437,58 +387,6 @@ def as_read(
 # Checks before the work
 
 
-def _check_options(options: Options, threads: int | None) -> None:
-    """Everything that can be told without the model. Raises OptionError."""
-    recipe, seed = options.recipe, options.seed
-    if options.carrier not in CARRIERS:
-        raise OptionError(f"--carrier {options.carrier!r} is unknown; there are {', '.join(CARRIERS)}")
-    if options.embed_type not in EMBED_TYPES:
-        raise OptionError(
-            f"--embed-type {options.embed_type!r} is unknown; there are {', '.join(EMBED_TYPES)}"
-        )
-    check_machine(options.device, threads)
-    if options.max_kl is not None and not 0 < options.max_kl <= (inf if options.force else COLLAPSED_KL):
-        most = "" if options.force else f" and at most {COLLAPSED_KL:g} without --force"
-        raise OptionError(f"--max-kl is {options.max_kl:g}; wanted more than 0{most}")
-    for file in [*options.calib, *([options.eval_text] if options.eval_text else [])]:
-        if not file.is_file():
-            raise OptionError(f"{file}: no such text file")
-    least = {
-        "row_tokens": 4,
-        "text_rows": 1,
-        "correct_rows": 1,
-        "gradient_rows": 1,
-        "eval_rows": 1,
-        "admm_iterations": 1,
-        "distill_steps": 0,
-        "distill_batch": 1,
-    }
-    for name, minimum in least.items():
-        value = getattr(recipe, name)
-        if value < minimum:
-            raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
-    if not 0 <= recipe.chat_share <= 1:
-        raise OptionError(f"--chat-share is {recipe.chat_share}; wanted 0 to 1")
-    if not 0 <= seed < MAX_SEED:
-        raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
-
-
-def check_machine(device: str, threads: int | None) -> None:
-    """Raises OptionError for a device that torch does not have here, or a bad number of threads."""
-    if threads is not None and threads < 1:
-        raise OptionError(f"--threads is {threads}; wanted 1 or more")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise OptionError(f"--device {device!r} is unknown; there are cpu, cuda, cuda:N")
-    if device == "cpu":
-        return
-    if not torch.cuda.is_available():
-        raise OptionError(
-            "--device cuda: this machine has no CUDA device that torch can use; take --device cpu"
-        )
-    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-
-
 def _skeleton(source: Source) -> nn.Module:
     """The model's modules and shapes without its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -574,65 +472,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # on the path without being installed
         return "unknown"
-
-
-def describe_plan(plan: Plan, size: int) -> str:
-    """The plan as a table: one line for each kind of layer."""
-    lines = [f"{'layers':<24}{'rows':>7}{'cols':>7}{'rank':>10}{'bpw':>8}"]
-    kinds: dict[tuple[str, tuple[int, int]], list[int]] = {}
-    for name, shape in plan.shapes.items():
-        kinds.setdefault((name.rpartition(".")[2], shape), []).append(plan.ranks[name])
-    for (kind, (rows, cols)), ranks in kinds.items():
-        low, high = min(ranks), max(ranks)
-        bits = sum(linear_bits(rows, cols, r) for r in ranks) / (len(ranks) * rows * cols)
-        rank = f"{low}" if low == high else f"{low}-{high}"
-        lines.append(f"{len(ranks):>4} x {kind:<17}{rows:>7}{cols:>7}{rank:>10}{bits:>8.3f}")
-    lines.append(
-        f"linear layers: {plan.bpw:.4f} bits per weight (asked for {plan.target:g}; signs alone "
-        f"{plan.sign_bits / plan.weights:.4f}); tensors: {size / 2**20:.1f} MiB"
-    )
-    return "\n".join(lines)
-
-
-def _describe_try(tries: list[tuple[float, float]], limit: float) -> str:
-    bpw, kl = tries[-1]
-    enough = "good enough" if kl <= limit else "not good enough"
-    return f"try {len(tries)}: {bpw:g} bits per weight: mean KL {kl:.4f}, {enough} for --max-kl {limit:g}"
-
-
-def _refusal(out: Path, tries: list[tuple[float, float]], options: Options) -> str:
-    """Why nothing is written, and what to do."""
-    remedy = "more text (--calib, --text-rows) or a better --preset"
-    bpw, kl = tries[-1]
-    if options.max_kl is None:
-        return (
-            f"{out}: not written: the model has collapsed: the mean KL from the original is {kl:.3f} on "
-            f"held-out text, the limit {COLLAPSED_KL:g}; take more bits (--bpw, now {bpw:g}), {remedy}, or "
-            "--force to write it all the same"
-        )
-    bpw, kl = min(tries, key=lambda one: (not isfinite(one[1]), one[1]))
-    return (
-        f"{out}: not written: of {len(tries)} tries up to {max(tries)[0]:g} bits per weight, none has a mean "
-        f"KL of {options.max_kl:g} or less on held-out text; the least was {kl:.4f}, with {bpw:g}; take a "
-        f"larger --max-kl, {remedy}"
-    )
-
-
-def describe_report(report: Report) -> str:
-    """The summary at the end."""
-    total = sum(report.seconds.values())
-    times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
-    lines = [
-        f"{report.file}: {report.file_bytes / 2**20:.1f} MiB, {report.plan.bpw:.4f} bpw in the linear "
-        f"layers, {report.file_bpw:.3f} bpw over the whole file",
-    ]
-    if report.quality is not None:
-        q = report.quality
-        lines.append(
-            f"held-out text ({q.tokens} tokens): perplexity {q.ppl:.2f} (original {q.ppl_reference:.2f}), "
-            f"KL {q.kl_mean:.3f} mean, {q.kl_p99:.2f} p99, same top token {q.same_top1:.1%}"
-        )
-        if not q.kl_mean <= COLLAPSED_KL:
-            lines.append(f"warning: KL above {COLLAPSED_KL:g}, written with --force: the model has collapsed")
-    lines.append(f"{total:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
-    return "\n".join(lines)

@@ -32,8 +32,8 @@ def zeroshot(args: argparse.Namespace) -> int:
     try:
         import torch
 
-        from dbf2gguf.convert import check_machine
         from dbf2gguf.evaluate import TorchScorer, plain_tokenizer
+        from dbf2gguf.options import check_machine
         from dbf2gguf.source import load_model, load_tokenizer, open_source
     except ModuleNotFoundError as error:
         raise BackendError(

@@ -22,12 +22,14 @@ import torch
 from gguf import GGUFReader
 
 import runtime
-from dbf2gguf.convert import Options, Report, _text, convert
+from dbf2gguf.convert import _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.export import export
 from dbf2gguf.from_gguf import gguf_to_hf
+from dbf2gguf.options import Options
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import find_recipe
+from dbf2gguf.report import Report
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
 from dbf2gguf.write import verify

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from dbf2gguf import cli, convert
 from dbf2gguf.budget import MAX_BPW, least_bpw, plan_uniform
 from dbf2gguf.evaluate import Quality
+from dbf2gguf.report import describe_report
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from runtime.errors import OptionError, QualityError
 from runtime.gguf import GgufFile
@@ -194,14 +195,14 @@ def test_no_kl_at_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf.work"]  # for --force
     report = convert.convert(folder, tmp_path / "out.gguf", bpw=4.0, force=True, **QUICK)
     assert report.file is not None
-    assert "the model has collapsed" in convert.describe_report(report)
+    assert "the model has collapsed" in describe_report(report)
 
 
 def test_at_the_limit_is_no_collapse(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = Quality(1, 20.0, 19.0, kl_mean=COLLAPSED_KL, kl_p99=0.1, same_top1=0.9)
     monkeypatch.setattr(convert, "measure", lambda *args: quality)
     report = convert.convert(folder, tmp_path / "out.gguf", bpw=4.0, **QUICK)
-    assert "collapsed" not in convert.describe_report(report)
+    assert "collapsed" not in describe_report(report)
 
 
 def test_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
