@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import context_length
 from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
+from dbf2gguf.cache import cached_text
 from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
@@ -46,6 +47,7 @@ from runtime.errors import FormatError, OptionError, QualityError
 
 GRADIENT_BATCH = 4
 DEFAULT_BPW = 1.2
+SAME_TEXT = ("model", "device", "threads", "versions")
 
 
 def convert(
@@ -123,9 +125,10 @@ def convert(
         if dry_run:
             return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
         check_space(out, size)
-        work = Work.open(out.with_name(out.name + ".work"), _key(source, options), quiet)
+        key = _key(source, options)
+        work = Work.open(out.with_name(out.name + ".work"), key, quiet)
         try:
-            report = _run(source, skeleton, out, grid, options, work)
+            report = _run(source, skeleton, out, grid, options, work, key)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -186,14 +189,22 @@ class _Try:
 
 
 def _run(
-    source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options, work: Work
+    source: Source,
+    skeleton: nn.Module,
+    out: Path,
+    grid: list[float],
+    options: Options,
+    work: Work,
+    key: dict[str, Any],
 ) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
+
+    key  see `_key`
 
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, options, stages, work)
+    made = _prepare(source, options, stages, work, key)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality] | None = None
@@ -227,7 +238,7 @@ def _run(
     return report
 
 
-def _prepare(source: Source, options: Options, stages: _Stages, work: Work) -> _Prepared:
+def _prepare(source: Source, options: Options, stages: _Stages, work: Work, key: dict[str, Any]) -> _Prepared:
     recipe = options.recipe
     torch.manual_seed(options.seed)
     with stages("load", 1):
@@ -237,7 +248,7 @@ def _prepare(source: Source, options: Options, stages: _Stages, work: Work) -> _
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
     with stages("text", wanted * _row_tokens(model, recipe)) as progress:
         rows, held_out, written = work.keep(
-            "text", lambda: _text(model, tokenizer, options, wanted, progress)
+            "text", lambda: _text(model, tokenizer, options, wanted, progress, key)
         )
     with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
@@ -259,7 +270,7 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
     with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe, seed, progress, work)
+        history = distill(model, student, made.rows, recipe.at(plan.target), seed, progress, work)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)
@@ -285,7 +296,8 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
 
 
 def _key(source: Source, options: Options) -> dict[str, Any]:
-    """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names."""
+    """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
+    Those of SAME_TEXT decide what the model writes."""
     weights = [source.gguf] if source.gguf else sorted(source.path.glob("*.safetensors"))
     described = [path for path in sorted(source.path.glob("*.json")) if not source.gguf]
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
@@ -308,11 +320,17 @@ def _return_freed_memory() -> None:
 
 
 def _text(
-    model: nn.Module, tokenizer: Any, options: Options, wanted: int, stage: Stage
+    model: nn.Module,
+    tokenizer: Any,
+    options: Options,
+    wanted: int,
+    stage: Stage,
+    key: dict[str, Any],
 ) -> tuple[Tensor, Tensor, int]:
     """Rows to calibrate and distil on, rows for the receipt, and how many of them the model wrote.
 
     wanted  how many of both, without those of --eval-text
+    key     see `_key`
     """
     recipe, seed = options.recipe, options.seed
     length = _row_tokens(model, recipe)
@@ -326,7 +344,17 @@ def _text(
     if written:
         known = order[: recipe.text_rows]  # none is held out
         starts = given[known[known < len(given)]]
-        own = self_written_rows(model, tokenizer, written, length, recipe.chat_share, seed, stage, starts)
+        key = {name: key[name] for name in SAME_TEXT}
+        key |= {"rows": [written, length], "chat_share": recipe.chat_share, "seed": seed}
+        key |= {"starts": _digest(starts)}
+        own, known_already = cached_text(
+            key,
+            lambda: self_written_rows(
+                model, tokenizer, written, length, recipe.chat_share, seed, stage, starts
+            ),
+        )
+        if known_already:
+            stage.step(n=own.numel(), note="written before")
         rows = torch.cat([given, own])[order]
     if options.eval_text:
         held_out = rows_from_files([options.eval_text], tokenizer, recipe.eval_rows, length, seed)
@@ -444,9 +472,6 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
     """The recipe and the receipt as metadata. No times: the same input gives the same bytes."""
     options, plan = made.options, tried.plan
 
-    def digest(tokens: Tensor) -> str:
-        return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
-
     texts = [file.name for file in options.calib] + ["self-written"] * (made.written > 0)
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
@@ -454,9 +479,9 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
         "dbf.recipe.bpw": plan.target,
         "dbf.recipe.seed": options.seed,
         "dbf.recipe.text": ", ".join(texts),
-        "dbf.recipe.text_sha256": digest(made.rows),
+        "dbf.recipe.text_sha256": _digest(made.rows),
         "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in tried.history]),
-        "dbf.quality.text_sha256": digest(made.held_out),
+        "dbf.quality.text_sha256": _digest(made.held_out),
         "dbf.quality.context": made.held_out.shape[1],
     }
     notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
@@ -465,6 +490,10 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
         f"dbf.recipe.version.{name}": _version(name) for name in ("torch", "transformers", "gguf", "numpy")
     }
     return notes
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
 
 def _version(package: str) -> str:

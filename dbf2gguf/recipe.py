@@ -13,6 +13,8 @@ EMBED_TYPES = ("f16", "q8_0", "q6_k", "q4_0")
 CARRIERS = ("dbf1", "i8")
 """Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
 
+SIGN_RATE_POWER = -1.5
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,9 +31,14 @@ class Recipe:
     distill_steps: int = 18
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
-    sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
+    sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
+
+    def at(self, bpw: float) -> Recipe:
+        """The recipe for so many bits per weight: the more there are, the closer is the start of the
+        distillation, and the smaller the rate at which signs may turn."""
+        return replace(self, sign_rate=self.sign_rate * bpw**SIGN_RATE_POWER)
 
     def describe(self) -> dict[str, Any]:
         """All settings, for the receipt."""
@@ -50,16 +57,16 @@ PRESETS = {
         warmup_steps=10,
     ),
     "best": Recipe(
-        text_rows=65536,
+        text_rows=90112,
         chat_share=0.2,
         correct_rows=256,
         gradient_rows=128,
         eval_rows=40,
         admm_iterations=40,
-        distill_steps=3000,
+        distill_steps=4500,
         distill_batch=32,
         scale_rate=1.5e-2,
-        sign_rate=1e-2,
+        sign_rate=2.5e-2,
         dense_rate=3e-3,
         warmup_steps=20,
     ),

@@ -22,7 +22,7 @@ import torch
 from gguf import GGUFReader
 
 import runtime
-from dbf2gguf.convert import _text, convert
+from dbf2gguf.convert import SAME_TEXT, _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.export import export
 from dbf2gguf.from_gguf import gguf_to_hf
@@ -414,7 +414,7 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
     recipe = find_recipe("fast", row_tokens=24, text_rows=30, eval_rows=3)
     tokenizer, model = tiny_hf.tokenizer(), tiny_hf.model()
     options = Options("fast", recipe, (text,), None, "q8_0", "dbf1", seed=0, device="cpu", quiet=True)
-    rows, held_out, written = _text(model, tokenizer, options, 33, stage)
+    rows, held_out, written = _text(model, tokenizer, options, 33, stage, dict.fromkeys(SAME_TEXT))
     from_file = rows_from_files([text], tokenizer, 33, 24, 0)
     assert (len(rows), len(held_out), written) == (30, 3, 33 - len(from_file))
     assert 0 < written < 33
