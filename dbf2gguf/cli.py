@@ -64,6 +64,12 @@ def convert_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
     add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
     add(
+        "--written-share",
+        type=float,
+        help="share of the text that the model writes itself whatever the files hold, 0 to 1 (default: the "
+        "preset's)",
+    )
+    add(
         "--chat-share",
         type=float,
         help="share of chat questions among the model's own prompts, 0 to 1 (default: the preset's)",

@@ -336,7 +336,8 @@ def _text(
     length = _row_tokens(model, recipe)
     given = torch.empty(0, length, dtype=torch.int64)
     if options.calib:
-        given = rows_from_files(options.calib, tokenizer, wanted, length, seed)
+        most = wanted - int(wanted * recipe.written_share)
+        given = rows_from_files(options.calib, tokenizer, most, length, seed)
         stage.step(n=given.numel())
     written = wanted - len(given)
     order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))

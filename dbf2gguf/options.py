@@ -63,8 +63,9 @@ def check_options(options: Options, threads: int | None) -> None:
         value = getattr(recipe, name)
         if value < minimum:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
-    if not 0 <= recipe.chat_share <= 1:
-        raise OptionError(f"--chat-share is {recipe.chat_share}; wanted 0 to 1")
+    for name in ("written_share", "chat_share"):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise OptionError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; wanted 0 to 1")
     if not 0 <= seed < MAX_SEED:
         raise OptionError(f"--seed is {seed}; wanted 0 to {MAX_SEED - 1}")
 

@@ -22,6 +22,7 @@ class Recipe:
 
     row_tokens: int = 512
     text_rows: int = 72  # distinct rows of calibration text; distillation runs over them in turn
+    written_share: float = 0.0  # of the rows that the model writes, however many the files hold
     chat_share: float = 0.5  # of the prompts that the model writes from, as far as it knows chat
     correct_rows: int = 64  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
@@ -48,16 +49,21 @@ class Recipe:
 PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
-        text_rows=224,
+        text_rows=768,
+        written_share=0.5,
         chat_share=0.25,
         correct_rows=128,
         gradient_rows=16,
         eval_rows=16,
-        distill_steps=56,
+        admm_iterations=40,
+        distill_steps=192,
+        scale_rate=5e-3,
+        sign_rate=2e-2,
         warmup_steps=10,
     ),
     "best": Recipe(
         text_rows=90112,
+        written_share=0.5,
         chat_share=0.2,
         correct_rows=256,
         gradient_rows=128,

@@ -425,6 +425,21 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         assert file.metadata["dbf.recipe.text"] == "short.txt, self-written"
 
 
+def test_a_share_is_written_whatever_the_files_hold(tmp_path: Path) -> None:
+    text = tiny_hf.write_text(tmp_path / "a.txt", 400)
+    recipe = find_recipe("fast", row_tokens=24, text_rows=18, eval_rows=2, written_share=0.75)
+    options = Options("fast", recipe, (text,), None, "q8_0", "dbf1", seed=0, device="cpu", quiet=True)
+    rows, held_out, written = _text(
+        tiny_hf.model(),
+        tiny_hf.tokenizer(),
+        options,
+        20,
+        Stage("text", 1, quiet=True),
+        dict.fromkeys(SAME_TEXT),
+    )
+    assert (len(rows), len(held_out), written) == (18, 2, 15)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -332,6 +332,7 @@ def test_unknown_preset_in_python(place: Place) -> None:
         ("--distill-steps", "-1"), ("--admm-iterations", "0"), ("--admm-iterations", "-2"),
         ("--threads", "0"), ("--threads", "-1"), ("--seed", "-1"), ("--seed", "99999999999999999999999"),
         ("--chat-share", "1.5"), ("--chat-share", "-0.5"), ("--chat-share", "nan"),
+        ("--written-share", "1.5"), ("--written-share", "nan"),
     ],
     ids=" ".join,
 )  # fmt: skip
