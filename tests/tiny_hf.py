@@ -26,6 +26,7 @@ QUICK: dict[str, Any] = {
     "bpw": 4.0,
     "row_tokens": 24,
     "text_rows": 8,
+    "written_share": 0.0,
     "correct_rows": 4,
     "gradient_rows": 4,
     "eval_rows": 2,
