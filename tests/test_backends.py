@@ -73,6 +73,17 @@ MODELS = {
         tiny.config(residual_scale=0.22, logit_scale=0.125, logit_softcap=3.0),
         {"bias": True},
     ),
+    "experts": (
+        tiny.config(n_experts=7, n_experts_used=3, d_expert=40, norm_experts=1), {"shared": False},
+    ),
+    "experts and a shared one": (
+        tiny.config(n_experts=5, n_experts_used=2, d_expert=65, d_ff=36, residual_scale=0.5),
+        {"shared_gate": True, "bias": True, "tied": True},
+    ),
+    "experts with GELU and a norm after": (
+        tiny.config(n_experts=9, n_experts_used=9, d_expert=100, activation=GELU, n_layers=1),
+        {"post_norms": True},
+    ),
     "norms after": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True, "post_norms": True}),
 }
 
