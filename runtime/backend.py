@@ -178,7 +178,8 @@ def _check_dense(name: str, w: Dense, config: Config) -> None:
 
 def _check_experts(name: str, layer: Layer, c: Config) -> None:
     if len(layer.experts) != c.n_experts or (layer.router is None) != (c.n_experts == 0):
-        raise BackendError(f"{name}: {len(layer.experts)} experts, wanted {c.n_experts} and a router for them")
+        got = f"{len(layer.experts)} experts"
+        raise BackendError(f"{name}: {got}, wanted {c.n_experts} and, for any, a router")
     if layer.shared_gate is not None:
         if not c.n_experts or layer.up is None:
             raise BackendError(f"{name}: shared_gate without a shared expert")

@@ -6,7 +6,8 @@ every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
 logits = Head RMSNorm(x)
 
 What some models do otherwise is in Config and Layer: GELU, with a gate or without, LayerNorm, norms of
-queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps, experts.
+queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps,
+experts.
 
 C divides panels of rows among threads; here numba divides the rows of a product. Both let a chunk of tokens
 pass through a layer together. The arithmetic, and so every bit, is the same.
@@ -265,7 +266,7 @@ class NumbaBackend(Backend):
             if not layer.experts:
                 self._add_linear(x, w["down"], self._gated(w.get("gate"), w["up"], h), layer.ffn_post_norm)
                 continue
-            branch = self._mixed(layer, self._experts[i], h)
+            branch = self._mixed(layer.router, self._experts[i], h)
             if "up" in w:
                 shared = self._linear(w["down"], self._gated(w.get("gate"), w["up"], h))
                 for to, row, own in zip(branch, shared, h, strict=True):
@@ -284,11 +285,12 @@ class NumbaBackend(Backend):
             act_mul(flat, self._linear(gate, h).reshape(-1), flat, flat.size)
         return y
 
-    def _mixed(self, layer: Layer, w: _Experts, h: Floats) -> Floats:
+    def _mixed(self, router: Floats | None, w: _Experts, h: Floats) -> Floats:
         """sum_e share_e * expert_e of every token, over the experts that it uses."""
         c, n = self._config, h.shape[0]
+        assert router is not None
         p = np.empty((n, c.n_experts), np.float32)
-        kernels.gemv_f32(p, layer.router, h, n, c.n_experts, c.d_model)
+        kernels.gemv_f32(p, router, h, n, c.n_experts, c.d_model)
         chosen = [choose(c, row, np.float32(kernels.softmax(row, c.n_experts))) for row in p]
         y = np.zeros_like(h)
         for e in range(c.n_experts):
@@ -302,11 +304,11 @@ class NumbaBackend(Backend):
 
     def _shared_share(self, layer: Layer, x: Floats) -> Floats:
         """The shared expert's share of a token: (1,)"""
-        share = np.ones((1, 1), np.float32)
+        share = np.ones(1, np.float32)
         if layer.shared_gate is not None:
-            kernels.gemv_f32(share, layer.shared_gate[None], x[None], 1, 1, x.size)
-            share[:] = np.float32(1.0) / (np.float32(1.0) + np.float32(kernels.exp_f32(-share[0, 0])))
-        return share[0]
+            kernels.gemv_f32(share[None], layer.shared_gate[None], x[None], 1, 1, x.size)
+            share[0] = np.float32(1.0) / (np.float32(1.0) + np.float32(kernels.exp_f32(-share[0])))
+        return share
 
     def _logits(self, weights: Weights, x: Floats) -> Floats:
         """Logits of some tokens, by their residual streams."""
