@@ -105,6 +105,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
     },
     "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "tie_word_embeddings": False,
+    },
+    "qwen3-moe-plain-shares": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 20,
+        "norm_topk_prob": False, "num_hidden_layers": 1,
+    },
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
     "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 64},
@@ -124,7 +137,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 NUMBA = [
     "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
-    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2",
+    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2", "mixtral", "qwen2-moe", "qwen3-moe",
 ]  # fmt: skip
 """Models that the Numba backend runs, too."""
 
@@ -439,7 +452,10 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "gpt2",
         "granite",
         "granite-plain",
+        "mixtral",
         "olmo2",
+        "qwen2-moe",
+        "qwen3-moe",
         "smollm3",
         "phi3",
         "phi3-longrope",
