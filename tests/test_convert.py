@@ -30,7 +30,7 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import find_recipe
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
-from dbf2gguf.write import verify
+from dbf2gguf.write import verify, write_dense
 from runtime import Sampler, ggml_tokenizer
 from runtime.errors import FormatError, OptionError
 from runtime.gguf import GgufFile
@@ -521,6 +521,20 @@ def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> N
             assert file.metadata[key] == other.metadata[key], key
         shapes = {t.name: (t.type, t.shape) for t in file.tensors.values()}
         assert shapes == {t.name: (t.type, t.shape) for t in other.tensors.values()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_write_dense_with_experts(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
+    """All experts in one tensor, as llama.cpp has them: what is read back is the model, rounded to F16."""
+    source = open_source(make(name).folder, tmp_path)
+    model = load_model(source)
+    write_dense(tmp_path / "dense.gguf", source, model, load_tokenizer(source))
+    gguf_to_hf(tmp_path / "dense.gguf", tmp_path / "back", torch.float32)
+    back = load_model(open_source(tmp_path / "back", tmp_path)).state_dict()
+    for key, weight in model.state_dict().items():
+        router = key.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+        rounded = weight if weight.ndim == 1 or router else weight.half().float()
+        assert torch.equal(back[key], rounded), key
 
 
 def test_gguf_input_without_some_experts(make: Callable[[str], Case], tmp_path: Path) -> None:
