@@ -21,7 +21,7 @@ def output_importance(
 
     names   GGUF name -> module name
     rows    (n, tokens) int64
-    ->      GGUF name -> (rows of the layer,) float32 > 0
+    ->      GGUF name -> (rows of the layer,) float32 > 0; all 1 for an expert that no token uses
 
     Source: the diagonal of the empirical Fisher matrix, as in K-FAC's output factor.
     """
@@ -30,7 +30,7 @@ def output_importance(
 
     def watch(name: str, module: nn.Module) -> None:
         def on_gradient(gradient: Tensor) -> None:
-            sums[name] = sums.get(name, 0) + gradient.float().square().sum((0, 1))
+            sums[name] = sums.get(name, 0) + gradient.float().square().flatten(0, -2).sum(0)
 
         def on_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             output.register_hook(on_gradient)
@@ -51,7 +51,10 @@ def output_importance(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (total / total.mean().clamp(min=TINY) + 1e-6).sqrt() for name, total in sums.items()}
+    for name, path in names.items():
+        if name not in sums:
+            sums[name] = torch.ones(model.get_submodule(path).out_features, device=device)
+    return {name: (sums[name] / sums[name].mean().clamp(min=TINY) + 1e-6).sqrt() for name in names}
 
 
 def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:

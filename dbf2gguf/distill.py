@@ -90,7 +90,7 @@ class FactorStack(nn.Module):
         s_out, s_mid, s_in = self._scales()
         gradients = {name: torch.empty_like(p) for name, p in self.named_parameters()}
         for part in self._parts():
-            gradient = torch.stack([weight.grad for weight in self._weights[part]])
+            gradient = torch.stack([_gradient_of(weight) for weight in self._weights[part]])
             for weight in self._weights[part]:
                 weight.grad = None
             dtype = gradient.dtype
@@ -116,6 +116,11 @@ class FactorStack(nn.Module):
         """Name -> the factors as they are now, batch 1."""
         every = Factors(self.a.detach(), self.b.detach(), *self._scales())
         return {name: every[i : i + 1] for i, name in enumerate(self.names)}
+
+
+def _gradient_of(weight: Tensor) -> Tensor:
+    """Zero for an expert that no token used."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 class DbfLinear(nn.Module):
@@ -223,7 +228,8 @@ def distill(
         for p in student.model.parameters():
             rms = float(p.detach().square().mean().sqrt())
             groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
-    compiled = device.type == "cuda" and steps >= COMPILED_STEPS
+    routed = features(teacher.config).n_experts > 0  # what an expert sees has another size in every step
+    compiled = device.type == "cuda" and steps >= COMPILED_STEPS and not routed
     for group in groups:
         group["lr"] = torch.zeros((), device=device) if compiled else 0.0
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiled)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.format import FACTORS
+from runtime.format import FACTORS, kind_of
 from runtime.gguf import GgufFile, TensorInfo
 
 MAX_TEXT = 60
@@ -118,7 +118,7 @@ def factorized_linears(file: GgufFile) -> tuple[list[FactorizedLinear], list[str
             continue
         rows, rank, cols = (shape[0] for shape in shapes)
         nbytes = sum(part.nbytes for part in parts.values())
-        linears.append(FactorizedLinear(prefix.rpartition(".")[2], rows, cols, rank, nbytes))
+        linears.append(FactorizedLinear(kind_of(prefix), rows, cols, rank, nbytes))
     return linears, incomplete
 
 

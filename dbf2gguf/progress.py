@@ -55,6 +55,11 @@ class Stage:
                 left = (now - self._start) * (self.total - self._done) / self._done
                 self._line(f"{self._done}/{self.total}, {_clock(left)} left")
 
+    def say(self, text: str) -> None:
+        """A line of its own, beside the state of the work."""
+        if not self.quiet:
+            tqdm.write(f"{self.name}: {text}", file=sys.stderr)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -11,6 +11,7 @@ from dbf2gguf.budget import Plan, linear_bits
 from dbf2gguf.evaluate import Quality
 from dbf2gguf.options import Options
 from dbf2gguf.search import COLLAPSED_KL
+from runtime.format import kind_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def describe_plan(plan: Plan, size: int) -> str:
     lines = [f"{'layers':<24}{'rows':>7}{'cols':>7}{'rank':>10}{'bpw':>8}"]
     kinds: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for name, shape in plan.shapes.items():
-        kinds.setdefault((name.rpartition(".")[2], shape), []).append(plan.ranks[name])
+        kinds.setdefault((kind_of(name), shape), []).append(plan.ranks[name])
     for (kind, (rows, cols)), ranks in kinds.items():
         low, high = min(ranks), max(ranks)
         bits = sum(linear_bits(rows, cols, r) for r in ranks) / (len(ranks) * rows * cols)

@@ -137,6 +137,30 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
 
 
+class Expert(nn.Module):
+    """One expert: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertList(nn.ModuleList):
+    """Experts as modules of their own, in the place of one module that holds all weights."""
+
+    def forward(self, x: Tensor, used: Tensor, shares: Tensor) -> Tensor:
+        """x (n, d_model), used (n, k) the experts of each token, shares (n, k) -> (n, d_model)"""
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self):
+            token, place = torch.where(used == index)
+            if len(token):
+                y.index_add_(0, token, (expert(x[token]) * shares[token, place, None]).to(y.dtype))
+        return y
+
+
 class FusedLinear(nn.Module):
     """Linears side by side in the place of one: their outputs one after the other."""
 
@@ -145,10 +169,14 @@ class FusedLinear(nn.Module):
 
 
 def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
-    """Put FusedLinear in the place of the linears that a family fuses, and ordinary linears in that of
-    GPT-2's Conv1D. Raises UnsupportedModelError if rows are not what config.json says."""
+    """Put FusedLinear in the place of the linears that a family fuses, ExpertList in that of its experts, and
+    ordinary linears in that of GPT-2's Conv1D. Raises UnsupportedModelError if rows are not what config.json
+    says."""
     from transformers.pytorch_utils import Conv1D
 
+    if arch.experts is not None:
+        for layer in decoder_layers(model, arch):
+            layer.set_submodule(arch.experts.module, _split_experts(layer.get_submodule(arch.experts.module)))
     if not arch.fused:
         return model
     config, f = model.config, features(model.config)
@@ -170,6 +198,14 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
                 parts.add_module(part, _linear(weight, bias))
             layer.set_submodule(fused.module, parts)
     return model
+
+
+def _split_experts(fused: nn.Module) -> ExpertList:
+    experts = ExpertList()
+    for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
+        gate, up = gate_up.chunk(2)
+        experts.append(Expert(_linear(gate, None), _linear(up, None), _linear(down, None), fused.act_fn))
+    return experts
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -209,7 +245,7 @@ def linear_names(model: nn.Module, arch: ArchSpec) -> dict[str, str]:
     """
     names = {}
     for index in range(len(decoder_layers(model, arch))):
-        for gguf, hf in arch.linears.items():
+        for gguf, hf in arch.linears_of(model.config).items():
             module = f"{arch.layers}.{index}.{hf}"
             try:
                 found = model.get_submodule(module)

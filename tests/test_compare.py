@@ -81,7 +81,7 @@ def test_pad_heads(heads: int, kv_heads: int, head_dim: int, width: int, wanted:
     assert pad_heads(heads, kv_heads, head_dim, width) == wanted
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2", "phi3", "gpt2"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
 def test_families_that_cannot_be_padded(model_type: str) -> None:
     """Their norms are not at Llama's places, are added to, or subtract a mean; or linears are fused."""
     with pytest.raises(UnsupportedModelError, match=f"{model_type} cannot be padded to rows of whole 256s"):
