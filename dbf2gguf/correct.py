@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import INPUT, ArchSpec, Group, features
 from dbf2gguf.budget import Plan
+from dbf2gguf.executors import Executor, on_cores
 from dbf2gguf.factorize import Factors, factorize
-from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
@@ -48,6 +49,7 @@ def factorize_model(
     seed: int,
     stage: Stage,
     work: Work,
+    executor: Executor = on_cores,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
@@ -55,7 +57,7 @@ def factorize_model(
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
-    again.
+    again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does.
     """
     result: dict[str, Factors] = {}
     scale = features(model.config).residual_scale
@@ -82,6 +84,7 @@ def factorize_model(
                     scale,
                     result,
                     work,
+                    executor,
                 )
             student_states = [_call(layer, s, arguments) for s in student_states]
         finally:
@@ -108,15 +111,16 @@ def _factorize_group(
     scale: float,
     result: dict[str, Factors],
     work: Work,
+    executor: Executor,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
-    targets = {name: solve(module.weight) for name, module in modules.items()}
 
-    def factorize_some(names: list[str]) -> Factors:
-        return factorize(
-            torch.stack([targets[name] for name in names]),
+    def task(names: list[str]) -> Callable[[], Factors]:
+        return partial(
+            factorize,
+            torch.stack([solve(modules[name].weight) for name in names]),
             plan.ranks[prefix + names[0]],
             importance_in.expand(len(names), -1),
             torch.stack([importance_out[prefix + name] for name in names]),
@@ -135,8 +139,10 @@ def _factorize_group(
             continue
         for name, part in kept.items():
             result[name] = Factors(**{key: value.to(importance_in.device) for key, value in part.items()})
-    on_device = map if importance_in.is_cuda else map_on_cores
-    for names, factors in zip(missing, on_device(factorize_some, missing), strict=True):
+    tasks = map(task, missing)
+    on_gpu = importance_in.is_cuda
+    made = (run() for run in tasks) if on_gpu else executor(list(tasks), len(together) == 1)
+    for names, factors in zip(missing, made, strict=True):
         for place, name in enumerate(names):
             result[prefix + name] = factors[place : place + 1]
             work.save(prefix + name, {k: v.clone() for k, v in vars(result[prefix + name]).items()})
