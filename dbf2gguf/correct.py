@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import INPUT, ArchSpec, Group, features
 from dbf2gguf.budget import Plan
-from dbf2gguf.executors import Executor, on_cores
+from dbf2gguf.executors import Executor, on_cores, one_by_one
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
@@ -139,10 +139,9 @@ def _factorize_group(
             continue
         for name, part in kept.items():
             result[name] = Factors(**{key: value.to(importance_in.device) for key, value in part.items()})
-    tasks = map(task, missing)
-    on_gpu = importance_in.is_cuda
-    made = (run() for run in tasks) if on_gpu else executor(list(tasks), len(together) == 1)
-    for names, factors in zip(missing, made, strict=True):
+    if importance_in.is_cuda:
+        executor = one_by_one
+    for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
         for place, name in enumerate(names):
             result[prefix + name] = factors[place : place + 1]
             work.save(prefix + name, {k: v.clone() for k, v in vars(result[prefix + name]).items()})

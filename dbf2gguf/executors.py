@@ -8,11 +8,12 @@ stands alone, which would gain nothing elsewhere, has all threads of this proces
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -32,16 +33,21 @@ VERSIONS = ("dbf2gguf", "torch")  # that a worker must share
 Task = Callable[[], Any]
 """Has no arguments and no effects; to leave the process, it and its result must be picklable."""
 
-Executor = Callable[[Sequence[Task], bool], Iterator[Any]]
+Executor = Callable[[Iterable[Task], bool], Iterator[Any]]
 """(tasks, single) -> their results, in their order. `single`: the task stands alone and has all threads; else
 each has one, also the last that is left of several, so that it comes out the same."""
 
 Result = TypeVar("Result")
 
 
-def on_cores(tasks: Sequence[Task], single: bool) -> Iterator[Any]:
+def on_cores(tasks: Iterable[Task], single: bool) -> Iterator[Any]:
     """Executor: the threads of this process."""
     return map_on_cores(_call if single else _call_alone, tasks)
+
+
+def one_by_one(tasks: Iterable[Task], _single: bool) -> Iterator[Any]:
+    """Executor: this thread, for tasks that have a GPU compute; each is taken when the last one is done."""
+    return (task() for task in tasks)
 
 
 @contextmanager
@@ -70,7 +76,11 @@ def _call(task: Callable[[], Result]) -> Result:
 
 
 def _from_two_on(executor: Executor) -> Executor:
-    return lambda tasks, single: (executor if len(tasks) > 1 else on_cores)(tasks, single)
+    def run(tasks: Iterable[Task], single: bool) -> Iterator[Any]:
+        tasks = list(tasks)
+        return (executor if len(tasks) > 1 else on_cores)(tasks, single)
+
+    return run
 
 
 def _call_alone(task: Callable[[], Result]) -> Result:
@@ -99,7 +109,7 @@ def _processes(jobs: int) -> Iterator[Executor]:
     loky = _import("joblib.externals.loky", "--jobs")
     with joblib.Parallel(jobs, backend="loky", return_as="generator", max_nbytes=None) as parallel:
 
-        def run(tasks: Sequence[Task], _single: bool) -> Iterator[Any]:
+        def run(tasks: Iterable[Task], _single: bool) -> Iterator[Any]:
             try:
                 yield from parallel(joblib.delayed(_call_alone)(task) for task in tasks)
             except loky.process_executor.BrokenProcessPool as error:
@@ -119,7 +129,7 @@ def _dask(address: str) -> Iterator[Executor]:
     distributed = _import("distributed", "--cluster")
     try:
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
         raise BackendError(
             f"--cluster {address}: no Dask scheduler answers there; start one with `dask scheduler` and name "
             "it as tcp://HOST:PORT"
@@ -127,14 +137,14 @@ def _dask(address: str) -> Iterator[Executor]:
     with client:
         try:
             client.wait_for_workers(1, timeout=WORKERS_SECONDS)
-        except TimeoutError as error:
+        except asyncio.TimeoutError as error:  # not the built-in one before Python 3.11
             raise BackendError(
                 f"--cluster {address}: the scheduler has no workers; start some with `dask worker {address}`"
             ) from error
         yield lambda tasks, _single: _on_workers(client, address, tasks)
 
 
-def _on_workers(client: Any, address: str, tasks: Sequence[Task]) -> Iterator[Any]:
+def _on_workers(client: Any, address: str, tasks: Iterable[Task]) -> Iterator[Any]:
     """What a task needs travels in it, so that the scheduler can give it to another worker when one dies."""
     wanted = _versions()
     with warnings.catch_warnings():
@@ -158,7 +168,7 @@ def _wait(client: Any, address: str, future: Any) -> Any:
         except BackendError:
             raise
         except Exception as error:  # a worker can raise anything
-            if not isinstance(error, TimeoutError) or future.status == "error":
+            if not isinstance(error, asyncio.TimeoutError) or future.status == "error":
                 reason = " ".join(str(error).split()) or repr(error)
                 raise BackendError(
                     f"--cluster {address}: {type(error).__name__}: {reason}; the same command goes on from "

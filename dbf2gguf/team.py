@@ -1,6 +1,6 @@
 """The processes that torchrun started: the first converts, the others help it to distil.
 
-    torchrun --nproc-per-node 2 -m dbf2gguf MODEL OUT
+    torchrun --standalone --nproc-per-node 2 -m dbf2gguf MODEL OUT
 
 Each has a GPU of its own (NCCL), or they share the CPU (gloo). What they tell each other apart from
 gradients always goes through gloo, which waits without a GPU.
