@@ -60,8 +60,24 @@ def convert_parser() -> argparse.ArgumentParser:
         help="tensor type of the sign matrices; i8: the same bytes, which every GGUF reader can list",
     )
     add("--seed", type=int, default=0, help="seed of everything random")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N, or auto: a GPU if there is one; another device gives other bytes",
+    )
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
+    spread = parser.add_mutually_exclusive_group()
+    spread.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="factorize independent layers in N processes instead of threads; the bytes are the same",
+    )
+    spread.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="or on the workers of the Dask scheduler at tcp://HOST:PORT; the bytes are the same",
+    )
     add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
     add(
         "--written-share",

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,14 +25,17 @@ from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
+from dbf2gguf.executors import Executor, open_executor
 from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.files import check_output, check_space, replacing
-from dbf2gguf.options import Options, check_options
+from dbf2gguf.follow import LOAD, Write, call_to_distil, follow
+from dbf2gguf.options import Options, check_options, describe_device, find_device
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
+from dbf2gguf.team import ALONE, Team, joined
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
@@ -62,8 +65,10 @@ def convert(
     embed_type: str = "q8_0",
     carrier: str = "dbf1",
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
+    jobs: int | None = None,
+    cluster: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -79,6 +84,9 @@ def convert(
     calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
+    device     cpu, cuda, cuda:N, or auto: a GPU if there is one that torch can use
+    jobs       on a CPU: so many processes factorize layers that are independent, instead of threads
+    cluster    or the workers of the Dask scheduler at tcp://HOST:PORT do; the bytes are the same
     force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
     What is finished is kept in the folder `out`.work until the end: a conversion that was stopped goes on
@@ -86,7 +94,11 @@ def convert(
 
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user,
     among them QualityError if no file is good enough to be written.
+
+    Under torchrun every process calls this with the same arguments; all share the distillation, the first
+    does the rest, and all get its report.
     """
+    device = find_device(device)
     options = Options(
         preset=preset,
         recipe=find_recipe(preset, **overrides),
@@ -99,6 +111,8 @@ def convert(
         quiet=quiet,
         max_kl=max_kl,
         force=force,
+        jobs=jobs,
+        cluster=cluster,
     )
     check_options(options, threads)
     if max_kl is not None and (bpw is not None or dry_run):
@@ -106,11 +120,18 @@ def convert(
             f"--max-kl finds the bits per weight; leave out {'--dry-run' if dry_run else '--bpw'}"
         )
     out = Path(out)
-    if not dry_run:
-        out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
     if threads is not None:
         torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    with ExitStack() as stack:
+        team = stack.enter_context(joined(device))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dbf2gguf-"))
+        if team.rank > 0:
+            followed: Report = follow(team, model, Path(scratch), device)
+            return followed
+        if not dry_run:
+            out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
         source = open_source(model, Path(scratch))
         skeleton = _skeleton(source)
         options = replace(options, embed_type=_fit_embed_type(skeleton, embed_type))
@@ -123,12 +144,17 @@ def convert(
         if max_kl is None and not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
         if dry_run:
-            return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
+            planned = Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
+            team.share(planned)
+            return planned
         check_space(out, size)
-        key = _key(source, options)
+        executor = stack.enter_context(open_executor(jobs, cluster))
+        if not quiet:
+            print(f"device: {describe_device(device)}", file=sys.stderr)
+        key = _key(source, options, team)
         work = Work.open(out.with_name(out.name + ".work"), key, quiet)
         try:
-            report = _run(source, skeleton, out, grid, options, work, key)
+            report = _run(source, skeleton, out, grid, options, work, key, executor, team)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -138,6 +164,7 @@ def convert(
                 )
             raise
         work.remove()
+        team.share(report)
         return report
 
 
@@ -175,6 +202,8 @@ class _Prepared:
     written: int  # rows that the model wrote
     importance: dict[str, Tensor]
     work: Work
+    executor: Executor
+    team: Team
 
 
 @dataclass(frozen=True)
@@ -196,6 +225,8 @@ def _run(
     options: Options,
     work: Work,
     key: dict[str, Any],
+    executor: Executor,
+    team: Team,
 ) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
 
@@ -204,7 +235,7 @@ def _run(
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, options, stages, work, key)
+    made = _prepare(source, options, stages, work, key, executor, team)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality] | None = None
@@ -238,24 +269,46 @@ def _run(
     return report
 
 
-def _prepare(source: Source, options: Options, stages: _Stages, work: Work, key: dict[str, Any]) -> _Prepared:
+def _prepare(
+    source: Source,
+    options: Options,
+    stages: _Stages,
+    work: Work,
+    key: dict[str, Any],
+    executor: Executor,
+    team: Team,
+) -> _Prepared:
     recipe = options.recipe
     torch.manual_seed(options.seed)
     with stages("load", 1):
         model = load_model(source, options.device)
         tokenizer = load_tokenizer(source)
+    team.share(LOAD)
     names = linear_names(model, source.arch)
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
     with stages("text", wanted * _row_tokens(model, recipe)) as progress:
         rows, held_out, written = work.keep(
-            "text", lambda: _text(model, tokenizer, options, wanted, progress, key)
+            "text", lambda: _text(model, tokenizer, options, wanted, progress, key, team)
         )
     with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
         importance = work.keep(
             "gradients", lambda: output_importance(model, names, some, GRADIENT_BATCH, progress)
         )
-    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance, work)
+    return _Prepared(
+        source,
+        options,
+        model,
+        tokenizer,
+        names,
+        rows,
+        held_out,
+        written,
+        importance,
+        work,
+        executor,
+        team,
+    )
 
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
@@ -265,12 +318,13 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
         factors = factorize_model(
-            made.source, model, plan, some, made.importance, recipe, seed, progress, work
+            made.source, model, plan, some, made.importance, recipe, seed, progress, work, made.executor
         )
+    call_to_distil(made.team, factors, made.rows, recipe, seed)
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
     with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe.at(plan.target), seed, progress, work)
+        history = distill(model, student, made.rows, recipe.at(plan.target), seed, progress, work, made.team)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)
@@ -295,7 +349,7 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
     verify(path, made.source, tried.factors)
 
 
-def _key(source: Source, options: Options) -> dict[str, Any]:
+def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
     Those of SAME_TEXT decide what the model writes."""
     weights = [source.gguf] if source.gguf else sorted(source.path.glob("*.safetensors"))
@@ -309,6 +363,7 @@ def _key(source: Source, options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": team.size,
         "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
     }
 
@@ -326,6 +381,7 @@ def _text(
     wanted: int,
     stage: Stage,
     key: dict[str, Any],
+    team: Team = ALONE,
 ) -> tuple[Tensor, Tensor, int]:
     """Rows to calibrate and distil on, rows for the receipt, and how many of them the model wrote.
 
@@ -345,14 +401,14 @@ def _text(
     if written:
         known = order[: recipe.text_rows]  # none is held out
         starts = given[known[known < len(given)]]
-        key = {name: key[name] for name in SAME_TEXT}
-        key |= {"rows": [written, length], "chat_share": recipe.chat_share, "seed": seed}
-        key |= {"starts": _digest(starts)}
+        how = written, length, recipe.chat_share, seed
+
+        def write() -> Tensor:
+            team.share(Write(*how, starts))
+            return self_written_rows(model, tokenizer, *how, stage, starts, team)
+
         own, known_already = cached_text(
-            key,
-            lambda: self_written_rows(
-                model, tokenizer, written, length, recipe.chat_share, seed, stage, starts
-            ),
+            {name: key[name] for name in SAME_TEXT} | {"how": how, "starts": _digest(starts)}, write
         )
         if known_already:
             stage.step(n=own.numel(), note="written before")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
+from dbf2gguf.executors import Executor, on_cores, one_by_one
 from dbf2gguf.factorize import Factors, factorize
-from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
@@ -54,6 +55,7 @@ def factorize_model(
     seed: int,
     stage: Stage,
     work: Work,
+    executor: Executor = on_cores,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
@@ -61,7 +63,7 @@ def factorize_model(
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
-    again.
+    again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does.
     """
     result: dict[str, Factors] = {}
     scale = features(model.config).residual_scale
@@ -89,6 +91,7 @@ def factorize_model(
                     scale,
                     result,
                     work,
+                    executor,
                 )
             if source.arch.experts is not None:
                 place = _Place(source.arch.experts.block, source.arch.experts.residual)
@@ -106,6 +109,7 @@ def factorize_model(
                     scale,
                     result,
                     work,
+                    executor,
                 )
                 if few:
                     stage.say(
@@ -137,13 +141,14 @@ def _factorize_group(
     scale: float,
     result: dict[str, Factors],
     work: Work,
+    executor: Executor,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
     targets = {prefix + name: (solve(module.weight), importance_in) for name, module in modules.items()}
     seed += source.arch.groups.index(group)
-    _factorize_targets(targets, plan, importance_out, recipe, seed, result, work)
+    _factorize_targets(targets, plan, importance_out, recipe, seed, result, work, executor)
     for name, module in modules.items():
         module.weight = nn.Parameter(result[prefix + name].dense()[0], requires_grad=False)
 
@@ -156,14 +161,16 @@ def _factorize_targets(
     seed: int,
     result: dict[str, Factors],
     work: Work,
+    executor: Executor,
 ) -> None:
     """Add to `result` the factors of matrices that do not depend on each other.
 
     targets  GGUF name -> the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
     """
 
-    def factorize_some(names: list[str]) -> Factors:
-        return factorize(
+    def task(names: list[str]) -> Callable[[], Factors]:
+        return partial(
+            factorize,
             torch.stack([targets[name][0] for name in names]),
             plan.ranks[names[0]],
             torch.stack([targets[name][1] for name in names]),
@@ -182,8 +189,9 @@ def _factorize_targets(
             continue
         for name, part in kept.items():
             result[name] = Factors(**{key: value.to(device) for key, value in part.items()})
-    on_device = map_on_cores if device.type == "cpu" else map
-    for names, factors in zip(missing, on_device(factorize_some, missing), strict=True):
+    if device.type != "cpu":
+        executor = one_by_one
+    for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
         for place, name in enumerate(names):
             result[name] = factors[place : place + 1]
             work.save(name, {k: v.clone() for k, v in vars(result[name]).items()})
@@ -221,6 +229,7 @@ def _factorize_experts(
     scale: float,
     result: dict[str, Factors],
     work: Work,
+    executor: Executor,
 ) -> list[int]:
     """The same as _factorize_group for the experts of a layer, the shared one among them, gate and up first.
 
@@ -263,7 +272,7 @@ def _factorize_experts(
         for name in ("ffn_gate", "ffn_up"):
             module = branch.module.get_submodule(EXPERT_LINEARS[name])
             targets[prefix + name + end] = target(branch, module, a, b, residual=False)
-    _factorize_targets(targets, plan, importance_out, recipe, seed, result, work)
+    _factorize_targets(targets, plan, importance_out, recipe, seed, result, work, executor)
     targets = {}
     for end, branch in branches.items():
         for name in ("ffn_gate", "ffn_up"):
@@ -272,7 +281,7 @@ def _factorize_experts(
         b = activations(branch.module, x_now[branch.tokens] if branch.corrected else x_now)
         module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
         targets[prefix + "ffn_down" + end] = target(branch, module, hidden.pop(end, b), b, residual=True)
-    _factorize_targets(targets, plan, importance_out, recipe, seed + 1, result, work)
+    _factorize_targets(targets, plan, importance_out, recipe, seed + 1, result, work, executor)
     for end, branch in branches.items():
         module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
         module.weight = nn.Parameter(result[prefix + "ffn_down" + end].dense()[0], requires_grad=False)

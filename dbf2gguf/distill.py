@@ -26,6 +26,7 @@ from dbf2gguf.graphs import Recorder
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import decoder_layers
+from dbf2gguf.team import ALONE, Team
 from dbf2gguf.work import Work
 
 SCALES = ("s_out", "s_mid", "s_in")
@@ -206,6 +207,7 @@ def distill(
     seed: int,
     stage: Stage,
     work: Work,
+    team: Team = ALONE,
 ) -> list[float]:
     """Train the student in place.
 
@@ -213,7 +215,8 @@ def distill(
     ->    mean KL of each step, nats a token
 
     `stage` gets one step for each optimizer step, `work` the state of the training now and then and at the
-    end; where it has one, the training goes on from there.
+    end; where it has one, the training goes on from there. A team shares each batch; all of it call this with
+    the same arguments but `stage` and `work`, of which the first process's counts, and get the same student.
     """
     steps = recipe.distill_steps
     if steps == 0:
@@ -235,33 +238,41 @@ def distill(
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiled)
     trained = [p for group in groups for p in group["params"]]
     history: list[float] = []
-    if saved := work.load("distilled"):
+    if saved := team.share(work.load("distilled")):
         history = saved["history"]
         for p, value in zip(trained, saved["parameters"], strict=True):
             p.data.copy_(value)
         if len(history) < steps:
             optimizer.load_state_dict(saved["optimizer"])
         stage.step(n=len(history))
-    tokens = torch.empty(min(recipe.distill_batch, len(rows)), rows.shape[1], dtype=rows.dtype, device=device)
-    batches = itertools.islice(_batches(rows, len(tokens), seed), len(history), steps)
+    size = min(recipe.distill_batch, len(rows))
+    part = team.part(size)
+    tokens = torch.empty(part.stop - part.start, rows.shape[1], dtype=rows.dtype, device=device)
+    batches = itertools.islice(_batches(rows, size, seed), len(history), steps)
     kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
 
-    def train() -> Tensor:
-        """One step on `tokens`; the KL before it."""
+    def find_gradients() -> Tensor:
+        """Those that `tokens` have in the whole batch's, and the KL likewise."""
         optimizer.zero_grad(set_to_none=True)
-        kl = _gradients(teacher, student, tokens, kl_gradient)
+        return _gradients(teacher, student, tokens, kl_gradient, size * rows.shape[1])
+
+    def update() -> None:
         optimizer.step()
-        return kl
 
     with _compiled(teacher, student.model) if compiled else nullcontext():
-        run = Recorder(WARM_UP_CALLS)(train) if compiled else train
+        if compiled:
+            record = Recorder(WARM_UP_CALLS, others=team.size > 1)
+            find_gradients, update = record(find_gradients), record(update)
         last_saved = time.monotonic()
         for step, batch in enumerate(batches, len(history)):
-            tokens.copy_(batch)
+            tokens.copy_(batch[part])
             for group in optimizer.param_groups:
                 rate = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
                 group["lr"] = group["lr"].fill_(rate) if compiled else rate
-            history.append(float(run()))
+            kl = find_gradients()
+            team.sum([kl, *(p.grad for p in trained if p.grad is not None)])
+            update()
+            history.append(float(kl))
             recent = history[-8:]
             stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
             done = step + 1 == steps
@@ -296,9 +307,13 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
-    """Gradients of the mean KL on tokens (batch, tokens); returns it, on the model's device."""
+def _gradients(
+    teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any, count: int | None = None
+) -> Tensor:
+    """Gradients of the summed KL on tokens (batch, tokens) over `count`, their number unless they are a part
+    of a batch; returns it, on the model's device."""
     f = features(teacher.config)
+    count = count or tokens.numel()
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
     rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
@@ -319,12 +334,12 @@ def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient
                 if head_gradient is not None:
                     head_gradient += error.mT @ flat[part]
                 total += kl
-            hidden.backward(gradient.view_as(hidden) / tokens.numel())
+            hidden.backward(gradient.view_as(hidden) / count)
     student.backward()
     if head_gradient is not None:
-        head_gradient /= tokens.numel()
+        head_gradient /= count
         head.grad = head_gradient if head.grad is None else head.grad + head_gradient
-    return total / tokens.numel()
+    return total / count
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
+from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
 from runtime.tokenizer import END_TOKENS
 
@@ -136,6 +137,7 @@ def self_written_rows(
     seed: int,
     stage: Stage,
     given: Tensor | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
     a few words out of given texts, and chat questions, where the tokenizer has a chat template.
@@ -145,10 +147,11 @@ def self_written_rows(
     ->          (rows, row_tokens) int64
 
     `stage` gets one step for each token. When the model ends a text, the next prompt follows in its place.
+    A team shares the work: all of it call this with the same arguments but `stage`.
     """
     pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
     device = next(model.parameters()).device
-    batch = max(1, _batch_tokens(model.config, device) // row_tokens)
+    batch = team.share(max(1, _batch_tokens(model.config, device) // row_tokens))
     blocks = -(-rows // batch)
     size = -(-rows // blocks)  # rows of a block; more than enough of them in all
     kinds = _prompts(tokenizer)
@@ -165,12 +168,18 @@ def self_written_rows(
         return writer.write(prompts(generator), generator, stage).view(-1, row_tokens)
 
     shape = (size * pieces, row_tokens // pieces)
+    mine = range(blocks)[team.part(blocks)]
+    written = torch.zeros(blocks, size, row_tokens, dtype=torch.int64)
     if device.type == "cuda":
         writer = _Writer(copy.deepcopy(model).to(torch.bfloat16), ends.to(device), shape)
-        written = [write(writer, number) for number in range(blocks)]
+        own = (write(writer, number) for number in mine)
     else:
-        written = list(map_on_cores(lambda n: write(_Writer(model, ends, shape), n), range(blocks)))
-    return torch.cat(written)[:rows]
+        own = map_on_cores(lambda n: write(_Writer(model, ends, shape), n), mine)
+    for number, block in zip(mine, own, strict=True):
+        written[number] = block
+    team.sum([written])
+    stage.step(n=(blocks - len(mine)) * size * row_tokens)  # the others'
+    return written.flatten(0, 1)[:rows]
 
 
 def _batch_tokens(config: Any, device: torch.device) -> int:

@@ -33,6 +33,7 @@ QUICK: dict[str, Any] = {
     "admm_iterations": 3,
     "distill_steps": 2,
     "threads": 1,
+    "device": "cpu",
     "quiet": True,
 }
 """Options of `convert` that make it quick; the result is as correct as any, if not as good."""
