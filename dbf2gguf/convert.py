@@ -24,12 +24,13 @@ from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
-from dbf2gguf.factorize import Factors, balance
+from dbf2gguf.factorize import Factors, balance, relative_error
 from dbf2gguf.files import check_output, check_space, replacing
+from dbf2gguf.html_report import command_line, page_path, write_page
 from dbf2gguf.options import Options, check_options
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
-from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
+from dbf2gguf.report import Errors, Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
 from dbf2gguf.text import rows_from_files, self_written_rows
@@ -65,6 +66,7 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
+    report: bool = True,
     **overrides: Any,
 ) -> Report:
     """Factorize the causal language model at `model` and write it to `out` as GGUF.
@@ -77,6 +79,7 @@ def convert(
     calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
+    report     write `out`.report.html, too: see html_report
     force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
     What is finished is kept in the folder `out`.work until the end: a conversion that was stopped goes on
@@ -85,6 +88,7 @@ def convert(
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user,
     among them QualityError if no file is good enough to be written.
     """
+    arguments = locals() | overrides
     options = Options(
         preset=preset,
         recipe=find_recipe(preset, **overrides),
@@ -105,7 +109,10 @@ def convert(
         )
     out = Path(out)
     if not dry_run:
-        out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
+        inputs = [Path(model), *options.calib, *filter(None, [options.eval_text])]
+        out = check_output(out, inputs)
+        if report:
+            check_output(page_path(out), inputs)
     if threads is not None:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
@@ -125,7 +132,7 @@ def convert(
         check_space(out, size)
         work = Work.open(out.with_name(out.name + ".work"), _key(source, options), quiet)
         try:
-            report = _run(source, skeleton, out, grid, options, work)
+            done = _run(source, skeleton, out, grid, options, work)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -135,7 +142,12 @@ def convert(
                 )
             raise
         work.remove()
-        return report
+        done = replace(done, command=command_line(arguments | {"threads": torch.get_num_threads()}))
+        if report:
+            done = write_page(done)
+        if not quiet:
+            print(describe_report(done), file=sys.stderr)
+        return done
 
 
 class _Stages(list[Stage]):
@@ -156,6 +168,13 @@ class _Stages(list[Stage]):
         for stage in self:
             total[stage.name] = total.get(stage.name, 0.0) + stage.seconds
         return total
+
+    def memory(self) -> dict[str, int]:
+        """Name -> bytes of memory, the most that a stage of that name took."""
+        most: dict[str, int] = {}
+        for stage in self:
+            most[stage.name] = max(most.get(stage.name, 0), stage.peak_memory)
+        return most
 
 
 @dataclass(frozen=True)
@@ -183,6 +202,7 @@ class _Try:
     student: nn.Module  # norms, embedding and head are its own
     quality: Quality
     history: list[float]  # of the distillation's loss
+    errors: Errors
 
 
 def _run(
@@ -196,7 +216,7 @@ def _run(
     made = _prepare(source, options, stages, work)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
-    best: tuple[Plan, Quality] | None = None
+    best: tuple[Plan, Quality, Errors] | None = None
     with replacing(out) as temporary:
 
         def attempt(bpw: float) -> float:
@@ -212,19 +232,25 @@ def _run(
             if kl <= limit or (options.force and options.max_kl is None):
                 with stages("write", 1):
                     _write(temporary, made, tried)
-                best = tried.plan, tried.quality
+                best = tried.plan, tried.quality, tried.errors
             return kl
 
         smallest(attempt, grid, limit, DEFAULT_BPW)
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
     weights = _count_weights(made.model)
-    report = Report(
-        best[0], out, out.stat().st_size, weights, best[1], stages.seconds(), peak_rss(), tuple(tries)
+    return Report(
+        plan=best[0],
+        file=out,
+        file_bytes=out.stat().st_size,
+        model_weights=weights,
+        quality=best[1],
+        seconds=stages.seconds(),
+        peak_rss=peak_rss(),
+        tries=tuple(tries),
+        memory=stages.memory(),
+        errors=best[2],
     )
-    if not options.quiet:
-        print(describe_report(report), file=sys.stderr)
-    return report
 
 
 def _prepare(source: Source, options: Options, stages: _Stages, work: Work) -> _Prepared:
@@ -251,10 +277,11 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe, made.options.seed
     work = made.work.within(f"{plan.target:g}-")
+    errors = Errors()
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
         factors = factorize_model(
-            made.source, model, plan, some, made.importance, recipe, seed, progress, work
+            made.source, model, plan, some, made.importance, recipe, seed, progress, work, errors.factorized
         )
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
@@ -264,7 +291,10 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)
         quality = measure(model, final, made.held_out, progress)
-    return _Try(plan, factors, student.model, quality, history)
+        for name, path in made.names.items():
+            wanted, got = (some.get_submodule(path).weight for some in (model, final))
+            errors.weights[name] = relative_error(wanted, got)
+    return _Try(plan, factors, student.model, quality, history, errors)
 
 
 def _write(path: Path, made: _Prepared, tried: _Try) -> None:

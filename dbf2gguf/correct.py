@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import INPUT, ArchSpec, Group, features
 from dbf2gguf.budget import Plan
-from dbf2gguf.factorize import Factors, factorize
+from dbf2gguf.factorize import Factors, factorize, relative_error
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
@@ -48,11 +48,13 @@ def factorize_model(
     seed: int,
     stage: Stage,
     work: Work,
+    errors: dict[str, float] | None = None,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
+    errors          gets GGUF name -> relative error of what the factors stand for, from W' as factorized
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
     again.
@@ -82,6 +84,7 @@ def factorize_model(
                     scale,
                     result,
                     work,
+                    errors,
                 )
             student_states = [_call(layer, s, arguments) for s in student_states]
         finally:
@@ -108,6 +111,7 @@ def _factorize_group(
     scale: float,
     result: dict[str, Factors],
     work: Work,
+    errors: dict[str, float] | None,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
@@ -141,7 +145,11 @@ def _factorize_group(
             result[prefix + name] = factors[place : place + 1]
             work.save(prefix + name, {k: v.clone() for k, v in vars(result[prefix + name]).items()})
     for name, module in modules.items():
-        module.weight = nn.Parameter(result[prefix + name].dense()[0], requires_grad=False)
+        weight = result[prefix + name].dense()[0]
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if errors is not None:
+            importances = importance_out[prefix + name], importance_in
+            errors[prefix + name] = relative_error(targets[name], weight, *importances)
 
 
 def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[list[str]]:

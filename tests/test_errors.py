@@ -26,7 +26,7 @@ PRECIOUS = b"an earlier conversion"
 
 OPTIONS = (
     "--quiet", "-t", "1", "--bpw", "4", "--text-rows", "4", "--correct-rows", "2", "--distill-steps", "1",
-    "--admm-iterations", "2",
+    "--admm-iterations", "2", "--no-report",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ QUICK: dict[str, Any] = {
     "distill_steps": 2,
     "threads": 1,
     "quiet": True,
+    "report": False,
 }
 """Options of `convert` that make it quick; the result is as correct as any, if not as good."""
 
