@@ -27,7 +27,11 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
+    add(
+        "model",
+        metavar="MODEL",
+        help="Hugging Face model folder, id on its hub (owner/name, owner/name@revision), or a GGUF file",
+    )
     add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -71,7 +71,7 @@ def convert(
 ) -> Report:
     """Factorize the causal language model at `model` and write it to `out` as GGUF.
 
-    model      a Hugging Face folder with safetensors, or a GGUF file
+    model      a Hugging Face folder, the id of a model on its hub (owner/name[@revision]), or a GGUF file
     bpw        bits per weight over the linear layers: signs, filler and scales; 1.2 if there is no max_kl
     max_kl     instead: take the fewest bits per weight, of multiples of 0.05, whose mean KL on the held-out
                rows is no more; each try is factorized and distilled anew
