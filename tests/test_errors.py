@@ -118,7 +118,9 @@ def test_not_a_model_file(place: Place) -> None:
 
 def test_no_weights(place: Place) -> None:
     (place.model / "model.safetensors").rename(place.model / "pytorch_model.bin")
-    assert "only safetensors weights are read" in place.fails()
+    assert "pytorch_model.bin: broken, or holds more than tensors" in place.fails()
+    (place.model / "pytorch_model.bin").unlink()
+    assert "no .safetensors file in it, and no pytorch_model.bin" in place.fails()
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen7", None, 7, ["llama"], {}])
