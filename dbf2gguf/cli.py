@@ -50,7 +50,8 @@ def convert_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="text (.txt, .jsonl) to calibrate and distil on; repeatable; the model writes what it lacks",
+        help="text to calibrate and distil on: .txt, .jsonl, .parquet, or a data set of the hub, "
+        "hf:owner/name[@revision][:config][:split][:column]; repeatable; the model writes what it lacks",
     )
     add(
         "--eval-text",

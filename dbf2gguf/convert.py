@@ -33,6 +33,7 @@ from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.report import Errors, Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
+from dbf2gguf.tables import dataset_of
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
@@ -76,7 +77,8 @@ def convert(
     max_kl     instead: take the fewest bits per weight, of multiples of 0.05, whose mean KL on the held-out
                rows is no more; each try is factorized and distilled anew
     preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
-    calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
+    calib      texts to calibrate and distil on, files and data sets of the hub: see text.rows_from_files; the
+               model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
     report     write `out`.report.html, too: see html_report
@@ -322,13 +324,18 @@ def _key(source: Source, options: Options) -> dict[str, Any]:
     return {
         "model": digest_of([*weights, *described]),
         "recipe": options.recipe.describe(),
-        "calib": [digest_of([file]) for file in options.calib],
-        "eval_text": digest_of([options.eval_text]) if options.eval_text else None,
+        "calib": [_digest(file) for file in options.calib],
+        "eval_text": _digest(options.eval_text) if options.eval_text else None,
         "seed": options.seed,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
     }
+
+
+def _digest(text: Path) -> str:
+    """Of a text file; the name of a data set, which is not read for that."""
+    return str(text) if dataset_of(text) else digest_of([text])
 
 
 def _return_freed_memory() -> None:
@@ -477,7 +484,9 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
     def digest(tokens: Tensor) -> str:
         return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
-    texts = [file.name for file in options.calib] + ["self-written"] * (made.written > 0)
+    texts = [str(file) if dataset_of(file) else file.name for file in options.calib] + ["self-written"] * (
+        made.written > 0
+    )
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
         "dbf.recipe.preset": options.preset,
