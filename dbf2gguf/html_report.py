@@ -289,6 +289,7 @@ def loss_curve(history: Sequence[float]) -> Markup | None:
     step_tick = max(1, round(_round_step(steps / 8)))
     for step in sorted({1, *range(step_tick, steps + 1, step_tick)}):
         drawn.append(_text(x(step), top + height + 17, str(step), "tick"))
+    drawn.append(_text(left - 8, top + height + 17, "step", "tick end"))
     middles = [(sum(s for s, _ in some) / len(some), sum(kl for _, kl in some) / len(some)) for some in bins]
     if size > 1:
         edge = [(m, max(kl for _, kl in some)) for (m, _), some in zip(middles, bins, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -120,3 +121,23 @@ def test_llama_cpp_examples() -> None:
             assert made.encode(text, add_special=False) == list(map(int, ids.split())), (file.name, text)
         tried.append(file.name)
     assert len(tried) >= 8
+
+
+def test_an_unknown_one_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the file says nothing rather than something wrong; its tokenizer is exact all the same."""
+    pytest.importorskip("torch")
+    import tiny_hf
+
+    from dbf2gguf.convert import convert
+
+    folder = tiny_hf.write_folder(tmp_path / "model")
+    file = folder / "tokenizer.json"
+    description = json.loads(file.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    file.write_text(json.dumps(description), encoding="utf-8")
+    convert(folder, tmp_path / "out.gguf", **tiny_hf.QUICK)
+    assert "warning: unknown pre-tokenizer: the file has no tokenizer.ggml.pre" in capsys.readouterr().err
+    with GgufFile(tmp_path / "out.gguf") as made:
+        assert "tokenizer.ggml.pre" not in made.metadata
