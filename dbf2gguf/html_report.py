@@ -34,6 +34,7 @@ from dbf2gguf.inspect import (
     linear_bpw,
 )
 from dbf2gguf.report import Report
+from dbf2gguf.search import COLLAPSED_KL
 from runtime.bench.machine import cpu_name
 from runtime.format import FACTORS
 from runtime.gguf import GgufFile
@@ -98,6 +99,7 @@ def page(file: GgufFile, report: Report | None = None) -> str:
         linear_bpw=linear_bpw(linears),
         linears=len(linears),
         quality=_numbers(meta, QUALITY),
+        collapsed_kl=COLLAPSED_KL,
         receipt=_section(meta, QUALITY),
         recipe=_section(meta, RECIPE, without=("distill_kl",)),
         maps=_maps(linears, report),

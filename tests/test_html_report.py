@@ -316,6 +316,15 @@ def test_ordinary_gguf(tmp_path: Path) -> None:
     assert "linear layers" not in text
 
 
+@pytest.mark.parametrize(("kl", "collapsed"), [(3.0, False), (3.01, True), (math.nan, True)])
+def test_a_collapsed_model_says_so(tmp_path: Path, kl: float, collapsed: bool) -> None:
+    def change(meta: dict[str, Any], _arrays: dict[str, Any]) -> None:
+        meta["dbf.quality.kl_mean"] = kl
+
+    with GgufFile(write_model(tmp_path / "m.gguf", change=change)) as file:
+        assert ("The model has collapsed" in assert_inert(page(file)).text) == collapsed
+
+
 def test_tries(made: Made) -> None:
     report = replace(made.report, tries=((1.2, 0.5), (1.25, 0.25)), errors=Errors())
     with GgufFile(made.out) as file:
