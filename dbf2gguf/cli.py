@@ -13,6 +13,7 @@ from dbf2gguf.search import COLLAPSED_KL
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
 from runtime.errors import BackendError
+from runtime.gguf import GgufFile
 
 EPILOG = "Other commands: dbf2gguf inspect FILE, dbf2gguf export FILE OUT; each has its own --help."
 COMMANDS = ("convert", "inspect", "export")
@@ -26,7 +27,11 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
+    add(
+        "model",
+        metavar="MODEL",
+        help="Hugging Face model folder, id on its hub (owner/name, owner/name@revision), or a GGUF file",
+    )
     add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -45,7 +50,8 @@ def convert_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="text (.txt, .jsonl) to calibrate and distil on; repeatable; the model writes what it lacks",
+        help="text to calibrate and distil on: .txt, .jsonl, .parquet, or a data set of the hub, "
+        "hf:owner/name[@revision][:config][:split][:column]; repeatable; the model writes what it lacks",
     )
     add(
         "--eval-text",
@@ -109,6 +115,12 @@ def convert_parser() -> argparse.ArgumentParser:
         help=f"write the file even if the model has collapsed: its mean KL is above {COLLAPSED_KL:g} or not "
         "finite",
     )
+    add(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="do not write OUT.report.html, the figures of the conversion as a page",
+    )
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("-q", "--quiet", action="store_true", help="no progress and no summary")
     return parser
@@ -121,7 +133,9 @@ def inspect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", metavar="FILE", help="GGUF file, factorized or not")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--html", action="store_true", help="print a page with bits, sizes, loss and receipt")
     return parser
 
 
@@ -162,6 +176,12 @@ def _unless_interrupted(work: Callable[[], object]) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from dbf2gguf.inspect import inspect
 
+    if args.html:
+        from dbf2gguf.html_report import page
+
+        with GgufFile(args.file) as file:
+            print(page(file), end="")
+        return 0
     inspect(Path(args.file), tensors=args.tensors, as_json=args.json)
     return 0
 

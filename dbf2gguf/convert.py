@@ -26,15 +26,17 @@ from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.executors import Executor, open_executor
-from dbf2gguf.factorize import Factors, balance
+from dbf2gguf.factorize import Factors, balance, relative_error
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.follow import LOAD, Write, call_to_distil, follow
+from dbf2gguf.html_report import command_line, page_path, write_page
 from dbf2gguf.options import Options, check_options, describe_device, find_device
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
-from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
+from dbf2gguf.report import Errors, Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
+from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import ALONE, Team, joined
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
@@ -72,21 +74,24 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
+    report: bool = True,
     **overrides: Any,
 ) -> Report:
     """Factorize the causal language model at `model` and write it to `out` as GGUF.
 
-    model      a Hugging Face folder with safetensors, or a GGUF file
+    model      a Hugging Face folder, the id of a model on its hub (owner/name[@revision]), or a GGUF file
     bpw        bits per weight over the linear layers: signs, filler and scales; 1.2 if there is no max_kl
     max_kl     instead: take the fewest bits per weight, of multiples of 0.05, whose mean KL on the held-out
                rows is no more; each try is factorized and distilled anew
     preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
-    calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
+    calib      texts to calibrate and distil on, files and data sets of the hub: see text.rows_from_files; the
+               model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
     device     cpu, cuda, cuda:N, or auto: a GPU if there is one that torch can use
     jobs       on a CPU: so many processes factorize layers that are independent, instead of threads
     cluster    or the workers of the Dask scheduler at tcp://HOST:PORT do; the bytes are the same
+    report     write `out`.report.html, too: see html_report
     force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
     What is finished is kept in the folder `out`.work until the end: a conversion that was stopped goes on
@@ -98,6 +103,7 @@ def convert(
     Under torchrun every process calls this with the same arguments; all share the distillation, the first
     does the rest, and all get its report.
     """
+    arguments = locals() | overrides
     device = find_device(device)
     options = Options(
         preset=preset,
@@ -131,7 +137,10 @@ def convert(
             followed: Report = follow(team, model, Path(scratch), device)
             return followed
         if not dry_run:
-            out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
+            inputs = [Path(model), *options.calib, *filter(None, [options.eval_text])]
+            out = check_output(out, inputs)
+            if report:
+                check_output(page_path(out), inputs)
         source = open_source(model, Path(scratch))
         skeleton = _skeleton(source)
         options = replace(options, embed_type=_fit_embed_type(skeleton, embed_type))
@@ -154,7 +163,7 @@ def convert(
         key = _key(source, options, team)
         work = Work.open(out.with_name(out.name + ".work"), key, quiet)
         try:
-            report = _run(source, skeleton, out, grid, options, work, key, executor, team)
+            done = _run(source, skeleton, out, grid, options, work, key, executor, team)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -164,8 +173,13 @@ def convert(
                 )
             raise
         work.remove()
-        team.share(report)
-        return report
+        done = replace(done, command=command_line(arguments | {"threads": torch.get_num_threads()}))
+        if report:
+            done = write_page(done)
+        if not quiet:
+            print(describe_report(done), file=sys.stderr)
+        team.share(done)
+        return done
 
 
 class _Stages(list[Stage]):
@@ -186,6 +200,13 @@ class _Stages(list[Stage]):
         for stage in self:
             total[stage.name] = total.get(stage.name, 0.0) + stage.seconds
         return total
+
+    def memory(self) -> dict[str, int]:
+        """Name -> bytes of memory, the most that a stage of that name took."""
+        most: dict[str, int] = {}
+        for stage in self:
+            most[stage.name] = max(most.get(stage.name, 0), stage.peak_memory)
+        return most
 
 
 @dataclass(frozen=True)
@@ -215,6 +236,7 @@ class _Try:
     student: nn.Module  # norms, embedding and head are its own
     quality: Quality
     history: list[float]  # of the distillation's loss
+    errors: Errors
 
 
 def _run(
@@ -238,7 +260,7 @@ def _run(
     made = _prepare(source, options, stages, work, key, executor, team)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
-    best: tuple[Plan, Quality] | None = None
+    best: tuple[Plan, Quality, Errors] | None = None
     with replacing(out) as temporary:
 
         def attempt(bpw: float) -> float:
@@ -254,19 +276,25 @@ def _run(
             if kl <= limit or (options.force and options.max_kl is None):
                 with stages("write", 1):
                     _write(temporary, made, tried)
-                best = tried.plan, tried.quality
+                best = tried.plan, tried.quality, tried.errors
             return kl
 
         smallest(attempt, grid, limit, DEFAULT_BPW)
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
     weights = _count_weights(made.model)
-    report = Report(
-        best[0], out, out.stat().st_size, weights, best[1], stages.seconds(), peak_rss(), tuple(tries)
+    return Report(
+        plan=best[0],
+        file=out,
+        file_bytes=out.stat().st_size,
+        model_weights=weights,
+        quality=best[1],
+        seconds=stages.seconds(),
+        peak_rss=peak_rss(),
+        tries=tuple(tries),
+        memory=stages.memory(),
+        errors=best[2],
     )
-    if not options.quiet:
-        print(describe_report(report), file=sys.stderr)
-    return report
 
 
 def _prepare(
@@ -315,10 +343,21 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe, made.options.seed
     work = made.work.within(f"{plan.target:g}-")
+    errors = Errors()
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
         factors = factorize_model(
-            made.source, model, plan, some, made.importance, recipe, seed, progress, work, made.executor
+            made.source,
+            model,
+            plan,
+            some,
+            made.importance,
+            recipe,
+            seed,
+            progress,
+            work,
+            made.executor,
+            errors.factorized,
         )
     call_to_distil(made.team, factors, made.rows, recipe, seed)
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
@@ -329,7 +368,10 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)
         quality = measure(model, final, made.held_out, progress)
-    return _Try(plan, factors, student.model, quality, history)
+        for name, path in made.names.items():
+            wanted, got = (some.get_submodule(path).weight for some in (model, final))
+            errors.weights[name] = relative_error(wanted, got)
+    return _Try(plan, factors, student.model, quality, history, errors)
 
 
 def _write(path: Path, made: _Prepared, tried: _Try) -> None:
@@ -358,14 +400,19 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     return {
         "model": digest_of([*weights, *described]),
         "recipe": options.recipe.describe(),
-        "calib": [digest_of([file]) for file in options.calib],
-        "eval_text": digest_of([options.eval_text]) if options.eval_text else None,
+        "calib": [_digest(file) for file in options.calib],
+        "eval_text": _digest(options.eval_text) if options.eval_text else None,
         "seed": options.seed,
         "device": device,
         "threads": torch.get_num_threads(),
         "processes": team.size,
         "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
     }
+
+
+def _digest(text: Path) -> str:
+    """Of a text file; the name of a data set, which is not read for that."""
+    return str(text) if dataset_of(text) else digest_of([text])
 
 
 def _return_freed_memory() -> None:
@@ -529,7 +576,8 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
     """The recipe and the receipt as metadata. No times: the same input gives the same bytes."""
     options, plan = made.options, tried.plan
 
-    texts = [file.name for file in options.calib] + ["self-written"] * (made.written > 0)
+    texts = [str(file) if dataset_of(file) else file.name for file in options.calib]
+    texts += ["self-written"] * (made.written > 0)
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
         "dbf.recipe.preset": options.preset,

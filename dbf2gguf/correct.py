@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.executors import Executor, on_cores, one_by_one
-from dbf2gguf.factorize import Factors, factorize
+from dbf2gguf.factorize import Factors, factorize, relative_error
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
@@ -56,17 +56,19 @@ def factorize_model(
     stage: Stage,
     work: Work,
     executor: Executor = on_cores,
+    errors: dict[str, float] | None = None,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
+    errors          gets GGUF name -> relative error of what the factors stand for, from W' as factorized
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
     again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does.
     """
-    result: dict[str, Factors] = {}
     scale = features(model.config).residual_scale
+    walk = _Walk(plan, importance_out, recipe, scale, executor, work, {}, {} if errors is None else errors)
     layers = decoder_layers(model, source.arch)
     states, arguments_of = _embed(model, layers, rows)
     student_states = [s.clone() for s in states]
@@ -78,38 +80,26 @@ def factorize_model(
             for place, group in enumerate(source.arch.groups):
                 inputs = _inputs(layer, _place_of(source.arch, group), student_states, arguments)
                 _factorize_group(
+                    walk,
                     f"blk.{index}.",
                     layer,
-                    source,
+                    source.arch,
                     group,
                     [(record.inputs[place], record.residuals[place]) for record in records],
                     inputs,
-                    plan,
-                    importance_out,
-                    recipe,
                     seed + index * len(source.arch.linears),
-                    scale,
-                    result,
-                    work,
-                    executor,
                 )
             if source.arch.experts is not None:
                 place = _Place(source.arch.experts.block, source.arch.experts.residual)
                 inputs = _inputs(layer, place, student_states, arguments)
                 few = _factorize_experts(
+                    walk,
                     f"blk.{index}.",
                     layer,
                     source.arch.experts,
                     [(record.inputs[-1], record.residuals[-1]) for record in records],
                     inputs,
-                    plan,
-                    importance_out,
-                    recipe,
                     seed + index * len(source.arch.linears) + len(source.arch.groups),
-                    scale,
-                    result,
-                    work,
-                    executor,
                 )
                 if few:
                     stage.say(
@@ -124,46 +114,44 @@ def factorize_model(
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")
-    return result
+    return walk.result
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What all layers of a model are factorized with, and what is found: see factorize_model."""
+
+    plan: Plan
+    importance_out: dict[str, Tensor]
+    recipe: Recipe
+    scale: float  # that the residual stream gives to outputs
+    executor: Executor
+    work: Work
+    result: dict[str, Factors]
+    errors: dict[str, float]
 
 
 def _factorize_group(
+    walk: _Walk,
     prefix: str,
     layer: nn.Module,
-    source: Source,
+    arch: ArchSpec,
     group: Group,
     wanted: list[tuple[Tensor, Tensor | None]],
     inputs: list[tuple[Tensor, Tensor | None]],
-    plan: Plan,
-    importance_out: dict[str, Tensor],
-    recipe: Recipe,
     seed: int,
-    scale: float,
-    result: dict[str, Factors],
-    work: Work,
-    executor: Executor,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
-    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
-    modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
-    targets = {prefix + name: (solve(module.weight), importance_in) for name, module in modules.items()}
-    seed += source.arch.groups.index(group)
-    _factorize_targets(targets, plan, importance_out, recipe, seed, result, work, executor)
-    for name, module in modules.items():
-        module.weight = nn.Parameter(result[prefix + name].dense()[0], requires_grad=False)
+    solve, importance_in = _normal_equations(wanted, inputs, walk.recipe.damping, walk.scale)
+    modules = {prefix + name: layer.get_submodule(arch.linears[name]) for name in group.linears}
+    targets = {name: (solve(module.weight), importance_in) for name, module in modules.items()}
+    _factorize_targets(walk, targets, modules, seed + arch.groups.index(group))
 
 
 def _factorize_targets(
-    targets: dict[str, tuple[Tensor, Tensor]],
-    plan: Plan,
-    importance_out: dict[str, Tensor],
-    recipe: Recipe,
-    seed: int,
-    result: dict[str, Factors],
-    work: Work,
-    executor: Executor,
+    walk: _Walk, targets: dict[str, tuple[Tensor, Tensor]], modules: dict[str, nn.Module], seed: int
 ) -> None:
-    """Add to `result` the factors of matrices that do not depend on each other.
+    """Factorize matrices that do not depend on each other, and put what the factors give into the modules.
 
     targets  GGUF name -> the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
     """
@@ -172,29 +160,32 @@ def _factorize_targets(
         return partial(
             factorize,
             torch.stack([targets[name][0] for name in names]),
-            plan.ranks[names[0]],
+            walk.plan.ranks[names[0]],
             torch.stack([targets[name][1] for name in names]),
-            torch.stack([importance_out[name] for name in names]),
-            iterations=recipe.admm_iterations,
+            torch.stack([walk.importance_out[name] for name in names]),
+            iterations=walk.recipe.admm_iterations,
             seed=seed,
         )
 
     device = next(iter(targets.values()))[0].device
-    together = _equal_shapes(list(targets), plan, 1 if device.type == "cpu" else BATCH_MATRICES)
+    together = _equal_shapes(list(targets), walk.plan, 1 if device.type == "cpu" else BATCH_MATRICES)
     missing = []
     for names in together:  # what shares a batch is made together again, so that it comes out the same
-        kept = {name: work.load(name) for name in names}
+        kept = {name: walk.work.load(name) for name in names}
         if not all(kept.values()):
             missing.append(names)
             continue
         for name, part in kept.items():
-            result[name] = Factors(**{key: value.to(device) for key, value in part.items()})
-    if device.type != "cpu":
-        executor = one_by_one
+            walk.result[name] = Factors(**{key: value.to(device) for key, value in part.items()})
+    executor = walk.executor if device.type == "cpu" else one_by_one
     for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
         for place, name in enumerate(names):
-            result[name] = factors[place : place + 1]
-            work.save(name, {k: v.clone() for k, v in vars(result[name]).items()})
+            walk.result[name] = factors[place : place + 1]
+            walk.work.save(name, {k: v.clone() for k, v in vars(walk.result[name]).items()})
+    for name, (target, importance_in) in targets.items():
+        weight = walk.result[name].dense()[0]
+        walk.errors[name] = relative_error(target, weight, walk.importance_out[name], importance_in)
+        modules[name].weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _equal_shapes(linears: list[str], plan: Plan, most: int) -> list[list[str]]:
@@ -217,19 +208,13 @@ class _Branch:
 
 
 def _factorize_experts(
+    walk: _Walk,
     prefix: str,
     layer: nn.Module,
     experts: Experts,
     wanted: list[tuple[Tensor, Tensor | None]],
     inputs: list[tuple[Tensor, Tensor | None]],
-    plan: Plan,
-    importance_out: dict[str, Tensor],
-    recipe: Recipe,
     seed: int,
-    scale: float,
-    result: dict[str, Factors],
-    work: Work,
-    executor: Executor,
 ) -> list[int]:
     """The same as _factorize_group for the experts of a layer, the shared one among them, gate and up first.
 
@@ -261,10 +246,10 @@ def _factorize_experts(
             [(c[None] * branch.shares, None if lack is None else lack[None])]
             for c, lack in zip((a, b), streams, strict=True)
         ]
-        solve, importance = _normal_equations(*pairs, recipe.damping, scale)
+        solve, importance = _normal_equations(*pairs, walk.recipe.damping, walk.scale)
         return solve(module.weight), importance
 
-    targets = {}
+    targets, modules = {}, {}
     for end, branch in branches.items():
         a, b = (x[branch.tokens], x_now[branch.tokens]) if branch.corrected else (x, x_now)
         if branch.corrected:
@@ -272,19 +257,15 @@ def _factorize_experts(
         for name in ("ffn_gate", "ffn_up"):
             module = branch.module.get_submodule(EXPERT_LINEARS[name])
             targets[prefix + name + end] = target(branch, module, a, b, residual=False)
-    _factorize_targets(targets, plan, importance_out, recipe, seed, result, work, executor)
-    targets = {}
+            modules[prefix + name + end] = module
+    _factorize_targets(walk, targets, modules, seed)
+    targets, modules = {}, {}
     for end, branch in branches.items():
-        for name in ("ffn_gate", "ffn_up"):
-            module = branch.module.get_submodule(EXPERT_LINEARS[name])
-            module.weight = nn.Parameter(result[prefix + name + end].dense()[0], requires_grad=False)
         b = activations(branch.module, x_now[branch.tokens] if branch.corrected else x_now)
         module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
         targets[prefix + "ffn_down" + end] = target(branch, module, hidden.pop(end, b), b, residual=True)
-    _factorize_targets(targets, plan, importance_out, recipe, seed + 1, result, work, executor)
-    for end, branch in branches.items():
-        module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
-        module.weight = nn.Parameter(result[prefix + "ffn_down" + end].dense()[0], requires_grad=False)
+        modules[prefix + "ffn_down" + end] = module
+    _factorize_targets(walk, targets, modules, seed + 1)
     return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
 
 

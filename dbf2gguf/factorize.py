@@ -169,6 +169,19 @@ def _refit(weight: Tensor, factors: Factors) -> Factors:
     return Factors(factors.a, factors.b, s_out, s_mid, s_in)
 
 
+def relative_error(
+    wanted: Tensor, got: Tensor, importance_out: Tensor | None = None, importance_in: Tensor | None = None
+) -> float:
+    """Norm of (wanted - got) over that of wanted, (rows, cols) both; with importances, as `factorize` weighs
+    errors: importance_out (rows,), importance_in (cols,). NaN where wanted is 0."""
+    difference = wanted - got
+    if importance_out is not None:
+        difference, wanted = difference * importance_out[:, None], wanted * importance_out[:, None]
+    if importance_in is not None:
+        difference, wanted = difference * importance_in, wanted * importance_in
+    return float(difference.norm() / wanted.norm())
+
+
 def balance(factors: Factors) -> Factors:
     """Give the three scale vectors equal root mean squares, so that all fit float16 well."""
     vectors = [factors.s_out, factors.s_mid, factors.s_in]

@@ -11,6 +11,7 @@ import torch
 
 from dbf2gguf.recipe import CARRIERS, EMBED_TYPES, Recipe
 from dbf2gguf.search import COLLAPSED_KL
+from dbf2gguf.tables import check_readable
 from dbf2gguf.team import local_rank, torchrun_size
 from runtime.errors import OptionError
 
@@ -51,8 +52,7 @@ def check_options(options: Options, threads: int | None) -> None:
         most = "" if options.force else f" and at most {COLLAPSED_KL:g} without --force"
         raise OptionError(f"--max-kl is {options.max_kl:g}; wanted more than 0{most}")
     for file in [*options.calib, *([options.eval_text] if options.eval_text else [])]:
-        if not file.is_file():
-            raise OptionError(f"{file}: no such text file")
+        check_readable(file)
     least = {
         "row_tokens": 4,
         "text_rows": 1,

@@ -1,4 +1,4 @@
-"""Open the model to convert: a Hugging Face folder, or a GGUF turned into one."""
+"""Open the model to convert: a Hugging Face folder, one fetched from the hub, or a GGUF turned into one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf import hub
 from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
+from dbf2gguf.legacy import bin_to_safetensors, is_legacy
 from runtime.errors import FormatError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
@@ -32,15 +34,21 @@ class Source:
 def open_source(model: str | Path, scratch: Path) -> Source:
     """Check the model at `model` without loading its weights.
 
-    A GGUF file is dequantized into a Hugging Face folder under `scratch` first.
+    What is no file or folder but has the shape of an id on the hub, owner/name[@revision], is fetched. A GGUF
+    file is dequantized into a Hugging Face folder under `scratch` first; a folder whose weights are
+    pytorch_model.bin alone is copied there with safetensors.
+
     Raises FormatError for what is no model or a broken one, UnsupportedModelError for an architecture or
     feature that is not implemented.
     """
     path, gguf = Path(model), None
     name = path.resolve().name
+    if not path.exists() and (known := hub.split_id(str(model))):
+        path, name = hub.fetch(str(model)), known[0].partition("/")[2]
     if not path.exists():
         raise FormatError(
-            f"{model}: no such folder or file; wanted a Hugging Face model folder or a GGUF file"
+            f"{model}: no such folder or file; wanted a Hugging Face model folder, a GGUF file, or the id of "
+            "a model on the hub (owner/name)"
         )
     if path.is_file():
         with path.open("rb") as file:
@@ -62,6 +70,9 @@ def open_source(model: str | Path, scratch: Path) -> Source:
     if not isinstance(config, dict):
         raise FormatError(f"{config_file}: wanted a JSON object, got {type(config).__name__}")
     arch = find_arch(config, str(config_file))
+    if is_legacy(path):
+        bin_to_safetensors(path, scratch / "model")
+        path = scratch / "model"
     _check_safetensors(path)
     return Source(path, config, arch, name, gguf)
 
@@ -79,7 +90,7 @@ def _check_safetensors(path: Path) -> None:
     else:
         files = sorted(p.name for p in path.glob("*.safetensors"))
     if not files:
-        raise FormatError(f"{path}: no .safetensors file in it; only safetensors weights are read")
+        raise FormatError(f"{path}: no .safetensors file in it, and no pytorch_model.bin")
     from safetensors import SafetensorError, safe_open
 
     for name in files:

@@ -253,3 +253,36 @@ def test_importance_is_used(setup: Setup) -> None:
     finally:
         setup.importance[name] = torch.ones(rows)
     assert weighted[heavy].square().mean() < 0.7 * even[heavy].square().mean()
+
+
+def test_errors_are_those_of_the_factors(setup: Setup) -> None:
+    """In the first group nothing lacks yet, so that what is factorized is the weight itself: an error that
+    can be told from outside, weighted by the inputs' second moments."""
+    errors: dict[str, float] = {}
+    stage = Stage("factorize", 2, quiet=True)
+    factors = factorize_model(
+        setup.source,
+        setup.model,
+        setup.plan,
+        setup.rows,
+        setup.importance,
+        RECIPE,
+        0,
+        stage,
+        Work(None),
+        errors,
+    )
+    assert set(errors) == set(setup.names)
+    assert all(0 < error < 1 for error in errors.values())
+    seen: list[Tensor] = []
+    module = setup.model.get_submodule(setup.names["blk.0.attn_q"])
+    hook = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].double()))
+    hidden_states(setup.model, input_ids=setup.rows)
+    hook.remove()
+    moments = torch.cat(seen).square().mean((0, 1))
+    weights = (moments / moments.mean() + 1e-6).sqrt()
+    for name in ("attn_q", "attn_k", "attn_v"):
+        wanted = setup.model.get_submodule(setup.names[f"blk.0.{name}"]).weight.double()
+        got = factors[f"blk.0.{name}"].dense()[0].double()
+        expected = ((wanted - got) * weights).norm() / (wanted * weights).norm()
+        assert errors[f"blk.0.{name}"] == pytest.approx(float(expected), rel=1e-3)

@@ -26,7 +26,7 @@ PRECIOUS = b"an earlier conversion"
 
 OPTIONS = (
     "--quiet", "-t", "1", "--bpw", "4", "--text-rows", "4", "--correct-rows", "2", "--distill-steps", "1",
-    "--admm-iterations", "2",
+    "--admm-iterations", "2", "--no-report",
 )  # fmt: skip
 
 
@@ -118,7 +118,9 @@ def test_not_a_model_file(place: Place) -> None:
 
 def test_no_weights(place: Place) -> None:
     (place.model / "model.safetensors").rename(place.model / "pytorch_model.bin")
-    assert "only safetensors weights are read" in place.fails()
+    assert "pytorch_model.bin: broken, or holds more than tensors" in place.fails()
+    (place.model / "pytorch_model.bin").unlink()
+    assert "no .safetensors file in it, and no pytorch_model.bin" in place.fails()
 
 
 QWEN_MOE: dict[str, Any] = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}

@@ -35,6 +35,7 @@ QUICK: dict[str, Any] = {
     "threads": 1,
     "device": "cpu",
     "quiet": True,
+    "report": False,
 }
 """Options of `convert` that make it quick; the result is as correct as any, if not as good."""
 
