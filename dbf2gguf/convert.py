@@ -18,6 +18,7 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.allocate import allocate
 from dbf2gguf.archs import context_length
 from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
 from dbf2gguf.calibrate import output_importance
@@ -251,6 +252,13 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe, made.options.seed
     work = made.work.within(f"{plan.target:g}-")
+    if recipe.allocation != "uniform":
+        with stages("allocate", model.config.num_hidden_layers) as progress:
+            plan = allocate(
+                made.source, model, made.names, plan, made.rows, made.importance, recipe, seed, progress, work
+            )
+        if not made.options.quiet:
+            print(describe_plan(plan, _file_size(plan, model, made.options.embed_type)), file=sys.stderr)
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
         factors = factorize_model(

@@ -48,6 +48,7 @@ def factorize_model(
     seed: int,
     stage: Stage,
     work: Work,
+    targets: dict[str, Tensor] | None = None,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
@@ -56,6 +57,7 @@ def factorize_model(
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
     again.
+    targets         gets what every layer's factors approximate, GGUF name -> (rows, cols)
     """
     result: dict[str, Factors] = {}
     scale = features(model.config).residual_scale
@@ -82,6 +84,7 @@ def factorize_model(
                     scale,
                     result,
                     work,
+                    targets,
                 )
             student_states = [_call(layer, s, arguments) for s in student_states]
         finally:
@@ -108,11 +111,14 @@ def _factorize_group(
     scale: float,
     result: dict[str, Factors],
     work: Work,
+    kept_targets: dict[str, Tensor] | None,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
     targets = {name: solve(module.weight) for name, module in modules.items()}
+    if kept_targets is not None:
+        kept_targets |= {prefix + name: target for name, target in targets.items()}
 
     def factorize_some(names: list[str]) -> Factors:
         return factorize(

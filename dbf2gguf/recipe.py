@@ -14,6 +14,10 @@ CARRIERS = ("dbf1", "i8")
 """Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
 
 
+ALLOCATIONS = ("uniform", "sensitivity", "attribution", "channels")
+"""How bits are spread over linear layers: see `allocate.allocate`."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
@@ -32,6 +36,7 @@ class Recipe:
     sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
+    allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
 
     def describe(self) -> dict[str, Any]:
         """All settings, for the receipt."""
