@@ -12,13 +12,14 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dbf2gguf.activations import SLACK, Passes, checkpointed, in_bfloat16, plan_passes, saved_bytes
 from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, hidden_states
 from dbf2gguf.factorize import Factors, signs
@@ -30,8 +31,10 @@ from dbf2gguf.work import Work
 
 SCALES = ("s_out", "s_mid", "s_in")
 PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
+GPU_PART_WEIGHTS = 2**26  # and on a GPU
 PASS_TOKENS = 1024  # that pass through the model at a time on a CPU: bounds the activations held
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
+GPU_HEAD_LOGITS = 2**28  # that are held at a time on a GPU, of 4096 tokens at most
 FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
@@ -64,9 +67,9 @@ class FactorStack(nn.Module):
         return [getattr(self, n) * getattr(self, f"{n}_rms") for n in SCALES]
 
     def _parts(self) -> Iterator[slice]:
-        """Layers that are multiplied together: all on a GPU, few on a CPU, whose caches then hold them."""
+        """Layers that are multiplied together: few on a CPU, whose caches then hold them, many on a GPU."""
         n, rows, cols = len(self.names), self.a.shape[1], self.b.shape[2]
-        size = n if self.a.is_cuda else max(1, PART_WEIGHTS // (rows * cols))
+        size = max(1, (GPU_PART_WEIGHTS if self.a.is_cuda else PART_WEIGHTS) // (rows * cols))
         return (slice(start, start + size) for start in range(0, n, size))
 
     @torch.no_grad()
@@ -170,10 +173,14 @@ class Student(nn.Module):
 
     def backward(self) -> None:
         """The factors' gradients, once those of the weights are complete; lets the weights go."""
-        for linear in self._linears.values():
-            linear.weight = None
+        self.let_go()
         for stack in self.stacks:
             stack.backward()
+
+    def let_go(self) -> None:
+        """Of the weights, as the linear layers hold them."""
+        for linear in self._linears.values():
+            linear.weight = None
 
     def factors(self) -> dict[str, Factors]:
         """GGUF name -> the factors as they are now, batch 1."""
@@ -243,11 +250,19 @@ def distill(
     def train() -> Tensor:
         """One step on `tokens`; the KL before it."""
         optimizer.zero_grad(set_to_none=True)
-        kl = _gradients(teacher, student, tokens, kl_gradient)
+        kl = _gradients(teacher, student, tokens, kl_gradient, passes.rows)
         optimizer.step()
         return kl
 
-    with _compiled(teacher, student.model) if compiled else nullcontext():
+    with ExitStack() as modes:
+        if device.type == "cuda":
+            modes.enter_context(in_bfloat16(_linears_of(teacher, student.model)))
+        passes = _passes(student, rows[:1].to(device), len(tokens), trained, recipe.checkpointing)
+        if compiled:
+            modes.enter_context(_compiled(teacher, student.model))
+        if passes.checkpointed:
+            layers = decoder_layers(student.model, ARCHS[student.model.config.model_type])
+            modes.enter_context(checkpointed(list(layers)))
         run = Recorder(WARM_UP_CALLS)(train) if compiled else train
         last_saved = time.monotonic()
         for step, batch in enumerate(batches, len(history)):
@@ -290,17 +305,46 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
-    """Gradients of the mean KL on tokens (batch, tokens); returns it, on the model's device."""
+def _linears_of(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
+    """The linear layers that the student does not share, but for the head, which may be the embedding."""
+    shared = {id(p) for p in student.parameters()} | {id(teacher.get_output_embeddings().weight)}
+    return [m for m in teacher.modules() if isinstance(m, nn.Linear) and id(m.weight) not in shared]
+
+
+def _passes(student: Student, row: Tensor, batch: int, trained: list[Tensor], checkpointing: str) -> Passes:
+    """How a batch goes through the student. On a GPU, by its free memory and what a row (1, tokens) needs."""
+    tokens = row.shape[1]
+    if not row.is_cuda:
+        return Passes(max(1, PASS_TOKENS // tokens), checkpointing == "on")
+    with torch.autocast("cuda", torch.bfloat16):
+        student.multiply_out()
+        known = [p for m in student.model.modules() for p in (*m.parameters(False), *m.buffers(False))]
+        weights = [m.weight for m in student.model.modules() if isinstance(m, DbfLinear)]
+        plain = saved_bytes(lambda: student.hidden_states(row), iter(known + weights))
+    later = 8 * sum(p.numel() for p in trained) + sum(w.nbytes for w in weights)  # Adam, weights' gradients
+    later += 4 * sum(p.numel() for p in known if p.requires_grad)  # and the others'
+    later += 5 * 4 * GPU_HEAD_LOGITS
+    free = torch.cuda.mem_get_info(row.device)[0]
+    free += torch.cuda.memory_reserved(row.device) - torch.cuda.memory_allocated(row.device)
+    config = student.model.config
+    layers, kept = config.num_hidden_layers, 4 * tokens * config.hidden_size
+    student.let_go()
+    return plan_passes(batch, tokens, layers, plain, kept, SLACK * free - later, checkpointing)
+
+
+def _gradients(
+    teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any, rows: int | None = None
+) -> Tensor:
+    """Gradients of the mean KL on tokens (batch, tokens), `rows` or all at a time; returns it, on the model's
+    device."""
     f = features(teacher.config)
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
-    rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
-    size = HEAD_TOKENS * 8 if tokens.is_cuda else HEAD_TOKENS
+    size = min(HEAD_TOKENS * 8, GPU_HEAD_LOGITS // len(head)) if tokens.is_cuda else HEAD_TOKENS
     total = torch.zeros((), device=tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=has_bfloat16(tokens.device)):
         student.multiply_out()
-        for some in tokens.split(rows):
+        for some in tokens.split(rows or len(tokens)):
             with torch.no_grad():
                 wanted = hidden_states(teacher, input_ids=some).flatten(0, 1)
             hidden = student.hidden_states(some)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, EMBED_TYPES, Recipe
+from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, EMBED_TYPES, Recipe
 from dbf2gguf.search import COLLAPSED_KL
 from runtime.errors import OptionError
 
@@ -63,9 +63,9 @@ def check_options(options: Options, threads: int | None) -> None:
         value = getattr(recipe, name)
         if value < minimum:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; wanted {minimum} or more")
-    if recipe.allocation not in ALLOCATIONS:
-        known = ", ".join(ALLOCATIONS)
-        raise OptionError(f"--allocation {recipe.allocation!r} is unknown; there are {known}")
+    for name, known in (("allocation", ALLOCATIONS), ("checkpointing", CHECKPOINTING)):
+        if (value := getattr(recipe, name)) not in known:
+            raise OptionError(f"--{name} {value!r} is unknown; there are {', '.join(known)}")
     if not 0 <= recipe.chat_share <= 1:
         raise OptionError(f"--chat-share is {recipe.chat_share}; wanted 0 to 1")
     if not 0 <= seed < MAX_SEED:
