@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import gguf
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import ALLOCATIONS, Recipe
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
+from dbf2gguf.write import dequantized, ggml_type, head_is_tied
 from runtime.errors import OptionError
 
 LOG_ERROR = (-1.22, 0.11)
@@ -414,6 +416,39 @@ def measure_kl(
             found[name] = kl_from(int(name.split(".")[1]))
         finally:
             module.weight = weight
+    return found
+
+
+@torch.no_grad()
+def embedding_costs(model: nn.Module, rows: Tensor, types: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """What storing embedding and head as each of `types` costs alone: bits of both, and KL, nats a token, on
+    rows (n, tokens) int64. Beside the KL that a step of the linear layers' bits saves, it tells where a bit
+    of the file does most. Types whose blocks do not divide a row are left out.
+
+    -> type, of recipe.EMBED_TYPES -> (bits, KL)
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    f, device = features(model.config), embedding.device
+    wanted = [hidden_states(model, input_ids=row.to(device))[0] for row in rows.split(1)]
+    found: dict[str, tuple[int, float]] = {}
+    for kind in types:
+        block, nbytes = gguf.GGML_QUANT_SIZES[ggml_type(kind)]
+        if embedding.shape[1] % block:
+            continue
+        other = with_linears(model, {})
+        stored = nn.Parameter(dequantized(embedding, kind), requires_grad=False)
+        stored_head = stored
+        if not head_is_tied(model):
+            stored_head = nn.Parameter(dequantized(head, kind), requires_grad=False)
+        other.get_input_embeddings().weight = stored
+        total = 0.0
+        for row, reference in zip(rows.split(1), wanted, strict=True):
+            hidden = hidden_states(other, input_ids=row.to(device))[0]
+            for start in range(0, len(hidden), HEAD_TOKENS):
+                part = slice(start, start + HEAD_TOKENS)
+                total += float(_kl_gradient(hidden[part], reference[part], stored_head, head, f)[0])
+        weights = embedding.numel() + (0 if head_is_tied(model) else head.numel())
+        found[kind] = (weights // block * nbytes * 8, total / rows.numel())
     return found
 
 

@@ -21,6 +21,7 @@ from dbf2gguf.allocate import (
     allocate,
     attribute_kl,
     channel_scores,
+    embedding_costs,
     estimate_kl,
     input_importance,
     measure_kl,
@@ -255,6 +256,23 @@ def test_channel_scores_are_squared_gradients(setup: Setup) -> None:
         wanted += (gradient * f.s_mid)[0].square()
     assert module.weight.shape == weight.shape
     assert torch.allclose(found[name], wanted, rtol=1e-2, atol=1e-3 * float(wanted.max()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_costs(tied: bool) -> None:
+    """Fewer bits cost more; the model is left as it was; what does not fit rows of 64 is left out."""
+    model = tiny_hf.model(tie_word_embeddings=tied)
+    rows = torch.randint(0, tiny_hf.N_VOCAB, (4, 24), generator=torch.Generator().manual_seed(3))
+    before = model.get_input_embeddings().weight.clone()
+    found = embedding_costs(model, rows, ("f16", "q8_0", "q6_k", "q4_0"))
+    assert list(found) == ["f16", "q8_0", "q4_0"]
+    weights = before.numel() * (1 if tied else 2)
+    assert [bits / weights for bits, _ in found.values()] == [16, 8.5, 4.5]
+    costs = [kl for _, kl in found.values()]
+    assert costs == sorted(costs)
+    assert costs[0] < 0.1 * costs[2]
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("kind", ["sensitivity", "attribution", "channels"])
