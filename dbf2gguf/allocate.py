@@ -48,6 +48,10 @@ LEAST_SHARE, MOST_SHARE = 0.4, 2.5
 CHANNELS_MORE = 1.5
 """Bits per weight of the model whose channels are pruned, relative to those wanted."""
 
+LEVELS = 8
+"""Steps that the rank of a uniform plan is made of: with few different ranks, distillation still multiplies
+out many layers at a time."""
+
 PROBE_ITERATIONS = 8
 BATCH_WEIGHTS = 2**26  # that are factorized together on a GPU
 TINY = 1e-30
@@ -161,22 +165,41 @@ def plan_by_sensitivity(
     spent = sum(linear_bits(*shapes[n], rank) for n, rank in ranks.items())
     if spent > budget:  # tiny layers: not even that share fits steps of 8
         return uniform
-    steps = {name: linear_bits(*shape, RANK_STEP) - linear_bits(*shape, 0) for name, shape in shapes.items()}
+    for coarse in (True, False):  # what is left over goes in steps of 8
+        steps = {
+            n: RANK_STEP * (max(1, uniform.ranks[n] // (LEVELS * RANK_STEP)) if coarse else 1) for n in shapes
+        }
+        spent = _spend(shapes, tempered, ranks, tops, steps, budget, spent)
+    return Plan(dict(shapes), ranks, bpw)
+
+
+def _spend(
+    shapes: Mapping[str, Shape],
+    sensitivities: Sensitivities,
+    ranks: dict[str, int],
+    tops: Mapping[str, int],
+    steps: Mapping[str, int],
+    budget: int,
+    spent: int,
+) -> int:
+    """Raise the ranks, step after step where that saves most KL a bit, while the bits last; returns the bits
+    spent."""
+    bits = {n: linear_bits(*shape, steps[n]) - linear_bits(*shape, 0) for n, shape in shapes.items()}
 
     def entry(name: str) -> tuple[float, str]:
-        now, then = (tempered.at(name, shapes[name], ranks[name] + more) for more in (0, RANK_STEP))
-        return (then - now) / steps[name], name
+        now, then = (sensitivities.at(name, shapes[name], ranks[name] + more) for more in (0, steps[name]))
+        return (then - now) / bits[name], name
 
     queue = [entry(name) for name in shapes]
     heapq.heapify(queue)
     while queue:
         gain, name = heapq.heappop(queue)
-        if gain >= 0 or spent + steps[name] > budget or ranks[name] >= tops[name]:
+        if gain >= 0 or spent + bits[name] > budget or ranks[name] + steps[name] > tops[name]:
             continue
-        spent += steps[name]
-        ranks[name] += RANK_STEP
+        spent += bits[name]
+        ranks[name] += steps[name]
         heapq.heappush(queue, entry(name))
-    return Plan(dict(shapes), ranks, bpw)
+    return spent
 
 
 def plan_by_channels(
@@ -281,7 +304,7 @@ def input_importance(model: nn.Module, names: Mapping[str, str], rows: Tensor) -
     sums: dict[str, Tensor] = {}
 
     def on_input(name: str, x: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + x.float().square().sum((0, 1))
+        sums[name] = sums.get(name, 0) + x.float().flatten(0, -2).square().sum(0)
 
     with _inputs_of(model, names, on_input):
         for chunk in rows.split(4):
@@ -329,12 +352,12 @@ def estimate_kl(
 
     That is exact for the Fisher matrix but for products of different tokens' gradients.
     """
-    found: dict[str, float] = {}
+    found = dict.fromkeys(names, 0.0)
     inputs: dict[str, Tensor] = {}
 
     def on_gradient(name: str, gradient: Tensor) -> None:
         change = ((gradient @ errors[name]) * inputs.pop(name)).sum(-1)
-        found[name] = found.get(name, 0.0) + float(change.square().sum())
+        found[name] += float(change.square().sum())
 
     _backward(model, names, rows, inputs, on_gradient, lambda row, hidden: _loss_gradient(model, hidden, row))
     return {name: 0.5 * total / rows[:, 1:].numel() for name, total in found.items()}
@@ -507,15 +530,14 @@ def channel_scores(
     -> GGUF name -> (rank,) float32
     """
     weights = {name: factors[name].dense()[0] for name in names}
-    found: dict[str, Tensor] = {}
+    found = {name: torch.zeros_like(factors[name].s_mid[0]) for name in names}
     inputs: dict[str, Tensor] = {}
 
     def on_gradient(name: str, gradient: Tensor) -> None:
         f = factors[name]
         before = (inputs.pop(name) * f.s_in) @ signs(f.b[0]).mT
         after = (gradient * f.s_out) @ signs(f.a[0])
-        change = (before * after * f.s_mid).sum(1)  # one for each row
-        found[name] = found.get(name, 0) + change.square().sum(0)
+        found[name] += (before * after * f.s_mid).flatten(0, -2).sum(0).square()
 
     _kl_backward(model, names, weights, rows, inputs, on_gradient)
     return found
