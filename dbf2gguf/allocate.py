@@ -309,7 +309,10 @@ def input_importance(model: nn.Module, names: Mapping[str, str], rows: Tensor) -
     with _inputs_of(model, names, on_input):
         for chunk in rows.split(4):
             hidden_states(model, input_ids=chunk.to(next(model.parameters()).device))
-    return {name: (total / total.mean().clamp(min=TINY) + 1e-6).sqrt() for name, total in sums.items()}
+    for name, path in names.items():
+        if name not in sums:  # an expert that no token reaches
+            sums[name] = torch.ones_like(model.get_submodule(path).weight[0])
+    return {name: (sums[name] / sums[name].mean().clamp(min=TINY) + 1e-6).sqrt() for name in names}
 
 
 @torch.no_grad()
@@ -412,7 +415,7 @@ def measure_kl(
     from that block on. Holds the states between blocks."""
     layers = decoder_layers(model, source.arch)
     states, arguments = _embed(model, layers, rows)
-    between = [states]
+    between = [list(states)]
     for layer, its in zip(layers, arguments, strict=True):
         between.append([_call(layer, state, its) for state in between[-1]])
     norm = model.get_submodule(source.arch.out_norm)

@@ -250,7 +250,7 @@ def distill(
     def train() -> Tensor:
         """One step on `tokens`; the KL before it."""
         optimizer.zero_grad(set_to_none=True)
-        kl = _gradients(teacher, student, tokens, kl_gradient, passes.rows)
+        kl = _gradients(teacher, student, tokens, kl_gradient, rows=passes.rows)
         optimizer.step()
         return kl
 
@@ -333,7 +333,7 @@ def _passes(student: Student, row: Tensor, batch: int, trained: list[Tensor], ch
 
 
 def _gradients(
-    teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any, rows: int | None = None
+    teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any, *, rows: int | None = None
 ) -> Tensor:
     """Gradients of the mean KL on tokens (batch, tokens), `rows` or all at a time; returns it, on the model's
     device."""

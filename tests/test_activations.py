@@ -97,7 +97,7 @@ def test_rows_at_a_time_are_one_batch(setup: Setup, rows: int | None) -> None:
     students = setup.student(), setup.student()
     tokens = setup.rows[:6]
     kls = [
-        float(_gradients(setup.model, student, tokens, _kl_gradient, some))
+        float(_gradients(setup.model, student, tokens, _kl_gradient, rows=some))
         for student, some in zip(students, (6, rows), strict=True)
     ]
     assert kls[0] == pytest.approx(kls[1], rel=1e-5)
