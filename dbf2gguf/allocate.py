@@ -52,6 +52,10 @@ LEVELS = 8
 """Steps that the rank of a uniform plan is made of: with few different ranks, distillation still multiplies
 out many layers at a time."""
 
+STRENGTH = 0.5
+"""How far `allocate` believes the sensitivities, see plan_by_sensitivity: half, which is predicted to save
+nearly as much as all of it, at half the distance from a uniform plan."""
+
 PROBE_ITERATIONS = 8
 BATCH_WEIGHTS = 2**26  # that are factorized together on a GPU
 TINY = 1e-30
@@ -112,13 +116,14 @@ def allocate(
         if kind == "sensitivity":
             found = sensitivities(source, model, names, plan, probe, importance_out, seed=seed)
             stage.step(n=stage.total)
-            return plan_by_sensitivity(shapes, plan.target, found).ranks
+            return plan_by_sensitivity(shapes, plan.target, found, strength=STRENGTH).ranks
         if kind == "attribution":
             targets: dict[str, Tensor] = {}
             factors = factorized(plan, targets)
             weights = {name: f.dense()[0] for name, f in factors.items()}
             shares = attribute_kl(model, names, weights, targets, probe)
-            return plan_by_sensitivity(shapes, plan.target, Sensitivities(shares, plan.ranks)).ranks
+            found = Sensitivities(shrunk(shares), plan.ranks)
+            return plan_by_sensitivity(shapes, plan.target, found, strength=STRENGTH).ranks
         more = plan_uniform(shapes, min(CHANNELS_MORE * plan.target, MAX_BPW))
         return plan_by_channels(
             shapes, plan.target, channel_scores(model, names, factorized(more), probe)
@@ -329,7 +334,10 @@ def probe_errors(
 
     def errors_of(some: list[str]) -> Tensor:
         weight = torch.stack([model.get_submodule(names[name]).weight for name in some])
-        inputs, outputs = (torch.stack([i[name] for name in some]) for i in (importance_in, importance_out))
+        inputs, outputs = (
+            torch.stack([of[name] for name in some]).to(weight.device)
+            for of in (importance_in, importance_out)
+        )
         found = factorize(weight, plan.ranks[some[0]], inputs, outputs, iterations=iterations, seed=seed)
         return found.dense() - weight
 
@@ -505,23 +513,49 @@ def attribute_kl(
     weights: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],
     rows: Tensor,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Each layer's share of the KL of a factorized model, nats a token: half of its gradient times the
     layer's error, which sums up to the KL as far as that is quadratic in the errors. Negative where the error
     makes up for others'.
 
     weights  GGUF name -> (rows, cols), of the factorized model
     targets  GGUF name -> (rows, cols), what they approximate: see factorize_model
+    ->       GGUF name -> (n,) float64, the share in every row of text
     """
-    found = dict.fromkeys(names, 0.0)
+    found: dict[str, list[float]] = {name: [0.0] * len(rows) for name in names}
     inputs: dict[str, Tensor] = {}
+    row = -1
+
+    def on_row() -> None:
+        nonlocal row
+        row += 1
 
     def on_gradient(name: str, gradient: Tensor) -> None:
         error = weights[name] - targets[name].to(gradient.device)
-        found[name] += float(((gradient @ error) * inputs.pop(name)).sum())
+        found[name][row] = 0.5 * float(((gradient @ error) * inputs.pop(name)).sum()) / rows.shape[1]
 
-    _kl_backward(model, names, weights, rows, inputs, on_gradient)
-    return {name: 0.5 * total / rows.numel() for name, total in found.items()}
+    _kl_backward(model, names, weights, rows, inputs, on_gradient, on_row)
+    return {name: torch.tensor(shares, dtype=torch.float64) for name, shares in found.items()}
+
+
+def shrunk(shares: Mapping[str, Tensor]) -> dict[str, float]:
+    """The means of shares that are known by few rows of text, moved towards that of their kind the more, the
+    less the layers of that kind differ beyond what rows do (empirical Bayes).
+
+    shares  GGUF name -> (n,), see attribute_kl; of a single row, they stay as they are
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in shares:
+        kinds.setdefault(kind_of(name), []).append(name)
+    found = {}
+    for names in kinds.values():
+        rows = torch.stack([shares[name].double() for name in names])
+        means, count = rows.mean(1), rows.shape[1]
+        errors = rows.var(1, correction=min(1, count - 1)) / count
+        spread = (means.var(correction=0) - errors.mean()).clamp(min=0)
+        trust = spread / (spread + errors + TINY)
+        found |= dict(zip(names, (means.mean() + trust * (means - means.mean())).tolist(), strict=True))
+    return {name: found[name] for name in shares}
 
 
 def channel_scores(
@@ -553,8 +587,10 @@ def _kl_backward(
     rows: Tensor,
     inputs: dict[str, Tensor],
     on_gradient: Callable[[str, Tensor], None],
+    on_row: Callable[[], None] = lambda: None,
 ) -> None:
-    """As _backward, in the model with other weights, the loss being the summed KL from the original."""
+    """As _backward, in the model with other weights, the loss being the summed KL from the original.
+    Calls on_row() before the gradients of every row."""
     linears = {}
     for name, path in names.items():
         bias = model.get_submodule(path).bias
@@ -565,6 +601,7 @@ def _kl_backward(
     f, head = features(model.config), model.get_output_embeddings().weight
 
     def loss_gradient(row: Tensor, hidden: Tensor) -> Tensor:
+        on_row()
         with torch.no_grad():
             wanted = hidden_states(model, input_ids=row).flatten(0, 1)
         flat = hidden.flatten(0, 1)

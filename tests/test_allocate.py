@@ -28,6 +28,7 @@ from dbf2gguf.allocate import (
     plan_by_channels,
     plan_by_sensitivity,
     probe_errors,
+    shrunk,
 )
 from dbf2gguf.budget import Plan, linear_bits, plan_uniform
 from dbf2gguf.calibrate import output_importance
@@ -223,7 +224,24 @@ def test_shares_sum_to_the_kl_of_small_errors(setup: Setup) -> None:
         logits = setup.model(setup.rows).logits
     for name, path in setup.names.items():
         setup.model.get_submodule(path).weight = originals[name]
-    assert sum(shares.values()) == pytest.approx(setup.kl(logits, setup.rows), rel=0.05)
+    assert all(share.shape == (len(setup.rows),) for share in shares.values())
+    total = float(sum(share.mean() for share in shares.values()))
+    assert total == pytest.approx(setup.kl(logits, setup.rows), rel=0.05)
+
+
+def test_shares_shrink_to_their_kinds_as_far_as_they_are_noise() -> None:
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(40, 50, generator=generator)
+    apart = {f"blk.{i}.x": 10.0 * i + noise[i] for i in range(20)}  # they differ by far more than rows do
+    alike = {f"blk.{i}.y": 3.0 + noise[20 + i] for i in range(20)}
+    found = shrunk(apart | alike)
+    assert list(found) == [*apart, *alike]
+    for name, share in apart.items():
+        assert found[name] == pytest.approx(float(share.mean()), abs=0.01)
+    before = torch.stack([share.mean() for share in alike.values()])
+    after = torch.tensor([found[name] for name in alike])
+    assert float(after.std()) < 0.5 * float(before.std())
+    assert float(after.mean()) == pytest.approx(3.0, abs=0.1)
 
 
 def test_targets_are_what_factors_approximate(setup: Setup) -> None:
