@@ -5,22 +5,27 @@ Bytes on the GPU for S signs, W weights of linear layers, D parameters of norms,
     latents, their gradients, Adam's two moments    16 S        float32
     the model to imitate                             2 W + 4 D   its linear layers in bfloat16 for the while
     weights multiplied out, their gradients          4 W         bfloat16
-    norms, embedding and head, trained              16 D        float32 (not without --dense-rate)
-    activations                                     see `row_bytes`, `Passes`
+    norms, embedding and head, trained              16 D        float32 (where recipe.dense_rate > 0)
+    activations                                     as below
 
-S is about W times the bits per weight. Activations are bounded twice: as many rows pass together as fit, and
-where not even LEAST_TOKENS of them do, every decoder layer keeps its input alone and runs again in the
-backward pass (checkpointing): a third more time, the same gradients.
+S is about W times the bits per weight less 0.03. Activations are bounded twice: as many rows pass together as
+fit, and where not even LEAST_TOKENS of them do, every decoder layer keeps its input alone and runs again in
+the backward pass (checkpointing): a third more time, the same gradients.
 
-                            1.1 B (22 layers of 2048)     3.2 B (28 layers of 3072)
+GB by this arithmetic. Of a token a layer of width d holds 53 d bytes (counted by `saved_bytes` in bfloat16, all
+parameters trained, feed-forwards of 2.7 d), checkpointed 4 d and what one layer at a time needs.
+
+                            1.1 B (22 layers, d 2048)     3.2 B (28 layers, d 3072)
     bits per weight          1.26     2.07                 1.26     2.07
-    latents, Adam            19 GB    32 GB                55 GB    92 GB
-    original                  2.5                           7.2
+    latents to Adam          19.1     31.6                 55.5     92.0
+    the model to imitate      2.5                           7.2
     weights, gradients        3.9                          11.3
     norms, embedding, head    2.1                           6.3
-    a row of 512 tokens       1.3 GB, checkpointed 0.15 GB   2.5 GB, checkpointed 0.27 GB
+    a row of 512 tokens       1.2, checkpointed 0.2         2.3, checkpointed 0.3
 
-So the first trains on 80 GB without checkpointing, the second with it at 1.26 bits; at 2.07 it wants 141 GB.
+The gradients of the latents, a quarter of the first line, come when activations and half of the fourth line
+are gone. So on 80 GB the first model trains without checkpointing, and the second one at 1.26 bits with it; at
+2.07 bits that one wants 141 GB.
 """
 
 from __future__ import annotations
