@@ -12,8 +12,8 @@ S is about W times the bits per weight less 0.03. Activations are bounded twice:
 fit, and where not even LEAST_TOKENS of them do, every decoder layer keeps its input alone and runs again in
 the backward pass (checkpointing): a third more time, the same gradients.
 
-GB by this arithmetic. Of a token a layer of width d holds 53 d bytes (counted by `saved_bytes` in bfloat16, all
-parameters trained, feed-forwards of 2.7 d), checkpointed 4 d and what one layer at a time needs.
+GB by this arithmetic. Of a token a layer of width d holds 53 d bytes (counted by `saved_bytes` in bfloat16,
+all parameters trained, feed-forwards of 2.7 d), checkpointed 4 d and what one layer at a time needs.
 
                             1.1 B (22 layers, d 2048)     3.2 B (28 layers, d 3072)
     bits per weight          1.26     2.07                 1.26     2.07
@@ -23,9 +23,9 @@ parameters trained, feed-forwards of 2.7 d), checkpointed 4 d and what one layer
     norms, embedding, head    2.1                           6.3
     a row of 512 tokens       1.2, checkpointed 0.2         2.3, checkpointed 0.3
 
-The gradients of the latents, a quarter of the first line, come when activations and half of the fourth line
-are gone. So on 80 GB the first model trains without checkpointing, and the second one at 1.26 bits with it; at
-2.07 bits that one wants 141 GB.
+The gradients of the latents, a quarter of the first line, come when activations and half of the third line
+are gone. So on 80 GB the first model trains without checkpointing, and the second with it at 1.26 bits; at
+2.07 it wants 141 GB.
 """
 
 from __future__ import annotations
