@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dbf2gguf.archs import ARCHS
-from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, PRESETS
+from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, DEFAULT_PRESET, EMBED_TYPES, PRESETS
 from dbf2gguf.search import COLLAPSED_KL
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
@@ -103,6 +103,17 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     add("--correct-rows", type=int, help="rows that the sequential correction sees (default: the preset's)")
     add("--admm-iterations", type=int, help="ADMM rounds of each factorization (default: the preset's)")
+    add(
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="how the bits are spread over the linear layers, always as many in all (default: the preset's)",
+    )
+    add(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        help="whether distillation keeps each layer's input alone and runs the layer twice: less memory, a "
+        "third more time; auto: where a GPU's memory wants it (default: the preset's)",
+    )
     add(
         "--list-architectures",
         action="version",

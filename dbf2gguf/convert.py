@@ -18,6 +18,7 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.allocate import allocate
 from dbf2gguf.archs import context_length
 from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
 from dbf2gguf.cache import cached_text
@@ -323,6 +324,7 @@ def _prepare(
         importance = work.keep(
             "gradients", lambda: output_importance(model, names, some, GRADIENT_BATCH, progress)
         )
+    importance = {name: value.to(options.device) for name, value in importance.items()}  # kept on the CPU
     return _Prepared(
         source,
         options,
@@ -344,6 +346,13 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     model, recipe, seed = made.model, made.options.recipe, made.options.seed
     work = made.work.within(f"{plan.target:g}-")
     errors = Errors()
+    if recipe.allocation != "uniform":
+        with stages("allocate", model.config.num_hidden_layers) as progress:
+            plan = allocate(
+                made.source, model, made.names, plan, made.rows, made.importance, recipe, seed, progress, work
+            )
+        if not made.options.quiet:
+            print(describe_plan(plan, _file_size(plan, model, made.options.embed_type)), file=sys.stderr)
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
         factors = factorize_model(
@@ -357,7 +366,7 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
             progress,
             work,
             made.executor,
-            errors.factorized,
+            errors=errors.factorized,
         )
     call_to_distil(made.team, factors, made.rows, recipe, seed)
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)

@@ -57,18 +57,20 @@ def factorize_model(
     work: Work,
     executor: Executor = on_cores,
     errors: dict[str, float] | None = None,
+    targets: dict[str, Tensor] | None = None,
 ) -> dict[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
     errors          gets GGUF name -> relative error of what the factors stand for, from W' as factorized
+    targets         gets GGUF name -> (rows, cols), these W'
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
     again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does.
     """
     scale = features(model.config).residual_scale
-    walk = _Walk(plan, importance_out, recipe, scale, executor, work, {}, {} if errors is None else errors)
+    walk = _Walk(plan, importance_out, recipe, scale, executor, work, {}, errors, targets)
     layers = decoder_layers(model, source.arch)
     states, arguments_of = _embed(model, layers, rows)
     student_states = [s.clone() for s in states]
@@ -128,7 +130,8 @@ class _Walk:
     executor: Executor
     work: Work
     result: dict[str, Factors]
-    errors: dict[str, float]
+    errors: dict[str, float] | None
+    targets: dict[str, Tensor] | None
 
 
 def _factorize_group(
@@ -184,7 +187,10 @@ def _factorize_targets(
             walk.work.save(name, {k: v.clone() for k, v in vars(walk.result[name]).items()})
     for name, (target, importance_in) in targets.items():
         weight = walk.result[name].dense()[0]
-        walk.errors[name] = relative_error(target, weight, walk.importance_out[name], importance_in)
+        if walk.errors is not None:
+            walk.errors[name] = relative_error(target, weight, walk.importance_out[name], importance_in)
+        if walk.targets is not None:
+            walk.targets[name] = target
         modules[name].weight = nn.Parameter(weight, requires_grad=False)
 
 

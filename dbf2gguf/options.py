@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dbf2gguf.recipe import CARRIERS, EMBED_TYPES, Recipe
+from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, EMBED_TYPES, Recipe
 from dbf2gguf.search import COLLAPSED_KL
 from dbf2gguf.tables import check_readable
 from dbf2gguf.team import local_rank, torchrun_size
@@ -72,6 +72,9 @@ def check_options(options: Options, threads: int | None) -> None:
         raise OptionError(
             f"torchrun: {processes} processes cannot share batches of {batch} rows; start fewer"
         )
+    for name, known in (("allocation", ALLOCATIONS), ("checkpointing", CHECKPOINTING)):
+        if (value := getattr(recipe, name)) not in known:
+            raise OptionError(f"--{name} {value!r} is unknown; there are {', '.join(known)}")
     for name in ("written_share", "chat_share"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise OptionError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; wanted 0 to 1")

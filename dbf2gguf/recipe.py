@@ -16,6 +16,14 @@ CARRIERS = ("dbf1", "i8")
 SIGN_RATE_POWER = -1.5
 
 
+ALLOCATIONS = ("uniform", "sensitivity", "attribution", "channels")
+"""How bits are spread over linear layers: see `allocate.allocate`."""
+
+
+CHECKPOINTING = ("auto", "on", "off")
+"""Whether distillation holds each layer's input alone and runs the layer again in the backward pass."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
@@ -35,6 +43,8 @@ class Recipe:
     sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
+    checkpointing: str = "auto"  # whether layers run twice to save memory, one of CHECKPOINTING
+    allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
 
     def at(self, bpw: float) -> Recipe:
         """The recipe for so many bits per weight: the more there are, the closer is the start of the

@@ -270,7 +270,7 @@ def test_errors_are_those_of_the_factors(setup: Setup) -> None:
         0,
         stage,
         Work(None),
-        errors,
+        errors=errors,
     )
     assert set(errors) == set(setup.names)
     assert all(0 < error < 1 for error in errors.values())
