@@ -409,8 +409,8 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     return {
         "model": digest_of([*weights, *described]),
         "recipe": options.recipe.describe(),
-        "calib": [_digest(file) for file in options.calib],
-        "eval_text": _digest(options.eval_text) if options.eval_text else None,
+        "calib": [_text_digest(file) for file in options.calib],
+        "eval_text": _text_digest(options.eval_text) if options.eval_text else None,
         "seed": options.seed,
         "device": device,
         "threads": torch.get_num_threads(),
@@ -419,7 +419,7 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     }
 
 
-def _digest(text: Path) -> str:
+def _text_digest(text: Path) -> str:
     """Of a text file; the name of a data set, which is not read for that."""
     return str(text) if dataset_of(text) else digest_of([text])
 
@@ -464,7 +464,7 @@ def _text(
             return self_written_rows(model, tokenizer, *how, stage, starts, team)
 
         own, known_already = cached_text(
-            {name: key[name] for name in SAME_TEXT} | {"how": how, "starts": _digest(starts)}, write
+            {name: key[name] for name in SAME_TEXT} | {"how": how, "starts": _tokens_digest(starts)}, write
         )
         if known_already:
             stage.step(n=own.numel(), note="written before")
@@ -593,9 +593,9 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
         "dbf.recipe.bpw": plan.target,
         "dbf.recipe.seed": options.seed,
         "dbf.recipe.text": ", ".join(texts),
-        "dbf.recipe.text_sha256": _digest(made.rows),
+        "dbf.recipe.text_sha256": _tokens_digest(made.rows),
         "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in tried.history]),
-        "dbf.quality.text_sha256": _digest(made.held_out),
+        "dbf.quality.text_sha256": _tokens_digest(made.held_out),
         "dbf.quality.context": made.held_out.shape[1],
     }
     notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
@@ -606,7 +606,7 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
     return notes
 
 
-def _digest(tokens: Tensor) -> str:
+def _tokens_digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
 

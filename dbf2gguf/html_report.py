@@ -123,7 +123,7 @@ def command_line(given: Mapping[str, Any]) -> str:
     words, named = [str(given["model"]), str(given["out"])], {}
     for name, value in given.items():
         value = list(map(str, value)) if isinstance(value, (list, tuple)) else value
-        if name in NO_OPTIONS or value in (None, False) or value == parser.get_default(name):
+        if name in NO_OPTIONS or value is None or value is False or value == parser.get_default(name):
             continue
         named[name] = str(value) if isinstance(value, Path) else value
         option = f"--{name.replace('_', '-')}"
