@@ -343,7 +343,7 @@ def _prepare(
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
-    model, recipe, seed = made.model, made.options.recipe, made.options.seed
+    model, recipe, seed = made.model, made.options.recipe.at(plan.target), made.options.seed
     work = made.work.within(f"{plan.target:g}-")
     errors = Errors()
     if recipe.allocation != "uniform":
@@ -372,7 +372,7 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
     with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe.at(plan.target), seed, progress, work, made.team)
+        history = distill(model, student, made.rows, recipe, seed, progress, work, made.team)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)

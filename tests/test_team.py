@@ -16,6 +16,7 @@ import tiny_hf
 import torch
 from convert_in_ranks import BATCH_TOKENS
 
+import dbf2gguf.convert
 import dbf2gguf.text
 from dbf2gguf.convert import convert
 from dbf2gguf.distill import COMPILED_STEPS
@@ -137,6 +138,21 @@ def test_conversion(model: Path, wanted: Path, tmp_path: Path, monkeypatch: pyte
 
 
 # How they end ---------------------------------------------------------------------------------------------
+
+
+def test_all_distil_by_the_same_rates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are told the recipe for the bits per weight, by which the first process trains."""
+    told, distill = [], dbf2gguf.convert.distill
+
+    def distilling(*args: Any) -> list[float]:
+        told.append(args[3])
+        return distill(*args)
+
+    monkeypatch.setattr(dbf2gguf.convert, "call_to_distil", lambda *args: told.append(args[3]))
+    monkeypatch.setattr(dbf2gguf.convert, "distill", distilling)
+    convert(model, tmp_path / "out.gguf", **OPTIONS)
+    assert len(told) == 2
+    assert told[0] == told[1]
 
 
 def converting(model: Path, out: Path, *fault: str, **changes: Any) -> subprocess.Popen[str]:
