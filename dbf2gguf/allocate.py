@@ -36,6 +36,7 @@ from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 from dbf2gguf.write import dequantized, ggml_type, head_is_tied
 from runtime.errors import OptionError
+from runtime.format import kind_of
 
 LOG_ERROR = (-1.22, 0.11)
 """Logarithm of the relative squared error, weighted by the importances, against bits per weight b:
@@ -74,11 +75,6 @@ class Sensitivities:
         decay = self.decay.get(kind_of(name), 1.0)
         change = _log_error(_bpw(shape, rank)) - _log_error(_bpw(shape, self.ranks[name]))
         return max(self.kl[name], TINY) * math.exp(decay * change)
-
-
-def kind_of(name: str) -> str:
-    """ "ffn_up" of "blk.3.ffn_up"."""
-    return name.rpartition(".")[2]
 
 
 def allocate(
