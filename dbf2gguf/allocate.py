@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import gguf
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import features
 from dbf2gguf.budget import MAX_BPW, RANK_STEP, Plan, Shape, linear_bits, plan_uniform
-from dbf2gguf.calibrate import _loss_gradient, hidden_states
+from dbf2gguf.calibrate import _loss_gradient, hidden_states, input_importance
 from dbf2gguf.correct import _call, _embed, factorize_model
 from dbf2gguf.distill import HEAD_TOKENS, _kl_gradient, with_linears
 from dbf2gguf.factorize import Factors, factorize, signs
@@ -58,6 +57,7 @@ STRENGTH = 0.5
 nearly as much as all of it, at half the distance from a uniform plan."""
 
 PROBE_ITERATIONS = 8
+PROBE_BATCH = 4  # rows that pass at a time
 BATCH_WEIGHTS = 2**26  # that are factorized together on a GPU
 TINY = 1e-30
 
@@ -286,34 +286,13 @@ def sensitivities(
 
     `model` is left as it was.
     """
-    errors = probe_errors(
-        model, names, plan, input_importance(model, names, rows), importance_out, iterations, seed
-    )
+    importance_in = input_importance(model, names, rows, PROBE_BATCH)
+    errors = probe_errors(model, names, plan, importance_in, importance_out, iterations, seed)
     if measured:
         kl = measure_kl(source, model, names, errors, rows)
     else:
         kl = estimate_kl(model, names, errors, rows)
     return Sensitivities(kl, dict(plan.ranks))
-
-
-@torch.no_grad()
-def input_importance(model: nn.Module, names: Mapping[str, str], rows: Tensor) -> dict[str, Tensor]:
-    """Root of the second moment of every linear layer's inputs, mean 1 over its squares.
-
-    -> GGUF name -> (columns of the layer,) float32 > 0
-    """
-    sums: dict[str, Tensor] = {}
-
-    def on_input(name: str, x: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + x.float().flatten(0, -2).square().sum(0)
-
-    with _inputs_of(model, names, on_input):
-        for chunk in rows.split(4):
-            hidden_states(model, input_ids=chunk.to(next(model.parameters()).device))
-    for name, path in names.items():
-        if name not in sums:  # an expert that no token reaches
-            sums[name] = torch.ones_like(model.get_submodule(path).weight[0])
-    return {name: (sums[name] / sums[name].mean().clamp(min=TINY) + 1e-6).sqrt() for name in names}
 
 
 @torch.no_grad()
@@ -480,23 +459,6 @@ def embedding_costs(model: nn.Module, rows: Tensor, types: Sequence[str]) -> dic
         weights = embedding.numel() + (0 if head_is_tied(model) else head.numel())
         found[kind] = (weights // block * nbytes * 8, total / rows.numel())
     return found
-
-
-@contextmanager
-def _inputs_of(
-    model: nn.Module, names: Mapping[str, str], on_input: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: on_input(name, args[0])
-
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(hook_for(name)) for name, path in names.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --------------------------------------------------------------------------------------------------

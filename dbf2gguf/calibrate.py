@@ -1,6 +1,8 @@
-"""What the loss cares about: second moments of the gradients at the outputs of the linear layers."""
+"""What counts in a linear layer: second moments of the gradients at its outputs and of its inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from dbf2gguf.archs import Features, features
 from dbf2gguf.progress import Stage
 
 TINY = 1e-30  # a layer whose outputs change nothing has no gradients
+TINY_INPUT = 1e-12
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
 
 
@@ -54,7 +57,46 @@ def output_importance(
     for name, path in names.items():
         if name not in sums:
             sums[name] = torch.ones(model.get_submodule(path).out_features, device=device)
-    return {name: (sums[name] / sums[name].mean().clamp(min=TINY) + 1e-6).sqrt() for name in names}
+    return {name: importance_of(sums[name], TINY) for name in names}
+
+
+@torch.no_grad()
+def input_importance(
+    model: nn.Module, names: Mapping[str, str], rows: Tensor, batch: int, stage: Stage | None = None
+) -> dict[str, Tensor]:
+    """Root of the second moment of every linear layer's inputs, mean 1 over its squares.
+
+    names   GGUF name -> module name
+    rows    (n, tokens) int64
+    ->      GGUF name -> (columns of the layer,) float32 > 0; all 1 for an expert that no token uses
+    """
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def on_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + args[0].float().square().flatten(0, -2).sum(0)
+
+        return module.register_forward_pre_hook(on_input)
+
+    hooks = [watch(name, model.get_submodule(path)) for name, path in names.items()]
+    device = next(model.parameters()).device
+    try:
+        for chunk in rows.split(batch):
+            hidden_states(model, input_ids=chunk.to(device))
+            if stage is not None:
+                stage.step(n=len(chunk))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, path in names.items():
+        if name not in sums:
+            sums[name] = torch.ones(model.get_submodule(path).in_features, device=device)
+    return {name: importance_of(sums[name]) for name in names}
+
+
+def importance_of(moments: Tensor, least: float = TINY_INPUT) -> Tensor:
+    """The root of second moments, mean 1 over its squares; a mean below `least` is none."""
+    return (moments / moments.mean().clamp(min=least) + 1e-6).sqrt()
 
 
 def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:

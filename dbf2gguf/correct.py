@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
+from dbf2gguf.calibrate import importance_of
 from dbf2gguf.executors import Executor, on_cores, one_by_one
 from dbf2gguf.factorize import Factors, factorize, relative_error
 from dbf2gguf.progress import Stage
@@ -243,7 +244,7 @@ def _factorize_experts(
     ) -> tuple[Tensor, Tensor]:
         """What the module's factors are to give, from inputs a of the original and b of now."""
         if not branch.corrected:
-            return module.weight, _importance(b.square().sum(0))
+            return module.weight, importance_of(b.square().sum(0))
         streams: tuple[Tensor | None, Tensor | None] = (None, None)
         if residual:
             part = branch.shares / total[branch.tokens, None]
@@ -317,7 +318,7 @@ def _normal_equations(
             lack = (residual - residual_now).flatten(0, 1).mT @ x_now / scale
             missing = lack if missing is None else missing + lack
     diagonal = gram.diagonal()
-    importance = _importance(diagonal)
+    importance = importance_of(diagonal)
     ridge = damping * diagonal.mean() + 1e-12
     diagonal += ridge
     cross.diagonal().add_(ridge)
@@ -330,11 +331,6 @@ def _normal_equations(
         return torch.cholesky_solve(target.mT, factor).mT
 
     return solve, importance
-
-
-def _importance(moments: Tensor) -> Tensor:
-    """The root of the inputs' second moments, mean square 1."""
-    return (moments / moments.mean().clamp(min=1e-12) + 1e-6).sqrt()
 
 
 # --------------------------------------------------------------------------------------------------

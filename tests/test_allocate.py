@@ -23,7 +23,6 @@ from dbf2gguf.allocate import (
     channel_scores,
     embedding_costs,
     estimate_kl,
-    input_importance,
     measure_kl,
     plan_by_channels,
     plan_by_sensitivity,
@@ -31,7 +30,7 @@ from dbf2gguf.allocate import (
     shrunk,
 )
 from dbf2gguf.budget import Plan, linear_bits, plan_uniform
-from dbf2gguf.calibrate import output_importance
+from dbf2gguf.calibrate import input_importance, output_importance
 from dbf2gguf.convert import make_plan
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student
@@ -200,7 +199,7 @@ def test_estimates_rank_layers_as_measurements_do(setup: Setup) -> None:
         with torch.no_grad():
             p = torch.softmax(setup.model(rows[:, :position]).logits[:, -1], -1)
         rows[:, position] = torch.multinomial(p, 1, generator=generator)[:, 0]
-    inputs = input_importance(setup.model, setup.names, rows)
+    inputs = input_importance(setup.model, setup.names, rows, 4)
     errors = probe_errors(setup.model, setup.names, setup.plan, inputs, setup.importance)
     errors = {name: 0.3 * error for name, error in errors.items()}
     measured = measure_kl(setup.source, setup.model, setup.names, errors, rows)

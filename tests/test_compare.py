@@ -18,6 +18,7 @@ from make_gguf import write_model
 
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.budget import linear_bits as bits_of_linear
+from dbf2gguf.calibrate import input_importance
 from dbf2gguf.compare import llama_cpp, onecomp, onecomp_child, plot, published
 from dbf2gguf.compare.__main__ import COLUMNS, main
 from dbf2gguf.compare.llama_cpp import MissingPeerError
@@ -530,7 +531,7 @@ def test_published(folder: Path) -> None:
     seen: list[torch.Tensor] = []
     path = names["blk.1.ffn_down"]
     hook = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    inputs = published.input_importance(model, names, rows, 3, Stage("", 4, quiet=True))
+    inputs = input_importance(model, names, rows, 3, Stage("", 4, quiet=True))
     hook.remove()
     moment = torch.cat(seen).square().mean((0, 1))
     assert torch.allclose(inputs["blk.1.ffn_down"].square(), moment / moment.mean(), rtol=1e-3, atol=1e-5)

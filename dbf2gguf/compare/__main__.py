@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dbf2gguf.calibrate import output_importance
+from dbf2gguf.calibrate import input_importance, output_importance
 from dbf2gguf.compare import llama_cpp, onecomp, plot, published
 from dbf2gguf.compare.comparison import Comparison
 from dbf2gguf.compare.llama_cpp import F16, MissingPeerError
@@ -229,7 +229,7 @@ def _published(run: Comparison) -> Iterator[Row]:
     names, rows = linear_names(model, source.arch), run.calibration
     iterations = args.published_iterations
     with Stage("inputs", len(rows), args.quiet) as stage:
-        inputs = published.input_importance(model, names, rows, GRADIENT_BATCH, stage)
+        inputs = input_importance(model, names, rows, GRADIENT_BATCH, stage)
     with Stage("gradients", len(rows[:GRADIENT_ROWS]), args.quiet) as stage:
         outputs = output_importance(model, names, rows[:GRADIENT_ROWS], GRADIENT_BATCH, stage)
     for bpw in args.published:
