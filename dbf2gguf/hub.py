@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from runtime.errors import BackendError, FormatError, OptionError
+from runtime.errors import BackendError, FormatError, OptionError, first_line
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?")
 """owner/name, or owner/name@revision: a branch, a tag or a commit."""
@@ -74,15 +74,11 @@ def _snapshot(model: str, repository: str, revision: str | None, weights: list[s
             "online (and unset HF_HUB_OFFLINE), or name a folder"
         )
     except errors.HFValidationError as error:
-        reason = f"no id of a model on the hub: {_first_line(error)}"
+        reason = f"no id of a model on the hub: {first_line(error)}"
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         denied = "; run `hf auth login` or set HF_TOKEN" if status in (401, 403) else ""
-        reason = f"the hub refuses it: {_first_line(error)}{denied}"
+        reason = f"the hub refuses it: {first_line(error)}{denied}"
     except Exception as error:  # of the network's libraries, of the disk of the cache
-        reason = f"cannot be fetched from the hub: {_first_line(error)}"
+        reason = f"cannot be fetched from the hub: {first_line(error)}"
     raise FormatError(f"{model}: {reason}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]

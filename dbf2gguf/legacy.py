@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dbf2gguf.hub import FILES
-from runtime.errors import BackendError, FormatError
+from runtime.errors import BackendError, FormatError, first_line
 
 NAME, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PART_BYTES = 1 << 30  # of a file that is written: what of the weights is held in memory
@@ -78,10 +78,9 @@ def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             # old files are no archives, which alone can be mapped
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:  # torch and pickle raise anything
-            line = (str(error).strip().splitlines() or [repr(error)])[0]
             raise FormatError(
-                f"{file}: broken, or holds more than tensors, which could run code and is refused: {line}; "
-                "take safetensors"
+                f"{file}: broken, or holds more than tensors, which could run code and is refused: "
+                f"{first_line(error)}; take safetensors"
             ) from None
         if not isinstance(found, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dbf2gguf import hub
 from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
 from dbf2gguf.legacy import bin_to_safetensors, is_legacy
-from runtime.errors import FormatError, UnsupportedModelError
+from runtime.errors import FormatError, UnsupportedModelError, first_line
 
 GGUF_MAGIC = b"GGUF"
 CONSTANTS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -124,8 +124,7 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             ignore_mismatched_sizes=True,  # reported below
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise FormatError(f"{source.path}: transformers cannot load it: {lines[0]}") from error
+        raise FormatError(f"{source.path}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise FormatError(f"{source.path}: {len(missing)} tensors are missing, first {missing[0]!r}")
@@ -233,8 +232,9 @@ def load_tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     except Exception as error:  # transformers raises anything from KeyError to tokenizers' own Exception
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise FormatError(f"{source.path}: transformers cannot load its tokenizer: {lines[0]}") from error
+        raise FormatError(
+            f"{source.path}: transformers cannot load its tokenizer: {first_line(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
             f"{source.path}: no tokenizer.json, and none can be made from its tokenizer"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from runtime.errors import BackendError, FormatError, OptionError
+from runtime.errors import BackendError, FormatError, OptionError, first_line
 
 PREFIX = "hf:"
 SPEC = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^:@\s]+))?" + r"(?::([^:\[\]]*))?" * 3)
@@ -89,7 +89,7 @@ def _parquet_rows(file: Path, keys: set[str], seed: int) -> Iterator[Entry]:
                         number += 1
                         yield f"{file}, row {number}", _known(row)
     except (OSError, ValueError, import_module("pyarrow").ArrowException) as error:
-        raise FormatError(f"{file}: cannot be read as parquet: {_first_line(error)}") from None
+        raise FormatError(f"{file}: cannot be read as parquet: {first_line(error)}") from None
 
 
 def _dataset_rows(file: Path, dataset: Dataset, keys: set[str]) -> Iterator[Entry]:
@@ -111,7 +111,7 @@ def _dataset_rows(file: Path, dataset: Dataset, keys: set[str]) -> Iterator[Entr
         raise
     except Exception as error:  # of the network's libraries, of the data set's own format
         raise FormatError(
-            f"{file}: cannot be read from the hub: {_first_line(error)}; check the name ({FORM}) and the "
+            f"{file}: cannot be read from the hub: {first_line(error)}; check the name ({FORM}) and the "
             "network, or give a file"
         ) from None
 
@@ -136,7 +136,3 @@ def _need(module: str, file: Path) -> Any:
         raise BackendError(
             f"{file}: reading it needs the package {package}; run: pip install 'dbf2gguf[data]'"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]

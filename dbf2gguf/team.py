@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.errors import BackendError
+from runtime.errors import BackendError, first_line
 
 PATIENCE = timedelta(days=30)  # others wait for whole stages of the first; torchrun ends who waits in vain
 
@@ -126,8 +126,7 @@ def _others_needed() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()
         raise GoneError(
             "torchrun: another process has ended; what is finished is kept, and the same command goes on "
-            f"({reason[0] if reason else error!r})"
+            f"({first_line(error)})"
         ) from error
