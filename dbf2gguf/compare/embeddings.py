@@ -19,15 +19,16 @@ import gguf
 import torch
 from torch import nn
 
-from dbf2gguf.compare.comparison import Comparison
+from dbf2gguf.compare.comparison import Comparison, comparison_parser
 from dbf2gguf.compare.score import logits_of
 from dbf2gguf.convert import as_read
 from dbf2gguf.export import export
+from dbf2gguf.options import check_threads
 from dbf2gguf.recipe import EMBED_TYPES
 from dbf2gguf.source import load_model, open_source
 from dbf2gguf.write import ggml_type, head_is_tied
-from runtime import cli, perplexity
-from runtime.bench.report import FORMATS, Row, Table
+from runtime import cli
+from runtime.bench.report import Row, Table
 from runtime.errors import OptionError
 
 TYPES = (*EMBED_TYPES, "q5_1", "q5_0", "q4_1")
@@ -45,20 +46,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(
+    p = comparison_parser(
         "python -m dbf2gguf.compare.embeddings",
         "Perplexity and KL divergence of a model with its embedding and head stored in several types.",
     )
     add = p.add_argument
-    add("model", metavar="MODEL", help="the original: a Hugging Face folder, or a GGUF file")
-    add("files", metavar="OUT.gguf", nargs="*", help="files that dbf2gguf made of it")
-    add("--text", required=True, metavar="TEXT", help="the UTF-8 text to score on")
-    add("-c", "--ctx", type=int, default=perplexity.CTX, metavar="N", help="tokens of a chunk")
-    add("--chunks", type=int, default=40, metavar="N", help="chunks to score")
     add("--types", default=",".join(TYPES), metavar="TYPE,...", help="types to try")
-    add("-o", "--output", choices=FORMATS, default="md", help="form of the table")
     add("-t", "--threads", type=int, default=None, help="CPU threads (default: torch's own)")
-    add("-q", "--quiet", action="store_true", help="no progress")
     return p
 
 
@@ -71,9 +65,8 @@ def embeddings(args: argparse.Namespace) -> int:
     for file in args.files:
         if not Path(file).is_file():
             raise OptionError(f"{file}: no such file")
+    check_threads(args.threads)
     if args.threads is not None:
-        if args.threads < 1:
-            raise OptionError(f"--threads is {args.threads}; wanted 1 or more")
         torch.set_num_threads(args.threads)
     table = Table(sys.stdout, args.output, COLUMNS)
     with tempfile.TemporaryDirectory(prefix="dbf-embeddings-") as scratch:
