@@ -107,15 +107,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
     },
     "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False},
-    "qwen3-moe": {
-        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24, "norm_topk_prob": True, "tie_word_embeddings": False,
-    },
-    "qwen2-moe": {
-        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40, "tie_word_embeddings": False,
-    },
+    **tiny_hf.EXPERTS,
     "qwen3-moe-plain-shares": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 20,
         "norm_topk_prob": False, "num_hidden_layers": 1,

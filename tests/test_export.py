@@ -345,15 +345,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False},
-    "qwen3-moe": {
-        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24, "norm_topk_prob": True, "tie_word_embeddings": False,
-    },
-    "qwen2-moe": {
-        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40, "tie_word_embeddings": False,
-    },
+    **tiny_hf.EXPERTS,
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "gpt2": {"model_type": "gpt2"},
     "granite": {

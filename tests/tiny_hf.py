@@ -39,6 +39,19 @@ QUICK: dict[str, Any] = {
 }
 """Options of `convert` that make it quick; the result is as correct as any, if not as good."""
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Families with experts: arguments of `write_folder`."""
+
 SIZES: dict[str, Any] = {
     "vocab_size": N_VOCAB,
     "hidden_size": 32,
