@@ -180,7 +180,7 @@ def _factorize_targets(
             missing.append(names)
             continue
         for name, part in kept.items():
-            walk.result[name] = Factors(**{key: value.to(device) for key, value in part.items()})
+            walk.result[name] = Factors(**part).to(device)
     executor = walk.executor if device.type == "cpu" else one_by_one
     for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
         for place, name in enumerate(names):

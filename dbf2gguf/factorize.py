@@ -40,6 +40,9 @@ class Factors:
         right = signs(self.b) * (self.s_mid[:, :, None] * self.s_in[:, None, :])
         return left @ right
 
+    def to(self, device: str | torch.device) -> Factors:
+        return Factors(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     def __getitem__(self, index: slice) -> Factors:
         return Factors(*(getattr(self, f.name)[index] for f in fields(self)))
 

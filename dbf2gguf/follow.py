@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Distil:
 def call_to_distil(team: Team, factors: dict[str, Factors], rows: Tensor, recipe: Recipe, seed: int) -> None:
     """Have the others call `distill` as the first process does after this."""
     if team.size > 1 and recipe.distill_steps:
-        team.share(Distil({name: _on(f, "cpu") for name, f in factors.items()}, rows, recipe, seed))
+        team.share(Distil({name: f.to("cpu") for name, f in factors.items()}, rows, recipe, seed))
 
 
 def follow(team: Team, model: str | Path, scratch: Path, device: str) -> Any:
@@ -80,12 +80,8 @@ def _write(order: Write, model: nn.Module, tokenizer: Any, team: Team) -> None:
 
 
 def _distil(order: Distil, model: nn.Module, names: dict[str, str], team: Team, device: str) -> None:
-    factors = {name: _on(f, device) for name, f in order.factors.items()}
+    factors = {name: f.to(device) for name, f in order.factors.items()}
     student = Student(model, names, factors, copy_dense=order.recipe.dense_rate > 0)
     factors.clear()
     stage = Stage("distil", order.recipe.distill_steps, quiet=True)
     distill(model, student, order.rows, order.recipe, order.seed, stage, Work(None), team)
-
-
-def _on(factors: Factors, device: str) -> Factors:
-    return Factors(*(getattr(factors, f.name).to(device) for f in fields(Factors)))
