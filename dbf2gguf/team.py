@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,6 +90,9 @@ def joined(device: str) -> Iterator[Team]:
     if torchrun_size() == 1:
         yield ALONE
         return
+    # its functions hold the group of processes that there is when they are first imported, as their default
+    # argument: past its end, which then aborts a process as it leaves
+    import_module("torch.distributed.nn")
     before = signal.signal(signal.SIGTERM, _leave)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     try:
