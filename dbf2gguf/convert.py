@@ -164,7 +164,8 @@ def convert(
         key = _key(source, options, team)
         work = Work.open(out.with_name(out.name + ".work"), key, quiet)
         try:
-            done = _run(source, skeleton, out, grid, options, work, key, executor, team)
+            means = _Means(work, key, executor, team)
+            done = _run(source, skeleton, out, grid, options, means)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -211,6 +212,16 @@ class _Stages(list[Stage]):
 
 
 @dataclass(frozen=True)
+class _Means:
+    """What a conversion works with."""
+
+    work: Work
+    key: dict[str, Any]  # see `_key`
+    executor: Executor
+    team: Team
+
+
+@dataclass(frozen=True)
 class _Prepared:
     """What a conversion has at hand whatever the bits per weight."""
 
@@ -223,9 +234,7 @@ class _Prepared:
     held_out: Tensor
     written: int  # rows that the model wrote
     importance: dict[str, Tensor]
-    work: Work
-    executor: Executor
-    team: Team
+    means: _Means
 
 
 @dataclass(frozen=True)
@@ -241,24 +250,14 @@ class _Try:
 
 
 def _run(
-    source: Source,
-    skeleton: nn.Module,
-    out: Path,
-    grid: list[float],
-    options: Options,
-    work: Work,
-    key: dict[str, Any],
-    executor: Executor,
-    team: Team,
+    source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options, means: _Means
 ) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
-
-    key  see `_key`
 
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, options, stages, work, key, executor, team)
+    made = _prepare(source, options, stages, means)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality, Errors] | None = None
@@ -298,16 +297,8 @@ def _run(
     )
 
 
-def _prepare(
-    source: Source,
-    options: Options,
-    stages: _Stages,
-    work: Work,
-    key: dict[str, Any],
-    executor: Executor,
-    team: Team,
-) -> _Prepared:
-    recipe = options.recipe
+def _prepare(source: Source, options: Options, stages: _Stages, means: _Means) -> _Prepared:
+    recipe, work, team = options.recipe, means.work, means.team
     torch.manual_seed(options.seed)
     with stages("load", 1):
         model = load_model(source, options.device)
@@ -317,7 +308,7 @@ def _prepare(
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
     with stages("text", wanted * _row_tokens(model, recipe)) as progress:
         rows, held_out, written = work.keep(
-            "text", lambda: _text(model, tokenizer, options, wanted, progress, key, team)
+            "text", lambda: _text(model, tokenizer, options, wanted, progress, means.key, team)
         )
     with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
         some = rows[: recipe.gradient_rows]
@@ -325,26 +316,13 @@ def _prepare(
             "gradients", lambda: output_importance(model, names, some, GRADIENT_BATCH, progress)
         )
     importance = {name: value.to(options.device) for name, value in importance.items()}  # kept on the CPU
-    return _Prepared(
-        source,
-        options,
-        model,
-        tokenizer,
-        names,
-        rows,
-        held_out,
-        written,
-        importance,
-        work,
-        executor,
-        team,
-    )
+    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance, means)
 
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe.at(plan.target), made.options.seed
-    work = made.work.within(f"{plan.target:g}-")
+    work, team = made.means.work.within(f"{plan.target:g}-"), made.means.team
     errors = Errors()
     if recipe.allocation != "uniform":
         with stages("allocate", model.config.num_hidden_layers) as progress:
@@ -365,14 +343,14 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
             seed,
             progress,
             work,
-            made.executor,
+            made.means.executor,
             errors=errors.factorized,
         )
-    call_to_distil(made.team, factors, made.rows, recipe, seed)
+    call_to_distil(team, factors, made.rows, recipe, seed)
     student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
     factors.clear()  # the student has copies
     with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe, seed, progress, work, made.team)
+        history = distill(model, student, made.rows, recipe, seed, progress, work, team)
     factors = {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(student.model, made.names, factors, made.options.embed_type)
