@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import gguf
 import torch
@@ -57,6 +57,7 @@ STRENGTH = 0.5
 nearly as much as all of it, at half the distance from a uniform plan."""
 
 PROBE_ITERATIONS = 8
+PROBE_SHARE = 1 / 3  # of the ADMM iterations, where the whole model is factorized once more
 PROBE_BATCH = 4  # rows that pass at a time
 BATCH_WEIGHTS = 2**26  # that are factorized together on a GPU
 TINY = 1e-30
@@ -96,15 +97,16 @@ def allocate(
     attribution  plan_by_sensitivity by the shares of the KL in the model factorized with `plan`
     channels     plan_by_channels of the model factorized with CHANNELS_MORE times the bits
 
-    The last two factorize the model once more. `stage` gets one step for each block, `work` the plan.
-    Raises OptionError for another allocation.
+    The last two factorize the model once more, with PROBE_SHARE of the ADMM iterations. `stage` gets one step
+    for each block, `work` the plan. Raises OptionError for another allocation; `Recipe.at` says what auto is.
     """
     shapes, kind = plan.shapes, recipe.allocation
 
     def factorized(plan: Plan, targets: dict[str, Tensor] | None = None) -> dict[str, Factors]:
         some, parts = rows[: recipe.correct_rows], work.within("probe-")
+        quick = replace(recipe, admm_iterations=max(1, round(recipe.admm_iterations * PROBE_SHARE)))
         return factorize_model(
-            source, model, plan, some, dict(importance_out), recipe, seed, stage, parts, targets=targets
+            source, model, plan, some, dict(importance_out), quick, seed, stage, parts, targets=targets
         )
 
     def ranks() -> dict[str, int]:
@@ -127,8 +129,8 @@ def allocate(
 
     if kind == "uniform":
         return plan
-    if kind not in ALLOCATIONS:
-        raise OptionError(f"allocation {kind!r} is unknown; there are {', '.join(ALLOCATIONS)}")
+    if kind not in ALLOCATIONS[1:]:
+        raise OptionError(f"allocation {kind!r} is unknown; there are {', '.join(ALLOCATIONS[1:])}")
     return Plan(shapes, work.keep("ranks", ranks), plan.target)
 
 
@@ -166,12 +168,15 @@ def plan_by_sensitivity(
     spent = sum(linear_bits(*shapes[n], rank) for n, rank in ranks.items())
     if spent > budget:  # tiny layers: not even that share fits steps of 8
         return uniform
-    for coarse in (True, False):  # what is left over goes in steps of 8
-        steps = {
-            n: RANK_STEP * (max(1, uniform.ranks[n] // (LEVELS * RANK_STEP)) if coarse else 1) for n in shapes
-        }
+    for steps in _steps(uniform):
         spent = _spend(shapes, tempered, ranks, tops, steps, budget, spent)
     return Plan(dict(shapes), ranks, bpw)
+
+
+def _steps(uniform: Plan) -> Iterator[dict[str, int]]:
+    """By how much ranks are raised at a time: first by LEVELS, then, for what is left over, by steps of 8."""
+    for levels in (LEVELS, math.inf):
+        yield {n: RANK_STEP * max(1, int(r // (levels * RANK_STEP))) for n, r in uniform.ranks.items()}
 
 
 def _spend(
@@ -216,8 +221,9 @@ def plan_by_channels(
 
     scores  GGUF name -> (rank,) of a plan with more bits, see channel_scores
 
-    Sizes are rounded to steps of 8; no layer gets less than `least` or more than `most` of the bits per
-    weight. Raises OptionError if `bpw` is out of range, as plan_uniform does.
+    Channels are dropped by LEVELS, what is then left over by steps of 8; no layer gets less than `least` or
+    more than `most` of the bits per weight. Raises OptionError if `bpw` is out of range, as plan_uniform
+    does.
 
     Source: Double Binary Factorization, arXiv:2505.11076, takes its ratios from a criterion of channel
     pruning, (gradient times weight)^2 of each channel's scale (Molchanov et al., arXiv:1906.10771), with the
@@ -229,17 +235,19 @@ def plan_by_channels(
     spent = sum(linear_bits(*shapes[n], rank) for n, rank in ranks.items())
     if spent > budget:
         return uniform
-    queue = []
-    for name, shape in shapes.items():
-        step = linear_bits(*shape, RANK_STEP) - linear_bits(*shape, 0)
-        ordered = scores[name].double().sort(descending=True).values
-        top = min(len(ordered), _rank_of(shape, most * bpw))
-        for start in range(ranks[name], top - RANK_STEP + 1, RANK_STEP):
-            queue.append((-float(ordered[start : start + RANK_STEP].sum()) / step, name, start, step))
-    for _, name, start, step in sorted(queue):
-        if spent + step <= budget and ranks[name] == start:
-            spent += step
-            ranks[name] += RANK_STEP
+    ordered = {name: scores[name].double().sort(descending=True).values for name in shapes}
+    for steps in _steps(uniform):
+        queue = []
+        for name, shape in shapes.items():
+            step = steps[name]
+            bits = linear_bits(*shape, step) - linear_bits(*shape, 0)
+            top = min(len(ordered[name]), _rank_of(shape, most * bpw))
+            for start in range(ranks[name], top - step + 1, step):
+                queue.append((-float(ordered[name][start : start + step].sum()) / bits, name, start, bits))
+        for _, name, start, bits in sorted(queue):
+            if spent + bits <= budget and ranks[name] == start:
+                spent += bits
+                ranks[name] += steps[name]
     return Plan(dict(shapes), ranks, bpw)
 
 

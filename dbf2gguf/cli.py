@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dbf2gguf.archs import ARCHS
-from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, DEFAULT_PRESET, EMBED_TYPES, PRESETS
+from dbf2gguf.recipe import (
+    ALLOCATIONS,
+    CARRIERS,
+    CHANNELS_BELOW,
+    CHECKPOINTING,
+    DEFAULT_PRESET,
+    EMBED_TYPES,
+    PRESETS,
+)
 from dbf2gguf.search import COLLAPSED_KL
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
@@ -106,7 +114,8 @@ def convert_parser() -> argparse.ArgumentParser:
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        help="how the bits are spread over the linear layers, always as many in all (default: the preset's)",
+        help="how the bits are spread over the linear layers, always as many in all; auto: channels below "
+        f"{CHANNELS_BELOW:g} bits, uniform from there on (default: the preset's)",
     )
     add(
         "--checkpointing",

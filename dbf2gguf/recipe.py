@@ -16,8 +16,11 @@ CARRIERS = ("dbf1", "i8")
 SIGN_RATE_POWER = -1.5
 
 
-ALLOCATIONS = ("uniform", "sensitivity", "attribution", "channels")
-"""How bits are spread over linear layers: see `allocate.allocate`."""
+ALLOCATIONS = ("auto", "uniform", "sensitivity", "attribution", "channels")
+"""How bits are spread over linear layers: see `allocate.allocate`, and for auto `Recipe.at`."""
+
+CHANNELS_BELOW = 1.6
+"""Bits per weight up to which `channels` was measured to do better than `uniform`: docs/ABLATIONS.md."""
 
 
 CHECKPOINTING = ("auto", "on", "off")
@@ -48,8 +51,12 @@ class Recipe:
 
     def at(self, bpw: float) -> Recipe:
         """The recipe for so many bits per weight: the more there are, the closer is the start of the
-        distillation, and the smaller the rate at which signs may turn."""
-        return replace(self, sign_rate=self.sign_rate * bpw**SIGN_RATE_POWER)
+        distillation, and the smaller the rate at which signs may turn; and the less does it matter where the
+        bits go."""
+        allocation = self.allocation
+        if allocation == "auto":
+            allocation = "channels" if bpw < CHANNELS_BELOW else "uniform"
+        return replace(self, sign_rate=self.sign_rate * bpw**SIGN_RATE_POWER, allocation=allocation)
 
     def describe(self) -> dict[str, Any]:
         """All settings, for the receipt."""
@@ -70,6 +77,7 @@ PRESETS = {
         scale_rate=5e-3,
         sign_rate=2e-2,
         warmup_steps=10,
+        allocation="auto",
     ),
     "best": Recipe(
         text_rows=90112,
@@ -79,12 +87,13 @@ PRESETS = {
         gradient_rows=128,
         eval_rows=40,
         admm_iterations=40,
-        distill_steps=4500,
+        distill_steps=5600,
         distill_batch=32,
         scale_rate=1.5e-2,
         sign_rate=2.5e-2,
         dense_rate=3e-3,
         warmup_steps=20,
+        allocation="auto",
     ),
 }
 DEFAULT_PRESET = "balanced"

@@ -122,6 +122,17 @@ def test_channels() -> None:
     assert plan.ranks["blk.0.x"] > plan.ranks["blk.0.y"] >= 40
 
 
+def test_channels_leave_few_sizes() -> None:
+    """Layers of one shape have ranks LEVELS apart, but for what is left over."""
+    generator = torch.Generator().manual_seed(0)
+    more = plan_uniform(SMOLLM2, 1.5 * 1.26).ranks
+    scores = {name: torch.rand(rank, generator=generator) ** 8 for name, rank in more.items()}
+    plan = plan_by_channels(SMOLLM2, 1.26, scores)
+    assert 1.25 < plan.bpw <= 1.26
+    sizes = {(SMOLLM2[name], rank) for name, rank in plan.ranks.items()}
+    assert len(sizes) < len(SMOLLM2) // 2
+
+
 @pytest.mark.parametrize("bpw", [0.01, 99.0, math.nan])
 def test_bits_out_of_range(bpw: float) -> None:
     with pytest.raises(OptionError, match="out of range"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dbf2gguf.recipe import PRESETS, find_recipe
+from dbf2gguf.recipe import CHANNELS_BELOW, PRESETS, find_recipe
 from runtime.errors import OptionError
 
 
@@ -30,6 +30,13 @@ def test_unknown_preset() -> None:
 
 def test_signs_turn_less_where_bits_are_many() -> None:
     recipe = find_recipe("best", sign_rate=0.02)
-    assert recipe.at(1.0) == recipe
+    assert recipe.at(1.0).sign_rate == 0.02
     assert recipe.at(4.0).sign_rate == pytest.approx(0.02 / 8)
     assert recipe.at(4.0).at(1.0) == recipe.at(4.0)
+
+
+def test_where_bits_go_matters_where_they_are_few() -> None:
+    recipe = find_recipe("best")
+    assert recipe.at(1.0).allocation == "channels"
+    assert recipe.at(CHANNELS_BELOW).allocation == "uniform"
+    assert find_recipe("best", allocation="sensitivity").at(1.0).allocation == "sensitivity"
