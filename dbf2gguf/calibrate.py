@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +29,21 @@ def output_importance(
     Source: the diagonal of the empirical Fisher matrix, as in K-FAC's output factor.
     """
     sums: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    with watching(model, names, sums):
+        for chunk in rows.split(batch):
+            chunk = chunk.to(device)
+            with torch.enable_grad():
+                embedded = model.get_input_embeddings()(chunk).requires_grad_(True)
+                hidden = hidden_states(model, inputs_embeds=embedded)
+                hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
+            stage.step(n=len(chunk))
+    return importances(sums)
+
+
+@contextmanager
+def watching(model: nn.Module, names: Mapping[str, str], sums: dict[str, Tensor]) -> Iterator[None]:
+    """Add to `sums` the squares of the gradients that reach the outputs of linear layers in the meantime."""
     hooks = []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -39,18 +57,15 @@ def output_importance(
 
     for name, path in names.items():
         watch(name, model.get_submodule(path))
-    device = next(model.parameters()).device
     try:
-        for chunk in rows.split(batch):
-            chunk = chunk.to(device)
-            with torch.enable_grad():
-                embedded = model.get_input_embeddings()(chunk).requires_grad_(True)
-                hidden = hidden_states(model, inputs_embeds=embedded)
-                hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
-            stage.step(n=len(chunk))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def importances(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of squares of each layer -> their roots, mean 1 over their squares."""
     return {name: (total / total.mean().clamp(min=TINY) + 1e-6).sqrt() for name, total in sums.items()}
 
 
@@ -72,7 +87,8 @@ def finished(raw: Tensor, f: Features) -> Tensor:
 
 
 def _loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Gradient of the summed cross-entropy at the head's input, a few logits at a time."""
+    """Gradient of the summed cross-entropy of `tokens` at the head's input, (batch, tokens, d_model); a few
+    logits at a time."""
     inputs = hidden[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     parts = []

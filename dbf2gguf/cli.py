@@ -62,6 +62,12 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 6G: stay within it or say what is needed; without distillation, weights and states "
+        "that do not fit lie in files while they are not in use; the bytes are the same",
+    )
     add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
     add(
         "--chat-share",

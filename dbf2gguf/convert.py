@@ -7,9 +7,10 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.factorize import Factors, balance
 from dbf2gguf.files import check_output, check_space, replacing
+from dbf2gguf.memory import choose_streamed, find_need, parse_size
 from dbf2gguf.options import Options, check_options
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
+from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
+from dbf2gguf.stream import output_importance as streamed_importance
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
@@ -62,6 +66,7 @@ def convert(
     seed: int = 0,
     device: str = "cpu",
     threads: int | None = None,
+    max_memory: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -77,6 +82,8 @@ def convert(
     calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
+    max_memory such as "6G": take no more; without distillation, weights and states then lie in files while
+               they are not in use, and the bytes are the same
     force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
     What is finished is kept in the folder `out`.work until the end: a conversion that was stopped goes on
@@ -99,6 +106,7 @@ def convert(
         force=force,
     )
     check_options(options, threads)
+    limit = None if max_memory is None else parse_size(max_memory)
     if max_kl is not None and (bpw is not None or dry_run):
         raise OptionError(
             f"--max-kl finds the bits per weight; leave out {'--dry-run' if dry_run else '--bpw'}"
@@ -118,14 +126,26 @@ def convert(
             grid = bpw_grid(least_bpw(_linear_shapes(source, skeleton)), MAX_BPW) or [MAX_BPW]
         plan = make_plan(source, skeleton, grid[0])
         size = _file_size(plan, skeleton, options.embed_type)
+        need = find_need(
+            source,
+            skeleton,
+            make_plan(source, skeleton, grid[-1]),
+            options,
+            _row_tokens(skeleton, options.recipe),
+            peak_rss(),
+        )
         if max_kl is None and not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
+        streamed = choose_streamed(need, limit, options)
+        if not quiet:
+            print(need.describe(streamed), file=sys.stderr)
         if dry_run:
             return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
-        check_space(out, size)
+        check_space(out, size + streamed * need.disk)
         work = Work.open(out.with_name(out.name + ".work"), _key(source, options), quiet)
         try:
-            report = _run(source, skeleton, out, grid, options, work)
+            with Scratch(work.folder / "states") as states:
+                report = _run(source, skeleton, out, grid, options, work, states if streamed else None)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -164,6 +184,7 @@ class _Prepared:
 
     source: Source
     options: Options
+    skeleton: nn.Module
     model: nn.Module  # the original
     tokenizer: Any
     names: dict[str, str]  # of the linear layers: see source.linear_names
@@ -172,6 +193,7 @@ class _Prepared:
     written: int  # rows that the model wrote
     importance: dict[str, Tensor]
     work: Work
+    scratch: Scratch | None  # where states lie, if the model is streamed
 
 
 @dataclass(frozen=True)
@@ -179,21 +201,27 @@ class _Try:
     """What one plan gave."""
 
     plan: Plan
-    factors: dict[str, Factors]  # as stored
+    factors: Mapping[str, Factors]  # as stored
     student: nn.Module  # norms, embedding and head are its own
     quality: Quality
     history: list[float]  # of the distillation's loss
 
 
 def _run(
-    source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options, work: Work
+    source: Source,
+    skeleton: nn.Module,
+    out: Path,
+    grid: list[float],
+    options: Options,
+    work: Work,
+    scratch: Scratch | None,
 ) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
 
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, options, stages, work)
+    made = _prepare(source, skeleton, options, stages, work, scratch)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality] | None = None
@@ -218,7 +246,7 @@ def _run(
         smallest(attempt, grid, limit, DEFAULT_BPW)
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
-    weights = _count_weights(made.model)
+    weights = _count_weights(skeleton)
     report = Report(
         best[0], out, out.stat().st_size, weights, best[1], stages.seconds(), peak_rss(), tuple(tries)
     )
@@ -227,11 +255,18 @@ def _run(
     return report
 
 
-def _prepare(source: Source, options: Options, stages: _Stages, work: Work) -> _Prepared:
+def _prepare(
+    source: Source,
+    skeleton: nn.Module,
+    options: Options,
+    stages: _Stages,
+    work: Work,
+    scratch: Scratch | None,
+) -> _Prepared:
     recipe = options.recipe
     torch.manual_seed(options.seed)
     with stages("load", 1):
-        model = load_model(source, options.device)
+        model = load_model(source, options.device) if scratch is None else stream_model(source, scratch)
         tokenizer = load_tokenizer(source)
     names = linear_names(model, source.arch)
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
@@ -239,32 +274,49 @@ def _prepare(source: Source, options: Options, stages: _Stages, work: Work) -> _
         rows, held_out, written = work.keep(
             "text", lambda: _text(model, tokenizer, options, wanted, progress)
         )
-    with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
-        some = rows[: recipe.gradient_rows]
-        importance = work.keep(
-            "gradients", lambda: output_importance(model, names, some, GRADIENT_BATCH, progress)
-        )
-    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance, work)
+    some = rows[: recipe.gradient_rows]
+    steps = len(some) if scratch is None else 2 * model.config.num_hidden_layers
+    with stages("gradients", steps) as progress:
+
+        def gradients() -> dict[str, Tensor]:
+            if scratch is None:
+                return output_importance(model, names, some, GRADIENT_BATCH, progress)
+            return streamed_importance(model, source.arch, names, some, GRADIENT_BATCH, progress, scratch)
+
+        importance = work.keep("gradients", gradients)
+    return _Prepared(
+        source, options, skeleton, model, tokenizer, names, rows, held_out, written, importance, work, scratch
+    )
 
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe, made.options.seed
-    work = made.work.within(f"{plan.target:g}-")
+    work, scratch = made.work.within(f"{plan.target:g}-"), made.scratch
+    if not recipe.distill_steps:
+        work = SignsOnly.of(work)
     with stages("factorize", model.config.num_hidden_layers) as progress:
         some = made.rows[: recipe.correct_rows]
-        factors = factorize_model(
-            made.source, model, plan, some, made.importance, recipe, seed, progress, work
+        keep = list if scratch is None else scratch.keep
+        found: MutableMapping[str, Factors] = {} if scratch is None else KeptFactors(work)
+        factorize_model(
+            made.source, model, plan, some, made.importance, recipe, seed, progress, work, keep, found
         )
-    student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
-    factors.clear()  # the student has copies
-    with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe, seed, progress, work)
-    factors = {name: as_stored(f) for name, f in student.factors().items()}
+    trained, history = model, []
+    if recipe.distill_steps:
+        student = Student(model, made.names, found, copy_dense=recipe.dense_rate > 0)
+        found.clear()  # the student has copies
+        with stages("distil", recipe.distill_steps) as progress:
+            history = distill(model, student, made.rows, recipe, seed, progress, work)
+        trained, found = student.model, student.factors()
+    if isinstance(found, KeptFactors):
+        factors: Mapping[str, Factors] = found.finished(as_stored)
+    else:
+        factors = {name: as_stored(f) for name, f in found.items()}
     with stages("measure", len(made.held_out)) as progress:
-        final = as_read(student.model, made.names, factors, made.options.embed_type)
+        final = as_read(trained, made.names, factors, made.options.embed_type, scratch)
         quality = measure(model, final, made.held_out, progress)
-    return _Try(plan, factors, student.model, quality, history)
+    return _Try(plan, factors, trained, quality, history)
 
 
 def _write(path: Path, made: _Prepared, tried: _Try) -> None:
@@ -272,7 +324,7 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
     write_gguf(
         path,
         made.source,
-        made.model,
+        made.skeleton,
         tried.student,
         made.tokenizer,
         tried.factors,
@@ -321,6 +373,11 @@ def _text(
         given = rows_from_files(options.calib, tokenizer, wanted, length, seed)
         stage.step(n=given.numel())
     written = wanted - len(given)
+    if written and is_streamed(model):
+        raise OptionError(
+            f"--calib: the files hold {len(given)} of {wanted} rows of {length} tokens, and a model that "
+            "does not fit in memory cannot write the others: give more text, or take fewer --text-rows"
+        )
     order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
     rows = given
     if written:
@@ -358,16 +415,23 @@ def as_stored(factors: Factors) -> Factors:
 
 
 def as_read(
-    model: nn.Module, names: dict[str, str], factors: dict[str, Factors], embed_type: str
+    model: nn.Module,
+    names: dict[str, str],
+    factors: Mapping[str, Factors],
+    embed_type: str,
+    scratch: Scratch | None = None,
 ) -> nn.Module:
     """The dense twin: the model that a reader of the file has, factors multiplied out, embedding and head as
-    stored. `model` is left as it was."""
+    stored. `model` is left as it was. With `scratch`, factors are multiplied out whenever they are used."""
     linears = {}
     for name, path in names.items():
-        weight, bias = factors[name].dense()[0], model.get_submodule(path).bias
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = bias
+        old = model.get_submodule(path)
+        linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        if scratch is None:
+            linear.weight = nn.Parameter(factors[name].dense()[0], requires_grad=False)
+        else:
+            put_on_disk(linear, partial(_dense, factors, name), scratch)
+        linear.bias = old.bias
         linears[path] = linear
     twin = with_linears(model, linears)
     embedding = nn.Parameter(
@@ -381,6 +445,10 @@ def as_read(
     twin.get_input_embeddings().weight = embedding
     twin.get_output_embeddings().weight = head
     return twin
+
+
+def _dense(factors: Mapping[str, Factors], name: str) -> Tensor:
+    return factors[name].dense()[0]
 
 
 # --------------------------------------------------------------------------------------------------

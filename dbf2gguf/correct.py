@@ -9,17 +9,18 @@ that write to it; divided by what some models multiply the output by), and l a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import INPUT, ArchSpec, Group, features
 from dbf2gguf.budget import Plan
+from dbf2gguf.distill import with_linears
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
@@ -28,6 +29,13 @@ from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 
 BATCH_ROWS = 8
+LARGE = (
+    2**24
+)  # weights of a matrix that gets all cores: two at a time would take as long and twice the memory
+
+Item = TypeVar("Item")
+Keep = Callable[[Iterable[Item]], Sequence[Item]]
+"""`list`, or what keeps the items elsewhere than in memory."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with after its input: by position and by name."""
@@ -48,46 +56,44 @@ def factorize_model(
     seed: int,
     stage: Stage,
     work: Work,
-) -> dict[str, Factors]:
+    keep: Keep[Any] = list,
+    result: MutableMapping[str, Factors] | None = None,
+) -> MutableMapping[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
-    again.
+    again. The rows' states are kept by `keep`, the factors in `result`, which is returned.
     """
-    result: dict[str, Factors] = {}
+    result = {} if result is None else result
     scale = features(model.config).residual_scale
     layers = decoder_layers(model, source.arch)
-    states, arguments_of = _embed(model, layers, rows)
-    student_states = [s.clone() for s in states]
+    first, arguments_of = _embed(model, layers, rows)
+    states, student_states = keep(first), keep(first)
+    del first
     for index, (layer, arguments) in enumerate(zip(layers, arguments_of, strict=True)):
-        original = {n: layer.get_submodule(p).weight for n, p in source.arch.linears.items()}
-        records = [_record(layer, source.arch, s, arguments) for s in states]
-        try:
-            for place, group in enumerate(source.arch.groups):
-                inputs = _inputs(layer, source.arch, group, student_states, arguments)
-                _factorize_group(
-                    f"blk.{index}.",
-                    layer,
-                    source,
-                    group,
-                    [(record.inputs[place], record.residuals[place]) for record in records],
-                    inputs,
-                    plan,
-                    importance_out,
-                    recipe,
-                    seed + index * len(source.arch.linears),
-                    scale,
-                    result,
-                    work,
-                )
-            student_states = [_call(layer, s, arguments) for s in student_states]
-        finally:
-            for name, weight in original.items():
-                layer.get_submodule(source.arch.linears[name]).weight = weight
-        states = [record.output for record in records]
+        records = keep(_record(layer, source.arch, s, arguments) for s in states)
+        student = with_linears(layer, {})
+        for place, group in enumerate(source.arch.groups):
+            _factorize_group(
+                f"blk.{index}.",
+                student,
+                source,
+                group,
+                ((record.inputs[place], record.residuals[place]) for record in records),
+                _inputs(student, source.arch, group, student_states, arguments),
+                plan,
+                importance_out,
+                recipe,
+                seed + index * len(source.arch.linears),
+                scale,
+                result,
+                work,
+            )
+        student_states = keep(_call(student, s, arguments) for s in student_states)
+        states = keep(record.output for record in records)
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")
@@ -99,24 +105,25 @@ def _factorize_group(
     layer: nn.Module,
     source: Source,
     group: Group,
-    wanted: list[tuple[Tensor, Tensor | None]],
-    inputs: list[tuple[Tensor, Tensor | None]],
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
     plan: Plan,
     importance_out: dict[str, Tensor],
     recipe: Recipe,
     seed: int,
     scale: float,
-    result: dict[str, Factors],
+    result: MutableMapping[str, Factors],
     work: Work,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
-    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
+    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
     targets = {name: solve(module.weight) for name, module in modules.items()}
+    del solve  # and its matrices
 
     def factorize_some(names: list[str]) -> Factors:
         return factorize(
-            torch.stack([targets[name] for name in names]),
+            torch.stack([targets.pop(name) for name in names]),
             plan.ranks[prefix + names[0]],
             importance_in.expand(len(names), -1),
             torch.stack([importance_out[prefix + name] for name in names]),
@@ -135,11 +142,13 @@ def _factorize_group(
             continue
         for name, part in kept.items():
             result[name] = Factors(**{key: value.to(importance_in.device) for key, value in part.items()})
-    on_device = map if importance_in.is_cuda else map_on_cores
+    large = max(prod(plan.shapes[prefix + name]) for name in group.linears) >= LARGE
+    on_device = map if importance_in.is_cuda or large else map_on_cores
     for names, factors in zip(missing, on_device(factorize_some, missing), strict=True):
         for place, name in enumerate(names):
-            result[prefix + name] = factors[place : place + 1]
-            work.save(prefix + name, {k: v.clone() for k, v in vars(result[prefix + name]).items()})
+            made = factors[place : place + 1]
+            work.save(prefix + name, {k: v.clone() for k, v in vars(made).items()})
+            result[prefix + name] = made
     for name, module in modules.items():
         module.weight = nn.Parameter(result[prefix + name].dense()[0], requires_grad=False)
 
@@ -153,19 +162,18 @@ def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[lis
 
 
 def _normal_equations(
-    wanted: list[tuple[Tensor, Tensor | None]],
-    inputs: list[tuple[Tensor, Tensor | None]],
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
     damping: float,
     scale: float,
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The solver W -> W' of the module's head, and the root of H's diagonal, mean square 1."""
-    width = inputs[0][0].shape[-1]
-    device = inputs[0][0].device
-    gram = torch.zeros(width, width, device=device)
-    cross = torch.zeros(width, width, device=device)
+    gram, cross = torch.empty(0), torch.empty(0)
     missing: Tensor | None = None
     for (x, residual), (x_now, residual_now) in zip(wanted, inputs, strict=True):
         x_now = x_now.flatten(0, 1)
+        if not len(gram):
+            gram, cross = x_now.new_zeros(2, x_now.shape[1], x_now.shape[1])
         gram.addmm_(x_now.mT, x_now)
         cross.addmm_(x.flatten(0, 1).mT, x_now)
         if residual is not None and residual_now is not None:
@@ -176,7 +184,7 @@ def _normal_equations(
     ridge = damping * diagonal.mean() + 1e-12
     diagonal += ridge
     cross.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram)
+    factor = torch.linalg.cholesky(gram, out=gram)
 
     def solve(weight: Tensor) -> Tensor:
         target = weight @ cross
@@ -205,20 +213,31 @@ def _embed(model: nn.Module, layers: nn.ModuleList, rows: Tensor) -> tuple[list[
     states: list[Tensor] = []
     arguments: dict[nn.Module, Arguments] = {}
 
-    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is layers[0]:
-            states.append(args[0] if args else kwargs["hidden_states"])
-            if arguments:
-                raise _Stop  # the first batch has told those of every layer
-        arguments[module] = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+    def in_place_of(layer: nn.Module) -> Callable[..., Tensor]:
+        """A forward pass that notes what it is called with and computes nothing."""
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if layer is layers[0]:
+                states.append(hidden_states)
+                if arguments:
+                    raise _Stop  # the first batch has told those of every layer
+            arguments[layer] = args, kwargs
+            if layer is layers[-1]:
+                raise _Stop
+            return hidden_states
+
+        return forward
 
     device = next(model.parameters()).device
-    with ExitStack() as hooks:
+    try:
         for layer in layers:
-            hooks.enter_context(_hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True)))
+            layer.forward = in_place_of(layer)
         for chunk in rows.split(_even_batch(len(rows))):
             with suppress(_Stop):
                 model.get_decoder()(chunk.to(device), use_cache=False)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
     return states, [arguments[layer] for layer in layers]
 
 
@@ -245,10 +264,9 @@ def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: Argument
 
 
 def _inputs(
-    layer: nn.Module, arch: ArchSpec, group: Group, states: list[Tensor], arguments: Arguments
-) -> list[tuple[Tensor, Tensor | None]]:
+    layer: nn.Module, arch: ArchSpec, group: Group, states: Iterable[Tensor], arguments: Arguments
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A group's inputs and residuals in the layer as it is now; each pass stops once they are known."""
-    result = []
     for state in states:
         seen: dict[str, Tensor] = {}
 
@@ -259,8 +277,7 @@ def _inputs(
 
         with _watching(layer, _watched(arch, (group,)), on_input), suppress(_Stop):
             _call(layer, state, arguments)
-        result.append((seen[group.linears[0]], _residual(group, state, seen)))
-    return result
+        yield seen[group.linears[0]], _residual(group, state, seen)
 
 
 def _residual(group: Group, state: Tensor, seen: dict[str, Tensor]) -> Tensor | None:
@@ -291,11 +308,3 @@ def _watching(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _hooked(hook: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        hook.remove()
