@@ -33,7 +33,15 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
-from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
+from dbf2gguf.source import (
+    Source,
+    _linear,
+    linear_names,
+    load_model,
+    load_tokenizer,
+    open_source,
+    split_fused,
+)
 from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
 from dbf2gguf.stream import output_importance as streamed_importance
 from dbf2gguf.text import rows_from_files, self_written_rows
@@ -426,13 +434,13 @@ def as_read(
     linears = {}
     for name, path in names.items():
         old = model.get_submodule(path)
-        linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
         if scratch is None:
-            linear.weight = nn.Parameter(factors[name].dense()[0], requires_grad=False)
+            linears[path] = _linear(factors[name].dense()[0], old.bias)
         else:
+            linears[path] = linear = _linear(
+                torch.empty(old.out_features, old.in_features, device="meta"), old.bias
+            )
             put_on_disk(linear, partial(_dense, factors, name), scratch)
-        linear.bias = old.bias
-        linears[path] = linear
     twin = with_linears(model, linears)
     embedding = nn.Parameter(
         dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False

@@ -38,6 +38,7 @@ def describe_size(size: int) -> str:
 class Need:
     """Bytes that a conversion takes at its peak, about."""
 
+    base: int  # that the process has already
     whole: int  # with all weights in memory
     streamed: int  # with weights and states in files
     block: int  # of these, the weights of the largest block in float32
@@ -83,7 +84,7 @@ def find_need(
     after = [records + correction, linears + 2 * ends + measuring]
     whole = base + weights + latents + max([*after, training] if recipe.distill_steps else after)
     kept = 2 * rows * state + records + len(layers) * min(recipe.gradient_rows, recipe.text_rows) * state
-    return Need(whole, streamed, block, kept + max(layers) * FLOAT + 2 * ends)
+    return Need(base, whole, streamed, block, kept + max(layers) * FLOAT + 2 * ends)
 
 
 def _weights(module: nn.Module) -> int:

@@ -50,11 +50,11 @@ END = "<|endoftext|>"
 
 
 def write_checkpoint(
-    folder: Path, shape: str, *, layers: int | None = None, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    folder: Path, shape: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: int
 ) -> None:
     """Write config.json, safetensors with an index, and a tokenizer into `folder`, which is made.
 
-    layers  blocks, if not those of the shape
+    changes  sizes that are not the shape's, such as num_hidden_layers
 
     Raises OptionError for an unknown shape.
     """
@@ -63,7 +63,7 @@ def write_checkpoint(
 
     if shape not in SHAPES:
         raise OptionError(f"--shape {shape!r} is unknown; there are {', '.join(SHAPES)}")
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    sizes = SHAPES[shape] | changes
     config = LlamaConfig(**sizes, max_position_embeddings=4096, bos_token_id=0, eos_token_id=0, dtype=dtype)
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
     def work(args: argparse.Namespace) -> int:
-        write_checkpoint(args.folder, args.shape, layers=args.layers, seed=args.seed)
+        changes = {} if args.layers is None else {"num_hidden_layers": args.layers}
+        write_checkpoint(args.folder, args.shape, seed=args.seed, **changes)
         return 0
 
     return run(work, parser.parse_args(argv))
