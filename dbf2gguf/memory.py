@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def _correction(plan: Plan, names: list[str]) -> int:
     largest = max(rows * cols for rows, cols in shapes)
     moments = 2 * shapes[0][1] ** 2 + targets + 2 * largest
     admm = [
-        4 * rows * cols + rank * (2 * (rows + cols) + 4 * max(rows, cols)) + 4 * rank**2
+        3 * rows * cols + rank * (2 * (rows + cols) + 3 * max(rows, cols)) + 4 * rank**2
         for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in names), strict=True)
     ]
     together = max(admm) if largest >= correct.LARGE else sum(admm)
@@ -147,4 +148,8 @@ def _why_not_streamed(options: Options) -> str | None:
 
 
 def _physical() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of the machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # a system that does not tell
+        return sys.maxsize
