@@ -102,9 +102,9 @@ def _correction(plan: Plan, names: list[str]) -> int:
     shapes = [plan.shapes[name] for name in names]
     targets = sum(rows * cols for rows, cols in shapes)
     largest = max(rows * cols for rows, cols in shapes)
-    moments = 2 * shapes[0][1] ** 2 + targets + 2 * largest
+    moments = 3 * shapes[0][1] ** 2 + targets + 5 * largest  # the solver copies what it is given
     admm = [
-        3 * rows * cols + rank * (2 * (rows + cols) + 3 * max(rows, cols)) + 4 * rank**2
+        4 * rows * cols + rank * (2 * (rows + cols) + 3 * max(rows, cols)) + 4 * rank**2
         for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in names), strict=True)
     ]
     together = max(admm) if largest >= correct.LARGE else sum(admm)
