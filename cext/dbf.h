@@ -1,7 +1,7 @@
 /* dbf.h - the C API of dbf2gguf's runtime. cffi reads this same file.
  *
- * dbf_model_new copies what it is given, but for dense matrices and learned positions, and for sign matrices where the
- * kernels read DBF1 as it is: these are borrowed and must stay valid until dbf_model_free.
+ * dbf_model_new copies what it is given, but for dense matrices, learned positions and routers, and for sign matrices
+ * where the kernels read DBF1 as it is: these are borrowed and must stay valid until dbf_model_free.
  * Functions return DBF_OK or a negative code, whose text is dbf_strerror(code). The library never
  * exits, aborts or prints.
  *
@@ -46,13 +46,17 @@ typedef struct dbf_dense {
 
 typedef struct dbf_layer {
     const float *attn_norm, *ffn_norm; /* f32 [d_model] norm of what q, k, v and gate, up read; NULL: it is x itself */
-    dbf_linear q, k, v, o, gate, up, down; /* gate with 0 rows: there is none, down reads GELU(up) */
+    dbf_linear q, k, v, o, gate, up, down; /* gate with 0 rows: there is none, down reads GELU(up); with experts, gate, up
+                                            * and down are those of the shared one, with 0 rows: there is none */
     const float *q_norm, *k_norm; /* f32 [head_dim] RMSNorm of every query and key before RoPE, or both NULL;
                                    * with joint_norms [rows of q], [rows of k] */
     const float *attn_post_norm, *ffn_post_norm; /* f32 [d_model] RMSNorm of what o and down add, each NULL for none */
     const float *attn_norm_bias, *ffn_norm_bias; /* f32 [d_model] added after the norm, each NULL for none */
     int32_t window; /* a query sees so many positions, its own the last; 0: all of them */
     int32_t rope;   /* which of the session's RoPE tables; -1: no RoPE */
+    const float *router;       /* f32 [n_experts][d_model] whose softmax are the experts' shares */
+    const dbf_linear *experts; /* [n_experts][3] gate, up and down of each, or NULL */
+    const float *shared_gate;  /* f32 [d_model] whose sigmoid is the shared expert's share, or NULL for a share of 1 */
 } dbf_layer;
 
 typedef struct dbf_config {
@@ -69,6 +73,10 @@ typedef struct dbf_config {
     int32_t norm;         /* of attn_norm, ffn_norm and out_norm; all others are RMSNorm */
     int32_t n_positions;  /* rows of the learned positions; 0: there are none */
     int32_t joint_norms;  /* 1: q_norm and k_norm are of all heads of a token together */
+    int32_t n_experts;    /* of every layer; 0: there are none */
+    int32_t n_experts_used; /* by a token */
+    int32_t d_expert;     /* d_ff of an expert; d_ff itself is that of the expert that all tokens share */
+    int32_t norm_experts; /* 1: shares of the experts that a token uses are divided by their sum */
 } dbf_config;
 
 typedef struct dbf_weights {

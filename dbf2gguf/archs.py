@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.config import MAX_EXPERTS, MAX_EXPERTS_USED
 from runtime.errors import FormatError, UnsupportedModelError
 
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -56,6 +57,31 @@ class Fused:
         return {part: f"{self.module}.{part}" for part in self.parts}
 
 
+EXPERT_LINEARS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+"""GGUF names of an expert's linears -> modules within it."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a layer's feed-forward are experts, of which a router picks some for each token. Paths are
+    relative to the layer. transformers holds the experts' weights as two tensors; `source.split_fused` puts a
+    list of modules in their place."""
+
+    norm_shares: bool  # what llama.cpp takes for granted: whether shares are divided by the sum of those used
+    own_width: bool = True  # whether config.json has a size of experts, moe_intermediate_size
+    shared: str | None = None  # the expert that all tokens share
+    shared_gate: str | None = None  # whose sigmoid is its share
+    block: str = "mlp"  # the feed-forward: its input is the experts', its output is added to the stream
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"  # (tokens, d_model) -> logits, shares, experts used
+    residual: str = "post_attention_layernorm"  # what reads the stream that the output is added to
+
+    def branches(self, n_experts: int) -> dict[str, str]:
+        """End of the GGUF names ("ffn_gate" + it) -> module, of every expert and of the shared one."""
+        found = {} if self.shared is None else {"_shexp": self.shared}
+        return found | {f".{index}": f"{self.module}.{index}" for index in range(n_experts)}
+
+
 GPT2_QKV = Fused("attn.c_attn", ("attn_q", "attn_k", "attn_v"))
 PHI_QKV = Fused("self_attn.qkv_proj", ("attn_q", "attn_k", "attn_v"))
 PHI_GATE_UP = Fused("mlp.gate_up_proj", ("ffn_gate", "ffn_up"))
@@ -99,6 +125,7 @@ class ArchSpec:
     )
     norms: dict[str, str] = field(default_factory=lambda: NORMS)
     fused: dict[str, Fused] = field(default_factory=dict)  # by its GGUF name
+    experts: Experts | None = None
     partial_rotary: bool = False  # RoPE may turn only the first dimensions of a head
     no_rope: int = 0  # some layers have no RoPE; in llama.cpp, one of so many
     longrope: bool = False  # RoPE may have factors of its own for short and for long contexts
@@ -109,6 +136,23 @@ class ArchSpec:
         Group(("ffn_down",), residual="post_attention_layernorm"),
     )
 
+    def linears_of(self, config: Any) -> dict[str, str]:
+        """`linears` and those of the experts that a layer of a model of this (transformers') config has."""
+        found = dict(self.linears)
+        if self.experts is not None:
+            for end, path in self.experts.branches(features(config).n_experts).items():
+                found |= {name + end: f"{path}.{linear}" for name, linear in EXPERT_LINEARS.items()}
+        return found
+
+
+ATTENTION_LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+ATTENTION_GROUPS = (Group(("attn_q", "attn_k", "attn_v")), Group(("attn_output",), residual=INPUT))
+"""Of families with experts, which come after these."""
 
 SANDWICH_GROUPS = (
     Group(("attn_q", "attn_k", "attn_v")),
@@ -135,6 +179,36 @@ ARCHS = {
         ),
         ArchSpec("qwen2", "Qwen2ForCausalLM", "qwen2", "halves"),
         ArchSpec("qwen3", "Qwen3ForCausalLM", "qwen3", "halves", norms=NORMS | HEAD_NORMS),
+        ArchSpec(
+            "mixtral",
+            "MixtralForCausalLM",
+            "llama",
+            "adjacent",
+            linears=ATTENTION_LINEARS,
+            groups=ATTENTION_GROUPS,
+            experts=Experts(norm_shares=True, own_width=False),
+        ),
+        ArchSpec(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            "qwen2moe",
+            "halves",
+            linears=ATTENTION_LINEARS,
+            groups=ATTENTION_GROUPS,
+            experts=Experts(
+                norm_shares=False, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"
+            ),
+        ),
+        ArchSpec(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            "qwen3moe",
+            "halves",
+            linears=ATTENTION_LINEARS,
+            norms=NORMS | HEAD_NORMS,
+            groups=ATTENTION_GROUPS,
+            experts=Experts(norm_shares=True),
+        ),
         ArchSpec(
             "gpt2",
             "GPT2LMHeadModel",
@@ -208,7 +282,15 @@ ARCHS = {
         ),
     )
 }
-"""Of those that share a GGUF architecture, a GGUF file is read as the first."""
+"""Of those that share a GGUF architecture, a GGUF file is read as the first: of those with experts, if it has
+any."""
+
+
+def gguf_spec(name: object, has_experts: bool) -> ArchSpec | None:
+    """The family as which a GGUF file of this architecture is read."""
+    return next(
+        (s for s in ARCHS.values() if s.gguf == name and (s.experts is not None) == has_experts), None
+    )
 
 
 def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
@@ -232,6 +314,8 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
         "scale_attn_weights": (True, None),
         "scale_attn_by_inverse_layer_idx": (False, None),
         "add_cross_attention": (False, None),
+        "mlp_only_layers": ([], None),
+        "decoder_sparse_step": (1, None),
     }
     for key, values in wanted.items():
         got = config.get(key)
@@ -239,6 +323,7 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
             raise UnsupportedModelError(
                 f"{where}: {key} = {got!r} is not supported; supported: {values[0]!r}"
             )
+    _check_experts(config, spec, where)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise FormatError(f"{where}: RoPE parameters are {rope!r}; wanted an object")
@@ -255,6 +340,23 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
                 f"{where}: partial_rotary_factor = {partial!r} is not supported; supported: 1.0"
             )
     return spec
+
+
+def _check_experts(config: dict[str, Any], spec: ArchSpec, where: str) -> None:
+    n_experts = config.get("num_experts", config.get("num_local_experts"))
+    n_used = config.get("num_experts_per_tok")
+    if spec.experts is None or n_experts is None or n_used is None:
+        return  # the library's own defaults
+    for key, value, most in (
+        ("experts", n_experts, MAX_EXPERTS),
+        ("experts_per_tok", n_used, MAX_EXPERTS_USED),
+    ):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise FormatError(f"{where}: num_{key} is {value!r:.60}; wanted an integer in 1..{most}")
+    if n_used > n_experts:
+        raise FormatError(
+            f"{where}: num_experts_per_tok is {n_used}; wanted no more than there are experts, {n_experts}"
+        )
 
 
 @dataclass(frozen=True)
@@ -279,6 +381,11 @@ class Features:
     logit_softcap: float
     residual_scale: float
     logit_scale: float
+    n_experts: int  # 0: there are none
+    n_experts_used: int
+    d_expert: int
+    d_shared: int  # of the expert that all tokens share; 0: there is none
+    norm_shares: bool  # whether shares of experts are divided by the sum of those that are used
 
 
 def features(config: Any) -> Features:
@@ -315,7 +422,18 @@ def features(config: Any) -> Features:
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
+        n_experts=config.num_experts if spec.experts else 0,
+        n_experts_used=config.num_experts_per_tok if spec.experts else 0,
+        d_expert=_expert_width(config, spec),
+        d_shared=config.shared_expert_intermediate_size if spec.experts and spec.experts.shared else 0,
+        norm_shares=bool(getattr(config, "norm_topk_prob", True)),
     )
+
+
+def _expert_width(config: Any, spec: ArchSpec) -> int:
+    if spec.experts is None:
+        return 0
+    return int(config.moe_intermediate_size if spec.experts.own_width else config.intermediate_size)
 
 
 def _rotates(config: Any, spec: ArchSpec) -> tuple[bool, ...]:

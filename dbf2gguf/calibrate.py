@@ -1,4 +1,4 @@
-"""What the loss cares about: second moments of the gradients at the outputs of the linear layers."""
+"""What counts in a linear layer: second moments of the gradients at its outputs and of its inputs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dbf2gguf.archs import Features, features
 from dbf2gguf.progress import Stage
 
 TINY = 1e-30  # a layer whose outputs change nothing has no gradients
+TINY_INPUT = 1e-12
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
 
 
@@ -24,13 +25,13 @@ def output_importance(
 
     names   GGUF name -> module name
     rows    (n, tokens) int64
-    ->      GGUF name -> (rows of the layer,) float32 > 0
+    ->      GGUF name -> (rows of the layer,) float32 > 0; all 1 for an expert that no token uses
 
     Source: the diagonal of the empirical Fisher matrix, as in K-FAC's output factor.
     """
-    sums: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     device = next(model.parameters()).device
-    with watching(model, names, sums):
+    with weighing_outputs(model, names, found):
         for chunk in rows.split(batch):
             chunk = chunk.to(device)
             with torch.enable_grad():
@@ -38,17 +39,18 @@ def output_importance(
                 hidden = hidden_states(model, inputs_embeds=embedded)
                 hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
             stage.step(n=len(chunk))
-    return importances(sums)
+    return found
 
 
 @contextmanager
-def watching(model: nn.Module, names: Mapping[str, str], sums: dict[str, Tensor]) -> Iterator[None]:
-    """Add to `sums` the squares of the gradients that reach the outputs of linear layers in the meantime."""
+def weighing_outputs(model: nn.Module, names: Mapping[str, str], found: dict[str, Tensor]) -> Iterator[None]:
+    """At its end, `found` gets what `output_importance` returns, by the gradients that came meanwhile."""
+    sums: dict[str, Tensor] = {}
     hooks = []
 
     def watch(name: str, module: nn.Module) -> None:
         def on_gradient(gradient: Tensor) -> None:
-            sums[name] = sums.get(name, 0) + gradient.float().square().sum((0, 1))
+            sums[name] = sums.get(name, 0) + gradient.float().square().flatten(0, -2).sum(0)
 
         def on_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             output.register_hook(on_gradient)
@@ -62,11 +64,50 @@ def watching(model: nn.Module, names: Mapping[str, str], sums: dict[str, Tensor]
     finally:
         for hook in hooks:
             hook.remove()
+    for name, path in names.items():
+        if name not in sums:
+            module = model.get_submodule(path)
+            sums[name] = torch.ones(module.out_features, device=next(model.parameters()).device)
+        found[name] = importance_of(sums[name], TINY)
 
 
-def importances(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of squares of each layer -> their roots, mean 1 over their squares."""
-    return {name: (total / total.mean().clamp(min=TINY) + 1e-6).sqrt() for name, total in sums.items()}
+@torch.no_grad()
+def input_importance(
+    model: nn.Module, names: Mapping[str, str], rows: Tensor, batch: int, stage: Stage | None = None
+) -> dict[str, Tensor]:
+    """Root of the second moment of every linear layer's inputs, mean 1 over its squares.
+
+    names   GGUF name -> module name
+    rows    (n, tokens) int64
+    ->      GGUF name -> (columns of the layer,) float32 > 0; all 1 for an expert that no token uses
+    """
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def on_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + args[0].float().square().flatten(0, -2).sum(0)
+
+        return module.register_forward_pre_hook(on_input)
+
+    hooks = [watch(name, model.get_submodule(path)) for name, path in names.items()]
+    device = next(model.parameters()).device
+    try:
+        for chunk in rows.split(batch):
+            hidden_states(model, input_ids=chunk.to(device))
+            if stage is not None:
+                stage.step(n=len(chunk))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, path in names.items():
+        if name not in sums:
+            sums[name] = torch.ones(model.get_submodule(path).in_features, device=device)
+    return {name: importance_of(sums[name]) for name in names}
+
+
+def importance_of(moments: Tensor, least: float = TINY_INPUT) -> Tensor:
+    """The root of second moments, mean 1 over its squares; a mean below `least` is none."""
+    return (moments / moments.mean().clamp(min=least) + 1e-6).sqrt()
 
 
 def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:

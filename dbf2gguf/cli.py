@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dbf2gguf.archs import ARCHS
-from dbf2gguf.recipe import CARRIERS, DEFAULT_PRESET, EMBED_TYPES, PRESETS
+from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, DEFAULT_PRESET, EMBED_TYPES, PRESETS
 from dbf2gguf.search import COLLAPSED_KL
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
 from runtime.errors import BackendError
+from runtime.gguf import GgufFile
 
 EPILOG = "Other commands: dbf2gguf inspect FILE, dbf2gguf export FILE OUT; each has its own --help."
 COMMANDS = ("convert", "inspect", "export")
@@ -26,7 +27,11 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
+    add(
+        "model",
+        metavar="MODEL",
+        help="Hugging Face model folder, id on its hub (owner/name, owner/name@revision), or a GGUF file",
+    )
     add("out", metavar="OUT", help="GGUF file to write; replaced only when the new one is complete")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -45,7 +50,8 @@ def convert_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="text (.txt, .jsonl) to calibrate and distil on; repeatable; the model writes what it lacks",
+        help="text to calibrate and distil on: .txt, .jsonl, .parquet, or a data set of the hub, "
+        "hf:owner/name[@revision][:config][:split][:column]; repeatable; the model writes what it lacks",
     )
     add(
         "--eval-text",
@@ -60,7 +66,11 @@ def convert_parser() -> argparse.ArgumentParser:
         help="tensor type of the sign matrices; i8: the same bytes, which every GGUF reader can list",
     )
     add("--seed", type=int, default=0, help="seed of everything random")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N, or auto: a GPU if there is one; another device gives other bytes",
+    )
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
     add(
         "--max-memory",
@@ -68,7 +78,25 @@ def convert_parser() -> argparse.ArgumentParser:
         help="such as 6G: stay within it or say what is needed; without distillation, weights and states "
         "that do not fit lie in files while they are not in use; the bytes are the same",
     )
+    spread = parser.add_mutually_exclusive_group()
+    spread.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="factorize independent layers in N processes instead of threads; the bytes are the same",
+    )
+    spread.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="or on the workers of the Dask scheduler at tcp://HOST:PORT; the bytes are the same",
+    )
     add("--text-rows", type=int, help="rows of calibration text (default: the preset's)")
+    add(
+        "--written-share",
+        type=float,
+        help="share of the text that the model writes itself whatever the files hold, 0 to 1 (default: the "
+        "preset's)",
+    )
     add(
         "--chat-share",
         type=float,
@@ -82,6 +110,17 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--correct-rows", type=int, help="rows that the sequential correction sees (default: the preset's)")
     add("--admm-iterations", type=int, help="ADMM rounds of each factorization (default: the preset's)")
     add(
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="how the bits are spread over the linear layers, always as many in all (default: the preset's)",
+    )
+    add(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        help="whether distillation keeps each layer's input alone and runs the layer twice: less memory, a "
+        "third more time; auto: where a GPU's memory wants it (default: the preset's)",
+    )
+    add(
         "--list-architectures",
         action="version",
         version=", ".join(f"{spec.model_type} ({spec.model_class})" for spec in ARCHS.values()),
@@ -92,6 +131,12 @@ def convert_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"write the file even if the model has collapsed: its mean KL is above {COLLAPSED_KL:g} or not "
         "finite",
+    )
+    add(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="do not write OUT.report.html, the figures of the conversion as a page",
     )
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("-q", "--quiet", action="store_true", help="no progress and no summary")
@@ -105,7 +150,9 @@ def inspect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", metavar="FILE", help="GGUF file, factorized or not")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--html", action="store_true", help="print a page with bits, sizes, loss and receipt")
     return parser
 
 
@@ -146,6 +193,12 @@ def _unless_interrupted(work: Callable[[], object]) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from dbf2gguf.inspect import inspect
 
+    if args.html:
+        from dbf2gguf.html_report import page
+
+        with GgufFile(args.file) as file:
+            print(page(file), end="")
+        return 0
     inspect(Path(args.file), tensors=args.tensors, as_json=args.json)
     return 0
 

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,23 +19,28 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.allocate import allocate
 from dbf2gguf.archs import context_length
 from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
+from dbf2gguf.cache import cached_text
 from dbf2gguf.calibrate import output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
-from dbf2gguf.factorize import Factors, balance
+from dbf2gguf.executors import Executor, open_executor
+from dbf2gguf.factorize import Factors, balance, relative_error
 from dbf2gguf.files import check_output, check_space, replacing
-from dbf2gguf.memory import choose_streamed, find_need, parse_size
-from dbf2gguf.options import Options, check_options
+from dbf2gguf.follow import LOAD, Write, call_to_distil, follow
+from dbf2gguf.html_report import command_line, page_path, write_page
+from dbf2gguf.memory_need import choose_streamed, find_need
+from dbf2gguf.options import Options, check_options, describe_device, find_device, parse_size
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
-from dbf2gguf.report import Report, describe_plan, describe_refusal, describe_report, describe_try
+from dbf2gguf.report import Errors, Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import (
     Source,
-    _linear,
+    as_linear,
     linear_names,
     load_model,
     load_tokenizer,
@@ -44,6 +49,8 @@ from dbf2gguf.source import (
 )
 from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
 from dbf2gguf.stream import output_importance as streamed_importance
+from dbf2gguf.tables import dataset_of
+from dbf2gguf.team import ALONE, Team, joined
 from dbf2gguf.text import rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
@@ -58,6 +65,7 @@ from runtime.errors import FormatError, OptionError, QualityError
 
 GRADIENT_BATCH = 4
 DEFAULT_BPW = 1.2
+SAME_TEXT = ("model", "device", "threads", "versions")
 
 
 def convert(
@@ -72,26 +80,34 @@ def convert(
     embed_type: str = "q8_0",
     carrier: str = "dbf1",
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
     max_memory: str | None = None,
+    jobs: int | None = None,
+    cluster: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
+    report: bool = True,
     **overrides: Any,
 ) -> Report:
     """Factorize the causal language model at `model` and write it to `out` as GGUF.
 
-    model      a Hugging Face folder with safetensors, or a GGUF file
+    model      a Hugging Face folder, the id of a model on its hub (owner/name[@revision]), or a GGUF file
     bpw        bits per weight over the linear layers: signs, filler and scales; 1.2 if there is no max_kl
     max_kl     instead: take the fewest bits per weight, of multiples of 0.05, whose mean KL on the held-out
                rows is no more; each try is factorized and distilled anew
     preset     a name of recipe.PRESETS; `overrides` are fields of recipe.Recipe, None for the preset's
-    calib      text files to calibrate and distil on; the model writes what the recipe wants beyond them
+    calib      texts to calibrate and distil on, files and data sets of the hub: see text.rows_from_files; the
+               model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
+    device     cpu, cuda, cuda:N, or auto: a GPU if there is one that torch can use
     max_memory such as "6G": take no more; without distillation, weights and states then lie in files while
                they are not in use, and the bytes are the same
+    jobs       on a CPU: so many processes factorize layers that are independent, instead of threads
+    cluster    or the workers of the Dask scheduler at tcp://HOST:PORT do; the bytes are the same
+    report     write `out`.report.html, too: see html_report
     force      write the file even if its mean KL is above COLLAPSED_KL or not finite
 
     What is finished is kept in the folder `out`.work until the end: a conversion that was stopped goes on
@@ -99,7 +115,12 @@ def convert(
 
     An existing `out` is replaced only by a complete new file. Raises DbfError with a message for the user,
     among them QualityError if no file is good enough to be written.
+
+    Under torchrun every process calls this with the same arguments; all share the distillation, the first
+    does the rest, and all get its report.
     """
+    arguments = locals() | overrides
+    device = find_device(device)
     options = Options(
         preset=preset,
         recipe=find_recipe(preset, **overrides),
@@ -112,19 +133,31 @@ def convert(
         quiet=quiet,
         max_kl=max_kl,
         force=force,
+        max_memory=None if max_memory is None else parse_size(max_memory),
+        jobs=jobs,
+        cluster=cluster,
     )
     check_options(options, threads)
-    limit = None if max_memory is None else parse_size(max_memory)
     if max_kl is not None and (bpw is not None or dry_run):
         raise OptionError(
             f"--max-kl finds the bits per weight; leave out {'--dry-run' if dry_run else '--bpw'}"
         )
     out = Path(out)
-    if not dry_run:
-        out = check_output(out, [Path(model), *options.calib, *filter(None, [options.eval_text])])
     if threads is not None:
         torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    with ExitStack() as stack:
+        team = stack.enter_context(joined(device))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dbf2gguf-"))
+        if team.rank > 0:
+            followed: Report = follow(team, model, Path(scratch), device)
+            return followed
+        if not dry_run:
+            inputs = [Path(model), *options.calib, *filter(None, [options.eval_text])]
+            out = check_output(out, inputs)
+            if report:
+                check_output(page_path(out), inputs)
         source = open_source(model, Path(scratch))
         skeleton = _skeleton(source)
         options = replace(options, embed_type=_fit_embed_type(skeleton, embed_type))
@@ -134,6 +167,8 @@ def convert(
             grid = bpw_grid(least_bpw(_linear_shapes(source, skeleton)), MAX_BPW) or [MAX_BPW]
         plan = make_plan(source, skeleton, grid[0])
         size = _file_size(plan, skeleton, options.embed_type)
+        if max_kl is None and not quiet:
+            print(describe_plan(plan, size), file=sys.stderr)
         need = find_need(
             source,
             skeleton,
@@ -142,18 +177,23 @@ def convert(
             _row_tokens(skeleton, options.recipe),
             peak_rss(),
         )
-        if max_kl is None and not quiet:
-            print(describe_plan(plan, size), file=sys.stderr)
-        streamed = choose_streamed(need, limit, options)
-        if not quiet:
+        streamed = choose_streamed(need, source, options)
+        if device == "cpu" and not quiet:
             print(need.describe(streamed), file=sys.stderr)
         if dry_run:
-            return Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
-        check_space(out, size + streamed * need.disk)
-        work = Work.open(out.with_name(out.name + ".work"), _key(source, options), quiet)
+            planned = Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
+            team.share(planned)
+            return planned
+        check_space(out, size + (need.disk if streamed else 0))
+        executor = stack.enter_context(open_executor(jobs, cluster))
+        if not quiet:
+            print(f"device: {describe_device(device)}", file=sys.stderr)
+        key = _key(source, options, team)
+        work = Work.open(out.with_name(out.name + ".work"), key, quiet)
         try:
             with Scratch(work.folder / "states") as states:
-                report = _run(source, skeleton, out, grid, options, work, states if streamed else None)
+                means = _Means(work, key, executor, team, states if streamed else None)
+                done = _run(source, skeleton, out, grid, options, means)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -163,7 +203,13 @@ def convert(
                 )
             raise
         work.remove()
-        return report
+        done = replace(done, command=command_line(arguments | {"threads": torch.get_num_threads()}))
+        if report:
+            done = write_page(done)
+        if not quiet:
+            print(describe_report(done), file=sys.stderr)
+        team.share(done)
+        return done
 
 
 class _Stages(list[Stage]):
@@ -185,6 +231,24 @@ class _Stages(list[Stage]):
             total[stage.name] = total.get(stage.name, 0.0) + stage.seconds
         return total
 
+    def memory(self) -> dict[str, int]:
+        """Name -> bytes of memory, the most that a stage of that name took."""
+        most: dict[str, int] = {}
+        for stage in self:
+            most[stage.name] = max(most.get(stage.name, 0), stage.peak_memory)
+        return most
+
+
+@dataclass(frozen=True)
+class _Means:
+    """What a conversion works with."""
+
+    work: Work
+    key: dict[str, Any]  # see `_key`
+    executor: Executor
+    team: Team
+    scratch: Scratch | None  # where weights and states lie, if the model is streamed
+
 
 @dataclass(frozen=True)
 class _Prepared:
@@ -200,8 +264,7 @@ class _Prepared:
     held_out: Tensor
     written: int  # rows that the model wrote
     importance: dict[str, Tensor]
-    work: Work
-    scratch: Scratch | None  # where states lie, if the model is streamed
+    means: _Means
 
 
 @dataclass(frozen=True)
@@ -213,26 +276,21 @@ class _Try:
     student: nn.Module  # norms, embedding and head are its own
     quality: Quality
     history: list[float]  # of the distillation's loss
+    errors: Errors
 
 
 def _run(
-    source: Source,
-    skeleton: nn.Module,
-    out: Path,
-    grid: list[float],
-    options: Options,
-    work: Work,
-    scratch: Scratch | None,
+    source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options, means: _Means
 ) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
 
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, skeleton, options, stages, work, scratch)
+    made = _prepare(source, skeleton, options, stages, means)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
-    best: tuple[Plan, Quality] | None = None
+    best: tuple[Plan, Quality, Errors] | None = None
     with replacing(out) as temporary:
 
         def attempt(bpw: float) -> float:
@@ -248,83 +306,109 @@ def _run(
             if kl <= limit or (options.force and options.max_kl is None):
                 with stages("write", 1):
                     _write(temporary, made, tried)
-                best = tried.plan, tried.quality
+                best = tried.plan, tried.quality, tried.errors
             return kl
 
         smallest(attempt, grid, limit, DEFAULT_BPW)
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
     weights = _count_weights(skeleton)
-    report = Report(
-        best[0], out, out.stat().st_size, weights, best[1], stages.seconds(), peak_rss(), tuple(tries)
+    return Report(
+        plan=best[0],
+        file=out,
+        file_bytes=out.stat().st_size,
+        model_weights=weights,
+        quality=best[1],
+        seconds=stages.seconds(),
+        peak_rss=peak_rss(),
+        tries=tuple(tries),
+        memory=stages.memory(),
+        errors=best[2],
     )
-    if not options.quiet:
-        print(describe_report(report), file=sys.stderr)
-    return report
 
 
 def _prepare(
-    source: Source,
-    skeleton: nn.Module,
-    options: Options,
-    stages: _Stages,
-    work: Work,
-    scratch: Scratch | None,
+    source: Source, skeleton: nn.Module, options: Options, stages: _Stages, means: _Means
 ) -> _Prepared:
-    recipe = options.recipe
+    recipe, work, team, scratch = options.recipe, means.work, means.team, means.scratch
     torch.manual_seed(options.seed)
     with stages("load", 1):
         model = load_model(source, options.device) if scratch is None else stream_model(source, scratch)
         tokenizer = load_tokenizer(source)
+    team.share(LOAD)
     names = linear_names(model, source.arch)
     wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
     with stages("text", wanted * _row_tokens(model, recipe)) as progress:
         rows, held_out, written = work.keep(
-            "text", lambda: _text(model, tokenizer, options, wanted, progress)
+            "text", lambda: _text(model, tokenizer, options, wanted, progress, means.key, team)
         )
     some = rows[: recipe.gradient_rows]
     steps = len(some) if scratch is None else 2 * model.config.num_hidden_layers
     with stages("gradients", steps) as progress:
 
         def gradients() -> dict[str, Tensor]:
+            how = names, some, GRADIENT_BATCH, progress
             if scratch is None:
-                return output_importance(model, names, some, GRADIENT_BATCH, progress)
-            return streamed_importance(model, source.arch, names, some, GRADIENT_BATCH, progress, scratch)
+                return output_importance(model, *how)
+            return streamed_importance(model, source.arch, *how, scratch)
 
         importance = work.keep("gradients", gradients)
+    importance = {name: value.to(options.device) for name, value in importance.items()}  # kept on the CPU
     return _Prepared(
-        source, options, skeleton, model, tokenizer, names, rows, held_out, written, importance, work, scratch
+        source, options, skeleton, model, tokenizer, names, rows, held_out, written, importance, means
     )
 
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
-    model, recipe, seed = made.model, made.options.recipe, made.options.seed
-    work, scratch = made.work.within(f"{plan.target:g}-"), made.scratch
+    model, recipe, seed = made.model, made.options.recipe.at(plan.target), made.options.seed
+    work, team, scratch = made.means.work.within(f"{plan.target:g}-"), made.means.team, made.means.scratch
+    errors = Errors()
+    if recipe.allocation != "uniform":
+        with stages("allocate", model.config.num_hidden_layers) as progress:
+            plan = allocate(
+                made.source, model, made.names, plan, made.rows, made.importance, recipe, seed, progress, work
+            )
+        if not made.options.quiet:
+            size = _file_size(plan, made.skeleton, made.options.embed_type)
+            print(describe_plan(plan, size), file=sys.stderr)
+    found: MutableMapping[str, Factors] = {}
     if not recipe.distill_steps:
         work = SignsOnly.of(work)
+        found = KeptFactors(work, made.options.device)
     with stages("factorize", model.config.num_hidden_layers) as progress:
-        some = made.rows[: recipe.correct_rows]
-        keep = list if scratch is None else scratch.keep
-        found: MutableMapping[str, Factors] = {} if scratch is None else KeptFactors(work)
         factorize_model(
-            made.source, model, plan, some, made.importance, recipe, seed, progress, work, keep, found
+            made.source,
+            model,
+            plan,
+            made.rows[: recipe.correct_rows],
+            made.importance,
+            recipe,
+            seed,
+            progress,
+            work,
+            made.means.executor,
+            errors=errors.factorized,
+            keep=list if scratch is None else scratch.keep,
+            result=found,
         )
     trained, history = model, []
-    if recipe.distill_steps:
-        student = Student(model, made.names, found, copy_dense=recipe.dense_rate > 0)
-        found.clear()  # the student has copies
-        with stages("distil", recipe.distill_steps) as progress:
-            history = distill(model, student, made.rows, recipe, seed, progress, work)
-        trained, found = student.model, student.factors()
     if isinstance(found, KeptFactors):
         factors: Mapping[str, Factors] = found.finished(as_stored)
     else:
-        factors = {name: as_stored(f) for name, f in found.items()}
+        call_to_distil(team, found, made.rows, recipe, seed)
+        student = Student(model, made.names, found, copy_dense=recipe.dense_rate > 0)
+        found.clear()  # the student has copies
+        with stages("distil", recipe.distill_steps) as progress:
+            history = distill(model, student, made.rows, recipe, seed, progress, work, team)
+        trained, factors = student.model, {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
         final = as_read(trained, made.names, factors, made.options.embed_type, scratch)
         quality = measure(model, final, made.held_out, progress)
-    return _Try(plan, factors, trained, quality, history)
+        for name, path in made.names.items():
+            wanted, got = (some.get_submodule(path).weight for some in (model, final))
+            errors.weights[name] = relative_error(wanted, got)
+    return _Try(plan, factors, trained, quality, history, errors)
 
 
 def _write(path: Path, made: _Prepared, tried: _Try) -> None:
@@ -344,21 +428,28 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
     verify(path, made.source, tried.factors)
 
 
-def _key(source: Source, options: Options) -> dict[str, Any]:
-    """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names."""
+def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
+    """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
+    Those of SAME_TEXT decide what the model writes."""
     weights = [source.gguf] if source.gguf else sorted(source.path.glob("*.safetensors"))
     described = [path for path in sorted(source.path.glob("*.json")) if not source.gguf]
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     return {
         "model": digest_of([*weights, *described]),
         "recipe": options.recipe.describe(),
-        "calib": [digest_of([file]) for file in options.calib],
-        "eval_text": digest_of([options.eval_text]) if options.eval_text else None,
+        "calib": [_text_digest(file) for file in options.calib],
+        "eval_text": _text_digest(options.eval_text) if options.eval_text else None,
         "seed": options.seed,
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": team.size,
         "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
     }
+
+
+def _text_digest(text: Path) -> str:
+    """Of a text file; the name of a data set, which is not read for that."""
+    return str(text) if dataset_of(text) else digest_of([text])
 
 
 def _return_freed_memory() -> None:
@@ -368,17 +459,25 @@ def _return_freed_memory() -> None:
 
 
 def _text(
-    model: nn.Module, tokenizer: Any, options: Options, wanted: int, stage: Stage
+    model: nn.Module,
+    tokenizer: Any,
+    options: Options,
+    wanted: int,
+    stage: Stage,
+    key: dict[str, Any],
+    team: Team = ALONE,
 ) -> tuple[Tensor, Tensor, int]:
     """Rows to calibrate and distil on, rows for the receipt, and how many of them the model wrote.
 
     wanted  how many of both, without those of --eval-text
+    key     see `_key`
     """
     recipe, seed = options.recipe, options.seed
     length = _row_tokens(model, recipe)
     given = torch.empty(0, length, dtype=torch.int64)
     if options.calib:
-        given = rows_from_files(options.calib, tokenizer, wanted, length, seed)
+        most = wanted - int(wanted * recipe.written_share)
+        given = rows_from_files(options.calib, tokenizer, most, length, seed)
         stage.step(n=given.numel())
     written = wanted - len(given)
     if written and is_streamed(model):
@@ -391,7 +490,17 @@ def _text(
     if written:
         known = order[: recipe.text_rows]  # none is held out
         starts = given[known[known < len(given)]]
-        own = self_written_rows(model, tokenizer, written, length, recipe.chat_share, seed, stage, starts)
+        how = written, length, recipe.chat_share, seed
+
+        def write() -> Tensor:
+            team.share(Write(*how, starts))
+            return self_written_rows(model, tokenizer, *how, stage, starts, team)
+
+        own, known_already = cached_text(
+            {name: key[name] for name in SAME_TEXT} | {"how": how, "starts": _tokens_digest(starts)}, write
+        )
+        if known_already:
+            stage.step(n=own.numel(), note="written before")
         rows = torch.cat([given, own])[order]
     if options.eval_text:
         held_out = rows_from_files([options.eval_text], tokenizer, recipe.eval_rows, length, seed)
@@ -435,12 +544,11 @@ def as_read(
     for name, path in names.items():
         old = model.get_submodule(path)
         if scratch is None:
-            linears[path] = _linear(factors[name].dense()[0], old.bias)
+            linears[path] = as_linear(factors[name].dense()[0], old.bias)
         else:
-            linears[path] = linear = _linear(
-                torch.empty(old.out_features, old.in_features, device="meta"), old.bias
-            )
-            put_on_disk(linear, partial(_dense, factors, name), scratch)
+            shape = old.out_features, old.in_features
+            linears[path] = as_linear(torch.empty(shape, device="meta"), old.bias)
+            put_on_disk(linears[path], partial(_dense, factors, name), scratch)
     twin = with_linears(model, linears)
     embedding = nn.Parameter(
         dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False
@@ -520,19 +628,17 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
     """The recipe and the receipt as metadata. No times: the same input gives the same bytes."""
     options, plan = made.options, tried.plan
 
-    def digest(tokens: Tensor) -> str:
-        return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
-
-    texts = [file.name for file in options.calib] + ["self-written"] * (made.written > 0)
+    texts = [str(file) if dataset_of(file) else file.name for file in options.calib]
+    texts += ["self-written"] * (made.written > 0)
     notes: dict[str, Any] = {
         "dbf.sign_bits_per_weight": plan.sign_bits / plan.weights,
         "dbf.recipe.preset": options.preset,
         "dbf.recipe.bpw": plan.target,
         "dbf.recipe.seed": options.seed,
         "dbf.recipe.text": ", ".join(texts),
-        "dbf.recipe.text_sha256": digest(made.rows),
+        "dbf.recipe.text_sha256": _tokens_digest(made.rows),
         "dbf.recipe.distill_kl": json.dumps([round(kl, 4) for kl in tried.history]),
-        "dbf.quality.text_sha256": digest(made.held_out),
+        "dbf.quality.text_sha256": _tokens_digest(made.held_out),
         "dbf.quality.context": made.held_out.shape[1],
     }
     notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
@@ -541,6 +647,10 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
         f"dbf.recipe.version.{name}": _version(name) for name in ("torch", "transformers", "gguf", "numpy")
     }
     return notes
+
+
+def _tokens_digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -5,6 +5,10 @@ approximate not W but the least-squares solution of  W' x' ~ W x + r:
     W' = (W (C + l I) + R) (H + l I)^-1,   C = sum x x'^T,  H = sum x' x'^T,  R = sum r x'^T,
 where r is what the residual stream already lacks when the layer's output is added to it (only for layers
 that write to it; divided by what some models multiply the output by), and l a share of H's mean diagonal.
+
+An expert sees the tokens that the router of the model factorized so far gives it, and each weighs by the
+share with which its output enters the sum: x and x' are multiplied by it. What the stream lacks is divided
+among the experts of a token in proportion to their shares.
 """
 
 from __future__ import annotations
@@ -12,26 +16,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import INPUT, ArchSpec, Group, features
+from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
+from dbf2gguf.calibrate import importance_of
 from dbf2gguf.distill import with_linears
-from dbf2gguf.factorize import Factors, factorize
-from dbf2gguf.parallel import map_on_cores
+from dbf2gguf.executors import Executor, on_cores, one_by_one
+from dbf2gguf.factorize import Factors, factorize, relative_error
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 
 BATCH_ROWS = 8
-LARGE = (
-    2**24
-)  # weights of a matrix that gets all cores: two at a time would take as long and twice the memory
+BATCH_MATRICES = 32  # that are factorized together on a GPU, at most
+TOKENS_PER_INPUT = 4  # an expert that sees fewer is not corrected: on random models, 2 were worse, 8 better
+LARGE = 2**24
+"""Weights of a layer that has all cores to itself: side by side with the one or two that read the same vector
+it would take as long and several times the memory."""
 
 Item = TypeVar("Item")
 Keep = Callable[[Iterable[Item]], Sequence[Item]]
@@ -56,6 +64,9 @@ def factorize_model(
     seed: int,
     stage: Stage,
     work: Work,
+    executor: Executor = on_cores,
+    errors: dict[str, float] | None = None,
+    targets: dict[str, Tensor] | None = None,
     keep: Keep[Any] = list,
     result: MutableMapping[str, Factors] | None = None,
 ) -> MutableMapping[str, Factors]:
@@ -63,12 +74,16 @@ def factorize_model(
 
     rows            (n, tokens) int64 calibration text
     importance_out  GGUF name -> (rows of the layer,), see calibrate.output_importance
+    errors          gets GGUF name -> relative error of what the factors stand for, from W' as factorized
+    targets         gets GGUF name -> (rows, cols), these W'
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
-    again. The rows' states are kept by `keep`, the factors in `result`, which is returned.
+    again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does. `keep`
+    keeps the rows' states, `result` the factors; it is returned.
     """
     result = {} if result is None else result
     scale = features(model.config).residual_scale
+    walk = _Walk(plan, importance_out, recipe, scale, executor, work, result, errors, targets)
     layers = decoder_layers(model, source.arch)
     first, arguments_of = _embed(model, layers, rows)
     states, student_states = keep(first), keep(first)
@@ -78,87 +93,225 @@ def factorize_model(
         student = with_linears(layer, {})
         for place, group in enumerate(source.arch.groups):
             _factorize_group(
+                walk,
                 f"blk.{index}.",
                 student,
-                source,
+                source.arch,
                 group,
                 ((record.inputs[place], record.residuals[place]) for record in records),
-                _inputs(student, source.arch, group, student_states, arguments),
-                plan,
-                importance_out,
-                recipe,
+                _inputs(student, _place_of(source.arch, group), student_states, arguments),
                 seed + index * len(source.arch.linears),
-                scale,
-                result,
-                work,
             )
+        if source.arch.experts is not None:
+            block = _Place(source.arch.experts.block, source.arch.experts.residual)
+            few = _factorize_experts(
+                walk,
+                f"blk.{index}.",
+                student,
+                source.arch.experts,
+                ((record.inputs[-1], record.residuals[-1]) for record in records),
+                _inputs(student, block, student_states, arguments),
+                seed + index * len(source.arch.linears) + len(source.arch.groups),
+            )
+            if few:
+                stage.say(
+                    f"blk.{index}: {len(few)} of {features(model.config).n_experts} experts saw too few "
+                    f"tokens to be corrected (number {few[0]} first); more text helps"
+                )
         student_states = keep(_call(student, s, arguments) for s in student_states)
         states = keep(record.output for record in records)
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")
-    return result
+    return walk.result
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What all layers of a model are factorized with, and what is found: see factorize_model."""
+
+    plan: Plan
+    importance_out: dict[str, Tensor]
+    recipe: Recipe
+    scale: float  # that the residual stream gives to outputs
+    executor: Executor
+    work: Work
+    result: MutableMapping[str, Factors]
+    errors: dict[str, float] | None
+    targets: dict[str, Tensor] | None
 
 
 def _factorize_group(
+    walk: _Walk,
     prefix: str,
     layer: nn.Module,
-    source: Source,
+    arch: ArchSpec,
     group: Group,
     wanted: Iterable[tuple[Tensor, Tensor | None]],
     inputs: Iterable[tuple[Tensor, Tensor | None]],
-    plan: Plan,
-    importance_out: dict[str, Tensor],
-    recipe: Recipe,
     seed: int,
-    scale: float,
-    result: MutableMapping[str, Factors],
-    work: Work,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
-    modules = {name: layer.get_submodule(source.arch.linears[name]) for name in group.linears}
-    solve, importance_in = _normal_equations(wanted, inputs, recipe.damping, scale)
-    targets = {name: solve(module.weight) for name, module in modules.items()}
+    solve, importance_in = _normal_equations(wanted, inputs, walk.recipe.damping, walk.scale)
+    modules = {prefix + name: layer.get_submodule(arch.linears[name]) for name in group.linears}
+    targets = {name: (solve(module.weight), importance_in) for name, module in modules.items()}
     del solve  # and its matrices
+    large = max(prod(walk.plan.shapes[name]) for name in modules) >= LARGE
+    executor = one_by_one if large else walk.executor
+    _factorize_targets(walk, targets, modules, seed + arch.groups.index(group), executor)
 
-    def factorize_some(names: list[str]) -> Factors:
-        return factorize(
-            torch.stack([targets.pop(name) for name in names]),
-            plan.ranks[prefix + names[0]],
-            importance_in.expand(len(names), -1),
-            torch.stack([importance_out[prefix + name] for name in names]),
-            iterations=recipe.admm_iterations,
-            seed=seed + source.arch.groups.index(group),
+
+def _factorize_targets(
+    walk: _Walk,
+    targets: dict[str, tuple[Tensor, Tensor]],
+    modules: dict[str, nn.Module],
+    seed: int,
+    executor: Executor,
+) -> None:
+    """Factorize matrices that do not depend on each other, and put what the factors give into the modules.
+
+    targets   GGUF name -> the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
+    executor  who does it on a CPU
+    """
+
+    def task(names: list[str]) -> Callable[[], Factors]:
+        return partial(
+            factorize,
+            torch.stack([targets[name][0] for name in names]),
+            walk.plan.ranks[names[0]],
+            torch.stack([targets[name][1] for name in names]),
+            torch.stack([walk.importance_out[name] for name in names]),
+            iterations=walk.recipe.admm_iterations,
+            seed=seed,
         )
 
-    together = _equal_shapes(group.linears, prefix, plan)
-    if not importance_in.is_cuda:
-        together = [[name] for names in together for name in names]
+    device = next(iter(targets.values()))[0].device
+    if device.type != "cpu":
+        executor = one_by_one
+    together = _equal_shapes(list(targets), walk.plan, 1 if device.type == "cpu" else BATCH_MATRICES)
     missing = []
     for names in together:  # what shares a batch is made together again, so that it comes out the same
-        kept = {prefix + name: work.load(prefix + name) for name in names}
+        kept = {name: walk.work.load(name) for name in names}
         if not all(kept.values()):
             missing.append(names)
             continue
         for name, part in kept.items():
-            result[name] = Factors(**{key: value.to(importance_in.device) for key, value in part.items()})
-    large = max(prod(plan.shapes[prefix + name]) for name in group.linears) >= LARGE
-    on_device = map if importance_in.is_cuda or large else map_on_cores
-    for names, factors in zip(missing, on_device(factorize_some, missing), strict=True):
+            walk.result[name] = Factors(**part).to(device)
+    for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
         for place, name in enumerate(names):
             made = factors[place : place + 1]
-            work.save(prefix + name, {k: v.clone() for k, v in vars(made).items()})
-            result[prefix + name] = made
-    for name, module in modules.items():
-        module.weight = nn.Parameter(result[prefix + name].dense()[0], requires_grad=False)
+            walk.work.save(name, {k: v.clone() for k, v in vars(made).items()})
+            walk.result[name] = made
+    for name, (target, importance_in) in targets.items():
+        weight = walk.result[name].dense()[0]
+        if walk.errors is not None:
+            walk.errors[name] = relative_error(target, weight, walk.importance_out[name], importance_in)
+        if walk.targets is not None:
+            walk.targets[name] = target
+        modules[name].weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _equal_shapes(linears: tuple[str, ...], prefix: str, plan: Plan) -> list[list[str]]:
-    """The layers of a group in batches of equal shape and rank, the largest first."""
+def _equal_shapes(linears: list[str], plan: Plan, most: int) -> list[list[str]]:
+    """Layers in batches of equal shape and rank, the largest first; at most so many in one."""
     batches: dict[tuple[Any, ...], list[str]] = {}
     for name in linears:
-        batches.setdefault((*plan.shapes[prefix + name], plan.ranks[prefix + name]), []).append(name)
-    return [batches[size] for size in sorted(batches, key=prod, reverse=True)]
+        batches.setdefault((*plan.shapes[name], plan.ranks[name]), []).append(name)
+    sizes = sorted(batches, key=prod, reverse=True)
+    return [batches[size][i : i + most] for size in sizes for i in range(0, len(batches[size]), most)]
+
+
+@dataclass
+class _Branch:
+    """An expert, and the tokens that the model factorized so far gives it."""
+
+    module: nn.Module
+    tokens: Tensor  # (n,) numbers of the tokens
+    shares: Tensor  # (n, 1) with which its outputs enter the sum
+    corrected: bool  # whether these are enough
+
+
+def _factorize_experts(
+    walk: _Walk,
+    prefix: str,
+    layer: nn.Module,
+    experts: Experts,
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
+    seed: int,
+) -> list[int]:
+    """The same as _factorize_group for the experts of a layer, the shared one among them, gate and up first.
+
+    wanted, inputs  of the block of experts
+    ->              the experts that saw too few tokens to be corrected: their own weights are factorized,
+                    with importances of the inputs that all tokens give
+    """
+    x, stream = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*wanted, strict=True))
+    x_now, stream_now = (
+        torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*inputs, strict=True)
+    )
+    branches, total = _branches(layer, experts, x_now)
+    hidden: dict[str, Tensor] = {}  # what down reads in the original
+
+    def activations(expert: nn.Module, x: Tensor) -> Tensor:
+        return expert.act_fn(expert.gate_proj(x)) * expert.up_proj(x)
+
+    def target(
+        branch: _Branch, module: nn.Module, a: Tensor, b: Tensor, residual: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What the module's factors are to give, from inputs a of the original and b of now."""
+        if not branch.corrected:
+            return module.weight, importance_of(b.square().sum(0))
+        streams: tuple[Tensor | None, Tensor | None] = (None, None)
+        if residual:
+            part = branch.shares / total[branch.tokens, None]
+            streams = stream[branch.tokens] * part, stream_now[branch.tokens] * part
+        pairs = [
+            [(c[None] * branch.shares, None if lack is None else lack[None])]
+            for c, lack in zip((a, b), streams, strict=True)
+        ]
+        solve, importance = _normal_equations(*pairs, walk.recipe.damping, walk.scale)
+        return solve(module.weight), importance
+
+    targets, modules = {}, {}
+    for end, branch in branches.items():
+        a, b = (x[branch.tokens], x_now[branch.tokens]) if branch.corrected else (x, x_now)
+        if branch.corrected:
+            hidden[end] = activations(branch.module, a)
+        for name in ("ffn_gate", "ffn_up"):
+            module = branch.module.get_submodule(EXPERT_LINEARS[name])
+            targets[prefix + name + end] = target(branch, module, a, b, residual=False)
+            modules[prefix + name + end] = module
+    _factorize_targets(walk, targets, modules, seed, walk.executor)
+    targets, modules = {}, {}
+    for end, branch in branches.items():
+        b = activations(branch.module, x_now[branch.tokens] if branch.corrected else x_now)
+        module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
+        targets[prefix + "ffn_down" + end] = target(branch, module, hidden.pop(end, b), b, residual=True)
+        modules[prefix + "ffn_down" + end] = module
+    _factorize_targets(walk, targets, modules, seed + 1, walk.executor)
+    return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
+
+
+def _branches(layer: nn.Module, experts: Experts, x: Tensor) -> tuple[dict[str, _Branch], Tensor]:
+    """End of the GGUF names -> expert, for tokens x (n, d_model); and the sum of each token's shares (n,)."""
+    _, shares, used = layer.get_submodule(experts.router)(x)
+    total = shares.sum(1)
+    branches = {}
+    modules = layer.get_submodule(experts.module)
+    for end, path in experts.branches(len(modules)).items():
+        module = layer.get_submodule(path)
+        if path == experts.shared:
+            tokens = torch.arange(len(x), device=x.device)
+            share = torch.ones(len(x), 1, device=x.device)
+            if experts.shared_gate is not None:
+                share = torch.sigmoid(layer.get_submodule(experts.shared_gate)(x))
+            total = total + share[:, 0]
+        else:
+            tokens, place = torch.where(used == int(end[1:]))
+            share = shares[tokens, place, None]
+        enough = path == experts.shared or len(tokens) >= TOKENS_PER_INPUT * x.shape[1]
+        branches[end] = _Branch(module, tokens, share, enough)
+    return branches, total
 
 
 def _normal_equations(
@@ -180,7 +333,7 @@ def _normal_equations(
             lack = (residual - residual_now).flatten(0, 1).mT @ x_now / scale
             missing = lack if missing is None else missing + lack
     diagonal = gram.diagonal()
-    importance = (diagonal / diagonal.mean().clamp(min=1e-12) + 1e-6).sqrt()
+    importance = importance_of(diagonal)
     ridge = damping * diagonal.mean() + 1e-12
     diagonal += ridge
     cross.diagonal().add_(ridge)
@@ -199,9 +352,27 @@ def _normal_equations(
 # Running one layer
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A submodule whose input is wanted, and what its output is added to: see Group.residual."""
+
+    module: str
+    residual: str | None
+
+
+def _place_of(arch: ArchSpec, group: Group) -> _Place:
+    return _Place(arch.linears[group.linears[0]], group.residual)
+
+
+def _places(arch: ArchSpec) -> list[_Place]:
+    """Of all groups, and last of the experts, if there are any."""
+    places = [_place_of(arch, group) for group in arch.groups]
+    return places + ([] if arch.experts is None else [_Place(arch.experts.block, arch.experts.residual)])
+
+
 @dataclass
 class _Record:
-    """What one batch does in the original layer: each group's input and residual, and the output."""
+    """What one batch does in the original layer: each place's input and residual, and the output."""
 
     inputs: list[Tensor]
     residuals: list[Tensor | None]
@@ -254,55 +425,53 @@ def _call(layer: nn.Module, state: Tensor, arguments: Arguments) -> Tensor:
 
 def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: Arguments) -> _Record:
     seen: dict[str, Tensor] = {}
-    with _watching(layer, _watched(arch, arch.groups), seen.__setitem__):
+    places = _places(arch)
+    with _watching(layer, _watched(places), seen.__setitem__):
         output = _call(layer, state, arguments)
     return _Record(
-        [seen[group.linears[0]] for group in arch.groups],
-        [_residual(group, state, seen) for group in arch.groups],
+        [seen[place.module] for place in places],
+        [_residual(place, state, seen) for place in places],
         output,
     )
 
 
 def _inputs(
-    layer: nn.Module, arch: ArchSpec, group: Group, states: Iterable[Tensor], arguments: Arguments
+    layer: nn.Module, place: _Place, states: Iterable[Tensor], arguments: Arguments
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A group's inputs and residuals in the layer as it is now; each pass stops once they are known."""
+    """A place's inputs and residuals in the layer as it is now; each pass stops once they are known."""
     for state in states:
         seen: dict[str, Tensor] = {}
 
         def on_input(name: str, x: Tensor, seen: dict[str, Tensor] = seen) -> None:
             seen[name] = x
-            if name == group.linears[0]:
+            if name == place.module:
                 raise _Stop
 
-        with _watching(layer, _watched(arch, (group,)), on_input), suppress(_Stop):
+        with _watching(layer, _watched([place]), on_input), suppress(_Stop):
             _call(layer, state, arguments)
-        yield seen[group.linears[0]], _residual(group, state, seen)
+        yield seen[place.module], _residual(place, state, seen)
 
 
-def _residual(group: Group, state: Tensor, seen: dict[str, Tensor]) -> Tensor | None:
-    if group.residual is None:
+def _residual(place: _Place, state: Tensor, seen: dict[str, Tensor]) -> Tensor | None:
+    if place.residual is None:
         return None
-    return state if group.residual == INPUT else seen[group.residual]
+    return state if place.residual == INPUT else seen[place.residual]
 
 
-def _watched(arch: ArchSpec, groups: tuple[Group, ...]) -> dict[str, str]:
-    """Name -> submodule whose input is wanted: each group's first linear, and the readers of residuals."""
-    modules = {group.linears[0]: arch.linears[group.linears[0]] for group in groups}
-    readers = {group.residual for group in groups} - {None, INPUT}
-    return modules | {reader: reader for reader in readers if reader is not None}
+def _watched(places: list[_Place]) -> set[str]:
+    """Submodules whose input is wanted: those of the places, and the readers of residuals."""
+    readers = {place.residual for place in places if place.residual not in (None, INPUT)}
+    return {place.module for place in places} | {reader for reader in readers if reader is not None}
 
 
 @contextmanager
-def _watching(
-    layer: nn.Module, modules: dict[str, str], on_input: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+def _watching(layer: nn.Module, modules: set[str], on_input: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Report the inputs of submodules while the context lasts."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, args: on_input(name, args[0])
 
-    hooks = [layer.get_submodule(p).register_forward_pre_hook(hook_for(n)) for n, p in modules.items()]
+    hooks = [layer.get_submodule(p).register_forward_pre_hook(hook_for(p)) for p in modules]
     try:
         yield
     finally:

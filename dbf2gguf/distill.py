@@ -12,13 +12,14 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dbf2gguf.activations import SLACK, Passes, checkpointed, in_bfloat16, plan_passes, token_bytes
 from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, hidden_states
 from dbf2gguf.factorize import Factors, signs
@@ -26,12 +27,15 @@ from dbf2gguf.graphs import Recorder
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import decoder_layers
+from dbf2gguf.team import ALONE, Team
 from dbf2gguf.work import Work
 
 SCALES = ("s_out", "s_mid", "s_in")
 PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
+GPU_PART_WEIGHTS = 2**26  # and on a GPU
 PASS_TOKENS = 1024  # that pass through the model at a time on a CPU: bounds the activations held
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
+GPU_HEAD_LOGITS = 2**28  # that are held at a time on a GPU, of 4096 tokens at most
 FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
@@ -64,9 +68,9 @@ class FactorStack(nn.Module):
         return [getattr(self, n) * getattr(self, f"{n}_rms") for n in SCALES]
 
     def _parts(self) -> Iterator[slice]:
-        """Layers that are multiplied together: all on a GPU, few on a CPU, whose caches then hold them."""
+        """Layers that are multiplied together: few on a CPU, whose caches then hold them, many on a GPU."""
         n, rows, cols = len(self.names), self.a.shape[1], self.b.shape[2]
-        size = n if self.a.is_cuda else max(1, PART_WEIGHTS // (rows * cols))
+        size = max(1, (GPU_PART_WEIGHTS if self.a.is_cuda else PART_WEIGHTS) // (rows * cols))
         return (slice(start, start + size) for start in range(0, n, size))
 
     @torch.no_grad()
@@ -90,7 +94,7 @@ class FactorStack(nn.Module):
         s_out, s_mid, s_in = self._scales()
         gradients = {name: torch.empty_like(p) for name, p in self.named_parameters()}
         for part in self._parts():
-            gradient = torch.stack([weight.grad for weight in self._weights[part]])
+            gradient = torch.stack([_gradient_of(weight) for weight in self._weights[part]])
             for weight in self._weights[part]:
                 weight.grad = None
             dtype = gradient.dtype
@@ -116,6 +120,11 @@ class FactorStack(nn.Module):
         """Name -> the factors as they are now, batch 1."""
         every = Factors(self.a.detach(), self.b.detach(), *self._scales())
         return {name: every[i : i + 1] for i, name in enumerate(self.names)}
+
+
+def _gradient_of(weight: Tensor) -> Tensor:
+    """Zero for an expert that no token used."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 class DbfLinear(nn.Module):
@@ -201,6 +210,7 @@ def distill(
     seed: int,
     stage: Stage,
     work: Work,
+    team: Team = ALONE,
 ) -> list[float]:
     """Train the student in place.
 
@@ -208,7 +218,8 @@ def distill(
     ->    mean KL of each step, nats a token
 
     `stage` gets one step for each optimizer step, `work` the state of the training now and then and at the
-    end; where it has one, the training goes on from there.
+    end; where it has one, the training goes on from there. A team shares each batch; all of it call this with
+    the same arguments but `stage` and `work`, of which the first process's counts, and get the same student.
     """
     steps = recipe.distill_steps
     if steps == 0:
@@ -223,39 +234,62 @@ def distill(
         for p in student.model.parameters():
             rms = float(p.detach().square().mean().sqrt())
             groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
-    compiled = device.type == "cuda" and steps >= COMPILED_STEPS
+    routed = features(teacher.config).n_experts > 0  # what an expert sees has another size in every step
+    compiled = device.type == "cuda" and steps >= COMPILED_STEPS and not routed
     for group in groups:
         group["lr"] = torch.zeros((), device=device) if compiled else 0.0
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiled)
     trained = [p for group in groups for p in group["params"]]
     history: list[float] = []
-    if saved := work.load("distilled"):
+    if saved := team.share(work.load("distilled")):
         history = saved["history"]
         for p, value in zip(trained, saved["parameters"], strict=True):
             p.data.copy_(value)
         if len(history) < steps:
             optimizer.load_state_dict(saved["optimizer"])
         stage.step(n=len(history))
-    tokens = torch.empty(min(recipe.distill_batch, len(rows)), rows.shape[1], dtype=rows.dtype, device=device)
-    batches = itertools.islice(_batches(rows, len(tokens), seed), len(history), steps)
+    size = min(recipe.distill_batch, len(rows))
+    part = team.part(size)
+    tokens = torch.empty(part.stop - part.start, rows.shape[1], dtype=rows.dtype, device=device)
+    batches = itertools.islice(_batches(rows, size, seed), len(history), steps)
     kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
 
-    def train() -> Tensor:
-        """One step on `tokens`; the KL before it."""
+    def find_gradients() -> Tensor:
+        """Those that `tokens` have in the whole batch's; the KL likewise."""
         optimizer.zero_grad(set_to_none=True)
-        kl = _gradients(teacher, student, tokens, kl_gradient)
+        return _gradients(teacher, student, tokens, kl_gradient, size * rows.shape[1], rows=passes.rows)
+
+    def update() -> None:
         optimizer.step()
+
+    def train() -> Tensor:
+        """One step of the batch of which `tokens` are this process' part; the KL before it."""
+        kl = find_gradients()
+        team.sum([kl, *(p.grad for p in trained if p.grad is not None)])
+        update()
         return kl
 
-    with _compiled(teacher, student.model) if compiled else nullcontext():
-        run = Recorder(WARM_UP_CALLS)(train) if compiled else train
+    with ExitStack() as modes:
+        if device.type == "cuda":
+            modes.enter_context(in_bfloat16(_linears_of(teacher, student.model)))
+        passes = _passes(student, tokens, trained, recipe.checkpointing)
+        if compiled:
+            modes.enter_context(_compiled(teacher, student.model))
+        if passes.checkpointed:
+            layers = decoder_layers(student.model, ARCHS[student.model.config.model_type])
+            modes.enter_context(checkpointed(list(layers)))
+        if compiled and team.size == 1:
+            train = Recorder(WARM_UP_CALLS)(train)
+        elif compiled:  # the sum over processes stays outside
+            record = Recorder(WARM_UP_CALLS, others=True)
+            find_gradients, update = record(find_gradients), record(update)
         last_saved = time.monotonic()
         for step, batch in enumerate(batches, len(history)):
-            tokens.copy_(batch)
+            tokens.copy_(batch[part])
             for group in optimizer.param_groups:
                 rate = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
                 group["lr"] = group["lr"].fill_(rate) if compiled else rate
-            history.append(float(run()))
+            history.append(float(train()))
             recent = history[-8:]
             stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
             done = step + 1 == steps
@@ -290,17 +324,50 @@ def _compiled(*models: nn.Module) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient: Any) -> Tensor:
-    """Gradients of the mean KL on tokens (batch, tokens); returns it, on the model's device."""
+def _linears_of(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
+    """The linear layers that the student does not share, but for the head, which may be the embedding."""
+    shared = {id(p) for p in student.parameters()} | {id(teacher.get_output_embeddings().weight)}
+    return [m for m in teacher.modules() if isinstance(m, nn.Linear) and id(m.weight) not in shared]
+
+
+def _passes(student: Student, batch: Tensor, trained: list[Tensor], checkpointing: str) -> Passes:
+    """How a batch (rows, tokens) goes through the student; on a GPU, by its free memory."""
+    rows, tokens = batch.shape
+    if not batch.is_cuda:
+        return Passes(max(1, PASS_TOKENS // tokens), checkpointing == "on")
+    signs_of = {id(p) for stack in student.stacks for p in (stack.a, stack.b)}
+    weights = sum(len(s.names) * s.a.shape[1] * s.b.shape[2] for s in student.stacks)
+    later = 8 * sum(p.numel() for p in trained) + 4 * weights  # Adam, weights in bfloat16 with gradients
+    later += 4 * sum(p.numel() for p in trained if id(p) not in signs_of)  # the others' gradients
+    later += 5 * 4 * GPU_HEAD_LOGITS
+    free = torch.cuda.mem_get_info(batch.device)[0]
+    free += torch.cuda.memory_reserved(batch.device) - torch.cuda.memory_allocated(batch.device)
+    config = student.model.config
+    plain, kept = tokens * token_bytes(config), 4 * tokens * config.hidden_size
+    layers = config.num_hidden_layers
+    return plan_passes(rows, tokens, layers, plain, kept, SLACK * free - later, checkpointing)
+
+
+def _gradients(
+    teacher: nn.Module,
+    student: Student,
+    tokens: Tensor,
+    kl_gradient: Any,
+    count: int | None = None,
+    *,
+    rows: int | None = None,
+) -> Tensor:
+    """Gradients of the KL summed over tokens (batch, tokens), `rows` or all at a time, over `count`: their
+    number, unless they are a part of a batch. Returns it, on the model's device."""
     f = features(teacher.config)
+    count = count or tokens.numel()
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
-    rows = len(tokens) if tokens.is_cuda else max(1, PASS_TOKENS // tokens.shape[1])
-    size = HEAD_TOKENS * 8 if tokens.is_cuda else HEAD_TOKENS
+    size = min(HEAD_TOKENS * 8, GPU_HEAD_LOGITS // len(head)) if tokens.is_cuda else HEAD_TOKENS
     total = torch.zeros((), device=tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=has_bfloat16(tokens.device)):
         student.multiply_out()
-        for some in tokens.split(rows):
+        for some in tokens.split(rows or len(tokens)):
             with torch.no_grad():
                 wanted = hidden_states(teacher, input_ids=some).flatten(0, 1)
             hidden = student.hidden_states(some)
@@ -313,12 +380,12 @@ def _gradients(teacher: nn.Module, student: Student, tokens: Tensor, kl_gradient
                 if head_gradient is not None:
                     head_gradient += error.mT @ flat[part]
                 total += kl
-            hidden.backward(gradient.view_as(hidden) / tokens.numel())
+            hidden.backward(gradient.view_as(hidden) / count)
     student.backward()
     if head_gradient is not None:
-        head_gradient /= tokens.numel()
+        head_gradient /= count
         head.grad = head_gradient if head.grad is None else head.grad + head_gradient
-    return total / tokens.numel()
+    return total / count
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from dbf2gguf.archs import ARCHS, ArchSpec
+from dbf2gguf.archs import ARCHS, ArchSpec, gguf_spec
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.metadata import copy_metadata
 from runtime.config import ADJACENT, NO_ROPE, Dense, Linear
@@ -98,20 +98,22 @@ def dense(linear: Linear) -> NDArray[np.float32]:
     return w
 
 
-def _spec(architecture: str) -> ArchSpec:
-    return next(spec for spec in ARCHS.values() if spec.gguf == architecture)
+def _spec(model: ModelFile) -> ArchSpec | None:
+    return gguf_spec(model.architecture, model.config.n_experts > 0)
 
 
 def _check_features(model: ModelFile) -> None:
     """What llama.cpp knows by the architecture must be what the file says: RoPE's pairs, which q and k are in
     the order of, and the scale of attention."""
-    known = sorted({spec.gguf for spec in ARCHS.values()})
-    if model.architecture not in known:
+    spec, c = _spec(model), model.config
+    if spec is None:
+        known = sorted({spec.gguf for spec in ARCHS.values()})
+        experts = " with experts" if c.n_experts else ""
         raise UnsupportedModelError(
-            f"{model.path}: architecture {model.architecture!r} cannot be exported; supported: "
+            f"{model.path}: architecture {model.architecture!r}{experts} cannot be exported; supported: "
             f"{', '.join(known)}"
         )
-    spec, c = _spec(model.architecture), model.config
+    _check_experts(model, spec)
     size = c.d_model // c.n_heads if c.n_layers == spec.layers_of_largest else c.head_dim
     scale = c.attn_scale or c.head_dim**-0.5
     if not spec.scale_keys and not math.isclose(scale, size**-0.5, rel_tol=1e-5):
@@ -130,26 +132,53 @@ def _check_features(model: ModelFile) -> None:
         )
 
 
+def _check_experts(model: ModelFile, spec: ArchSpec) -> None:
+    """The same for experts."""
+    if spec.experts is None:
+        return
+    arch, shared = model.architecture, spec.experts.shared is not None
+    if bool(model.config.norm_experts) != spec.experts.norm_shares:
+        raise UnsupportedModelError(
+            f"{model.path}: {arch}.expert_weights_norm is {bool(model.config.norm_experts)}; llama.cpp takes "
+            f"{spec.experts.norm_shares} for {arch!r}"
+        )
+    for index, layer in enumerate(model.weights.layers):
+        if (layer.up is not None) != shared or (layer.shared_gate is not None) != shared:
+            raise UnsupportedModelError(f"{model.path}: layer {index} has not the shared expert of {arch!r}")
+        parts = [linear for e in layer.experts for linear in (e.gate, e.up, e.down)]
+        if any(linear.bias is not None for linear in parts):
+            raise UnsupportedModelError(f"{model.path}: layer {index}: llama.cpp knows no biases of experts")
+
+
 def _tensors(model: ModelFile, kind: Type) -> Iterator[_Tensor]:
     """The twin's tensors in the file's order, each linear in the place of its first factor."""
     weights = model.weights
     linears = {}
     for index, layer in enumerate(weights.layers):
         linears |= {f"blk.{index}.{name}": linear for name, linear in layer.gguf_linears.items()}
-    fused = _spec(model.architecture).fused
+    spec = _spec(model)
+    assert spec is not None
+    fused = spec.fused
     first = {part.parts[0]: (name, part.parts) for name, part in fused.items()}
     others = {name for part in fused.values() for name in part.parts[1:]}
     matrices = {"token_embd.weight": weights.embed, "output.weight": weights.head}
     for name, info in model.file.tensors.items():
         prefix, _, suffix = name.rpartition(".")
+        if prefix in linears and prefix.rpartition(".")[2].isdigit():  # experts, all in the first one's place
+            if suffix == FACTORS[0] and prefix.endswith(".0"):
+                path, n = prefix[:-2], model.config.n_experts
+                together = [linears[f"{path}.{e}"] for e in range(n)]
+                shape = (n, together[0].rows, together[0].cols)
+                yield _Tensor(f"{path}_exps.weight", _fitting(kind, shape[2]), shape, together)
+            continue
         at, part = prefix[: prefix.rfind(".") + 1], prefix[prefix.rfind(".") + 1 :]
         if part in others and suffix in ("bias", FACTORS[0]):
             continue  # in the tensor of the first part
         name_there, parts_there = first.get(part, (part, (part,)))
         if suffix == FACTORS[0]:
             together = [linears[at + p] for p in parts_there]
-            shape = (sum(linear.rows for linear in together), together[0].cols)
-            yield _Tensor(f"{at}{name_there}.weight", _fitting(kind, shape[1]), shape, together)
+            rows, cols = sum(linear.rows for linear in together), together[0].cols
+            yield _Tensor(f"{at}{name_there}.weight", _fitting(kind, cols), (rows, cols), together)
         elif suffix == "bias":
             biases = np.concatenate([model.file.data(f"{at}{p}.bias") for p in parts_there])
             yield _Tensor(f"{at}{name_there}.bias", Type(info.type), biases.shape, biases)

@@ -40,6 +40,9 @@ class Factors:
         right = signs(self.b) * (self.s_mid[:, :, None] * self.s_in[:, None, :])
         return left @ right
 
+    def to(self, device: str | torch.device) -> Factors:
+        return Factors(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     def __getitem__(self, index: slice) -> Factors:
         return Factors(*(getattr(self, f.name)[index] for f in fields(self)))
 
@@ -168,6 +171,19 @@ def _refit(weight: Tensor, factors: Factors) -> Factors:
     basis = (sign_a * s_out[:, :, None] * s_mid[:, None, :]) @ sign_b
     s_in = (weight * basis).sum(1) / (basis.square().sum(1) + 1e-20)
     return Factors(factors.a, factors.b, s_out, s_mid, s_in)
+
+
+def relative_error(
+    wanted: Tensor, got: Tensor, importance_out: Tensor | None = None, importance_in: Tensor | None = None
+) -> float:
+    """Norm of (wanted - got) over that of wanted, (rows, cols) both; with importances, as `factorize` weighs
+    errors: importance_out (rows,), importance_in (cols,). NaN where wanted is 0."""
+    difference = wanted - got
+    if importance_out is not None:
+        difference, wanted = difference * importance_out[:, None], wanted * importance_out[:, None]
+    if importance_in is not None:
+        difference, wanted = difference * importance_in, wanted * importance_in
+    return float(difference.norm() / wanted.norm())
 
 
 def balance(factors: Factors) -> Factors:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import processors
 
-from dbf2gguf.archs import ACTIVATIONS, ARCHS, FULL, SLIDING, ArchSpec, unpermute_rope
+from dbf2gguf.archs import (
+    ACTIVATIONS,
+    ARCHS,
+    EXPERT_LINEARS,
+    FULL,
+    SLIDING,
+    ArchSpec,
+    gguf_spec,
+    unpermute_rope,
+)
 from runtime import ggml_tokenizer
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
@@ -56,9 +66,13 @@ def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
     name = file.metadata.get("general.architecture")
     if "dbf.version" in file.metadata:
         raise UnsupportedModelError(f"{source}: already factorized; wanted the original model")
-    for spec in ARCHS.values():
-        if spec.gguf == name:
-            return spec
+    has_experts = bool(file.metadata.get(f"{name}.expert_count"))
+    spec = gguf_spec(name, has_experts)
+    if spec is not None:
+        return spec
+    if gguf_spec(name, not has_experts) is not None:
+        what = "with" if has_experts else "without"
+        raise UnsupportedModelError(f"{source}: architecture {name!r} {what} experts is not supported")
     known = ", ".join(sorted({spec.gguf for spec in ARCHS.values()}))
     raise UnsupportedModelError(f"{source}: architecture {name!r} is not supported; supported: {known}")
 
@@ -104,6 +118,7 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         "hidden_act": ACTIVATIONS[arch.activation][0],
         "hidden_activation": ACTIVATIONS[arch.activation][0],
         "attention_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
+        "qkv_bias": any(name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": any(name.endswith("ffn_up.bias") for name in file.tensors),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -127,6 +142,8 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         config["rope_scaling"] = _rope_scaling(file, config["rope_theta"])
     if arch.positions:
         config["activation_function"], config["n_inner"] = config["hidden_act"], config["intermediate_size"]
+    if arch.experts is not None:
+        config |= _experts(get, arch, meta)
     if arch.scale_keys:
         config |= {
             "embedding_multiplier": float(get("embedding_scale", 1.0)),
@@ -145,6 +162,23 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = meta.get(f"tokenizer.ggml.{key}_token_id")
+    return config
+
+
+def _experts(get: Callable[..., Any], arch: ArchSpec, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json about experts; what a file does not say is as llama.cpp takes it."""
+    assert arch.experts is not None
+    n_experts, n_used, d_ff = get("expert_count"), get("expert_used_count"), get("feed_forward_length")
+    config = {
+        "num_experts": n_experts,
+        "num_local_experts": n_experts,
+        "num_experts_per_tok": n_used,
+        "norm_topk_prob": bool(meta.get(f"{arch.gguf}.expert_weights_norm", arch.experts.norm_shares)),
+    }
+    if arch.experts.own_width:
+        config["moe_intermediate_size"] = get("expert_feed_forward_length", d_ff // n_used)
+    if arch.experts.shared is not None:
+        config["shared_expert_intermediate_size"] = get("expert_shared_feed_forward_length", d_ff)
     return config
 
 
@@ -189,6 +223,7 @@ def _tensors(
     parts = {part for fused in arch.fused.values() for part in fused.parts}
     inner = {name: path for name, path in (arch.linears | arch.norms).items() if name not in parts}
     inner |= {name: fused.module for name, fused in arch.fused.items()}
+    inner |= _expert_places(arch)
     outer = {
         "token_embd.weight": f"{arch.embed}.weight",
         "output_norm.weight": f"{arch.out_norm}.weight",
@@ -217,6 +252,10 @@ def _tensors(
             if match is None or match[2] not in inner:
                 raise UnsupportedModelError(f"{file.path}: no place for tensor {name!r} in {arch.model_type}")
             target = f"{arch.layers}.{match[1]}.{inner[match[2]]}.{match[3]}"
+            if name.endswith("_exps.weight"):
+                target = target.removesuffix(".weight")
+            if name.endswith("_inp_shexp.weight"):
+                array = array.reshape(1, -1)
             if match[2] in arch.norms:
                 array = array - arch.norm_offset
             if arch.positions and array.ndim == 2:
@@ -224,7 +263,35 @@ def _tensors(
             if match[2] in heads and arch.rope_pairing == "adjacent":
                 array = unpermute_rope(array, heads[match[2]])
         result[target] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    if arch.experts is not None:
+        _join_gate_up(file, f".{arch.experts.module}.", result)
     return result
+
+
+def _expert_places(arch: ArchSpec) -> dict[str, str]:
+    """GGUF name -> module within a layer, of routers, shared experts, and of experts, all in one tensor."""
+    experts = arch.experts
+    if experts is None:
+        return {}
+    places = {"ffn_gate_inp": experts.router}
+    for name, linear in EXPERT_LINEARS.items():
+        places[f"{name}_exps"] = f"{experts.module}.{linear}"
+        if experts.shared is not None:
+            places[f"{name}_shexp"] = f"{experts.shared}.{linear}"
+    if experts.shared_gate is not None:
+        places["ffn_gate_inp_shexp"] = experts.shared_gate
+    return places
+
+
+def _join_gate_up(file: GgufFile, module: str, tensors: dict[str, torch.Tensor]) -> None:
+    """transformers holds gate and up of all experts in one tensor, (n_experts, 2 * d_expert, d_model)."""
+    for gate in [name for name in tensors if name.endswith(f"{module}gate_proj")]:
+        up = gate.replace("gate_proj", "up_proj")
+        shape = tensors[gate].shape
+        if up not in tensors or tensors[up].shape != shape or len(shape) != 3:
+            raise FormatError(f"{file.path}: ffn_up_exps is missing or not like ffn_gate_exps in a layer")
+        joined = torch.cat([tensors.pop(gate), tensors.pop(up)], 1)
+        tensors[gate.replace("gate_proj", "gate_up_proj")] = joined
 
 
 def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:

@@ -20,8 +20,10 @@ class Recorder:
     One that cannot be recorded, because it waits for the GPU, say, runs as it is, with a note on stderr.
     """
 
-    def __init__(self, warm_up: int) -> None:
+    def __init__(self, warm_up: int, others: bool = False) -> None:
+        """others: other threads, NCCL's say, may use the GPU while something is recorded"""
         self.warm_up = warm_up
+        self.mode = "thread_local" if others else "global"
         self.stream = torch.cuda.Stream()
         self.memory = torch.cuda.graph_pool_handle()
         self.fails = False
@@ -38,7 +40,9 @@ class Recorder:
             if calls == self.warm_up + 1 and not self.fails:
                 graph = torch.cuda.CUDAGraph()
                 try:
-                    with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
+                    with torch.cuda.graph(
+                        graph, pool=self.memory, stream=self.stream, capture_error_mode=self.mode
+                    ):
                         result = function()
                 except RuntimeError as error:
                     graph, self.fails = None, True

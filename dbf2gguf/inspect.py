@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.format import FACTORS
+from runtime.format import FACTORS, kind_of
 from runtime.gguf import GgufFile, TensorInfo
 
 MAX_TEXT = 60
@@ -33,6 +33,12 @@ class FactorizedLinear:
     cols: int
     rank: int
     nbytes: int  # of all five tensors
+    name: str  # "blk.0.attn_q"
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight that it stands for."""
+        return _ratio(self.nbytes * 8, self.rows * self.cols)
 
 
 def inspect(path: str | Path, tensors: bool = False, as_json: bool = False) -> None:
@@ -62,7 +68,7 @@ def describe(file: GgufFile) -> dict[str, Any]:
         "alignment": file.alignment,
         "weights": count_weights(file, linears),
         "file_bits_per_weight": _ratio(file.size * 8, count_weights(file, linears)),
-        "linear_bits_per_weight": _linear_bpw(linears),
+        "linear_bits_per_weight": linear_bpw(linears),
         "incomplete_linears": incomplete,
         "metadata": {key: _plain(file, key) for key in file.metadata},
         "tensors": [
@@ -79,12 +85,12 @@ def summary(file: GgufFile) -> list[str]:
     lines = [f"{escape(os.fspath(file.path))}: GGUF v{file.version}, {len(file.tensors)} tensors"]
     rows = [
         ("name", _show(file, "general.name")),
-        ("architecture", _architecture(file)),
+        ("architecture", describe_architecture(file)),
         ("file", f"{file.size / MIB:.2f} MiB, {_bpw(_ratio(file.size * 8, weights))} of {weights} weights"),
     ]
     if "dbf.version" in file.metadata:
         replaced = sum(x.rows * x.cols for x in linears)
-        rows.append(("linear layers", f"{_bpw(_linear_bpw(linears))} of {replaced} weights{_signs(file)}"))
+        rows.append(("linear layers", f"{_bpw(linear_bpw(linears))} of {replaced} weights{_signs(file)}"))
         rows.append(("DBF format", _show(file, "dbf.version")))
     if incomplete:
         rows.append(("incomplete", f"{len(incomplete)} linear layers, first {escape(incomplete[0])}"))
@@ -118,7 +124,7 @@ def factorized_linears(file: GgufFile) -> tuple[list[FactorizedLinear], list[str
             continue
         rows, rank, cols = (shape[0] for shape in shapes)
         nbytes = sum(part.nbytes for part in parts.values())
-        linears.append(FactorizedLinear(prefix.rpartition(".")[2], rows, cols, rank, nbytes))
+        linears.append(FactorizedLinear(kind_of(prefix), rows, cols, rank, nbytes, prefix))
     return linears, incomplete
 
 
@@ -144,7 +150,7 @@ def linear_table(linears: list[FactorizedLinear]) -> list[str]:
         nbytes = sum(x.nbytes for x in some)
         lines.append(
             f"{len(some):>5} x {escape(kind):<18}{rows:>7}{cols:>7}{rank:>12}"
-            f"{_linear_bpw(some):>8.3f}{nbytes / MIB:>9.2f}"
+            f"{linear_bpw(some):>8.3f}{nbytes / MIB:>9.2f}"
         )
     return lines
 
@@ -196,7 +202,7 @@ def _show(file: GgufFile, key: str) -> str:
     return f"{escape(text[:MAX_TEXT])}... ({len(text)} characters)"
 
 
-def _architecture(file: GgufFile) -> str:
+def describe_architecture(file: GgufFile) -> str:
     """The family and its sizes, those that the file tells."""
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
@@ -222,7 +228,8 @@ def _signs(file: GgufFile) -> str:
     return f" (signs alone {value:.4f})" if isinstance(value, float) else ""
 
 
-def _linear_bpw(linears: list[FactorizedLinear]) -> float:
+def linear_bpw(linears: list[FactorizedLinear]) -> float:
+    """Bits per weight over all of them."""
     return _ratio(sum(x.nbytes for x in linears) * 8, sum(x.rows * x.cols for x in linears))
 
 

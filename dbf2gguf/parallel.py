@@ -23,17 +23,16 @@ def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> I
     items = list(items)
     threads = torch.get_num_threads()
     if len(items) < 2 or threads < 2:
-        with torch.no_grad():
-            yield from map(function, items)
+        yield from map(torch.no_grad()(function), items)  # none while it is suspended
         return
 
     stop = threading.Event()
 
+    @torch.no_grad()
     def run(item: Item) -> Result:
         _task.stop = stop
         torch.set_num_threads(1)
-        with torch.no_grad():
-            return function(item)
+        return function(item)
 
     pool = ThreadPoolExecutor(threads)
     try:

@@ -9,11 +9,14 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from dbf2gguf.peak_memory import PeakMemory
+
 LINE_SECONDS = 20.0
 
 
 class Stage:
-    """A named stage of `total` steps; a context manager that also measures its wall-clock time.
+    """A named stage of `total` steps; a context manager that also measures its wall-clock time and the most
+    memory that the process holds meanwhile, in bytes.
 
     with Stage("distil", 64) as stage:
         for ...:
@@ -22,13 +25,15 @@ class Stage:
 
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
         self.name, self.total, self.quiet = name, total, quiet
-        self.seconds = 0.0
+        self.seconds, self.peak_memory = 0.0, 0
+        self._memory = PeakMemory()
         self._done, self._note = 0, ""
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Stage:
         self._start = self._last_line = time.monotonic()
+        self._memory.__enter__()
         if self.quiet:
             return self
         if sys.stderr.isatty():
@@ -55,10 +60,17 @@ class Stage:
                 left = (now - self._start) * (self.total - self._done) / self._done
                 self._line(f"{self._done}/{self.total}, {_clock(left)} left")
 
+    def say(self, text: str) -> None:
+        """A line of its own, beside the state of the work."""
+        if not self.quiet:
+            tqdm.write(f"{self.name}: {text}", file=sys.stderr)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.seconds = time.monotonic() - self._start
+        self._memory.__exit__(kind, error, trace)
+        self.peak_memory = self._memory.bytes
         if self._bar is not None:
             self._bar.close()
         elif not self.quiet and kind is None:

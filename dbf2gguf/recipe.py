@@ -13,6 +13,16 @@ EMBED_TYPES = ("f16", "q8_0", "q6_k", "q4_0")
 CARRIERS = ("dbf1", "i8")
 """Tensor types of sign matrices: our own, or I8, which readers that know no DBF1 can list."""
 
+SIGN_RATE_POWER = -1.5
+
+
+ALLOCATIONS = ("uniform", "sensitivity", "attribution", "channels")
+"""How bits are spread over linear layers: see `allocate.allocate`."""
+
+
+CHECKPOINTING = ("auto", "on", "off")
+"""Whether distillation holds each layer's input alone and runs the layer again in the backward pass."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -20,6 +30,7 @@ class Recipe:
 
     row_tokens: int = 512
     text_rows: int = 72  # distinct rows of calibration text; distillation runs over them in turn
+    written_share: float = 0.0  # of the rows that the model writes, however many the files hold
     chat_share: float = 0.5  # of the prompts that the model writes from, as far as it knows chat
     correct_rows: int = 64  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
@@ -29,9 +40,16 @@ class Recipe:
     distill_steps: int = 18
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
-    sign_rate: float = 1.5e-2  # and for the latents of mean magnitude 1
+    sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
+    checkpointing: str = "auto"  # whether layers run twice to save memory, one of CHECKPOINTING
+    allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
+
+    def at(self, bpw: float) -> Recipe:
+        """The recipe for so many bits per weight: the more there are, the closer is the start of the
+        distillation, and the smaller the rate at which signs may turn."""
+        return replace(self, sign_rate=self.sign_rate * bpw**SIGN_RATE_POWER)
 
     def describe(self) -> dict[str, Any]:
         """All settings, for the receipt."""
@@ -41,25 +59,30 @@ class Recipe:
 PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
-        text_rows=224,
+        text_rows=768,
+        written_share=0.5,
         chat_share=0.25,
         correct_rows=128,
         gradient_rows=16,
         eval_rows=16,
-        distill_steps=56,
+        admm_iterations=40,
+        distill_steps=192,
+        scale_rate=5e-3,
+        sign_rate=2e-2,
         warmup_steps=10,
     ),
     "best": Recipe(
-        text_rows=65536,
+        text_rows=90112,
+        written_share=0.5,
         chat_share=0.2,
         correct_rows=256,
         gradient_rows=128,
         eval_rows=40,
         admm_iterations=40,
-        distill_steps=3000,
+        distill_steps=4500,
         distill_batch=32,
         scale_rate=1.5e-2,
-        sign_rate=1e-2,
+        sign_rate=2.5e-2,
         dense_rate=3e-3,
         warmup_steps=20,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,19 @@ from dbf2gguf.budget import Plan, linear_bits
 from dbf2gguf.evaluate import Quality
 from dbf2gguf.options import Options
 from dbf2gguf.search import COLLAPSED_KL
+from runtime.format import kind_of
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of the linear layers: GGUF name -> norm of the difference over that of the wanted.
+
+    factorized  from the weight as corrected for the layers before it, weighted by the importances
+    weights     of what is stored, from the original weight
+    """
+
+    factorized: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,10 @@ class Report:
     seconds: dict[str, float]
     peak_rss: int
     tries: tuple[tuple[float, float], ...] = ()  # bits per weight asked for and mean KL, one after the other
+    memory: dict[str, int] = field(default_factory=dict)  # stage -> most resident memory
+    errors: Errors = field(default_factory=Errors)
+    command: str = ""  # that gives the same file
+    page: Path | None = None  # the report as HTML
 
     @property
     def file_bpw(self) -> float:
@@ -50,7 +67,7 @@ def describe_plan(plan: Plan, size: int) -> str:
     lines = [f"{'layers':<24}{'rows':>7}{'cols':>7}{'rank':>10}{'bpw':>8}"]
     kinds: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for name, shape in plan.shapes.items():
-        kinds.setdefault((name.rpartition(".")[2], shape), []).append(plan.ranks[name])
+        kinds.setdefault((kind_of(name), shape), []).append(plan.ranks[name])
     for (kind, (rows, cols)), ranks in kinds.items():
         low, high = min(ranks), max(ranks)
         bits = sum(linear_bits(rows, cols, r) for r in ranks) / (len(ranks) * rows * cols)
@@ -103,5 +120,7 @@ def describe_report(report: Report) -> str:
         )
         if not q.kl_mean <= COLLAPSED_KL:
             lines.append(f"warning: KL above {COLLAPSED_KL:g}, written with --force: the model has collapsed")
+    if report.page is not None:
+        lines.append(f"report: {report.page}")
     lines.append(f"{total:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Open the model to convert: a Hugging Face folder, or a GGUF turned into one."""
+"""Open the model to convert: a Hugging Face folder, one fetched from the hub, or a GGUF turned into one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf import hub
 from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
-from runtime.errors import FormatError, UnsupportedModelError
+from dbf2gguf.legacy import bin_to_safetensors, is_legacy
+from runtime.errors import FormatError, UnsupportedModelError, first_line
 
 GGUF_MAGIC = b"GGUF"
 CONSTANTS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -32,15 +34,21 @@ class Source:
 def open_source(model: str | Path, scratch: Path) -> Source:
     """Check the model at `model` without loading its weights.
 
-    A GGUF file is dequantized into a Hugging Face folder under `scratch` first.
+    What is no file or folder but has the shape of an id on the hub, owner/name[@revision], is fetched. A GGUF
+    file is dequantized into a Hugging Face folder under `scratch` first; a folder whose weights are
+    pytorch_model.bin alone is copied there with safetensors.
+
     Raises FormatError for what is no model or a broken one, UnsupportedModelError for an architecture or
     feature that is not implemented.
     """
     path, gguf = Path(model), None
     name = path.resolve().name
+    if not path.exists() and (known := hub.split_id(str(model))):
+        path, name = hub.fetch(str(model)), known[0].partition("/")[2]
     if not path.exists():
         raise FormatError(
-            f"{model}: no such folder or file; wanted a Hugging Face model folder or a GGUF file"
+            f"{model}: no such folder or file; wanted a Hugging Face model folder, a GGUF file, or the id of "
+            "a model on the hub (owner/name)"
         )
     if path.is_file():
         with path.open("rb") as file:
@@ -62,6 +70,9 @@ def open_source(model: str | Path, scratch: Path) -> Source:
     if not isinstance(config, dict):
         raise FormatError(f"{config_file}: wanted a JSON object, got {type(config).__name__}")
     arch = find_arch(config, str(config_file))
+    if is_legacy(path):
+        bin_to_safetensors(path, scratch / "model")
+        path = scratch / "model"
     _check_safetensors(path)
     return Source(path, config, arch, name, gguf)
 
@@ -79,7 +90,7 @@ def _check_safetensors(path: Path) -> None:
     else:
         files = sorted(p.name for p in path.glob("*.safetensors"))
     if not files:
-        raise FormatError(f"{path}: no .safetensors file in it; only safetensors weights are read")
+        raise FormatError(f"{path}: no .safetensors file in it, and no pytorch_model.bin")
     from safetensors import SafetensorError, safe_open
 
     for name in files:
@@ -113,8 +124,7 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
             ignore_mismatched_sizes=True,  # reported below
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise FormatError(f"{source.path}: transformers cannot load it: {lines[0]}") from error
+        raise FormatError(f"{source.path}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise FormatError(f"{source.path}: {len(missing)} tensors are missing, first {missing[0]!r}")
@@ -137,6 +147,30 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
 
 
+class Expert(nn.Module):
+    """One expert: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertList(nn.ModuleList):
+    """Experts as modules of their own, in the place of one module that holds all weights."""
+
+    def forward(self, x: Tensor, used: Tensor, shares: Tensor) -> Tensor:
+        """x (n, d_model), used (n, k) the experts of each token, shares (n, k) -> (n, d_model)"""
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self):
+            token, place = torch.where(used == index)
+            if len(token):
+                y.index_add_(0, token, (expert(x[token]) * shares[token, place, None]).to(y.dtype))
+        return y
+
+
 class FusedLinear(nn.Module):
     """Linears side by side in the place of one: their outputs one after the other."""
 
@@ -145,10 +179,14 @@ class FusedLinear(nn.Module):
 
 
 def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
-    """Put FusedLinear in the place of the linears that a family fuses, and ordinary linears in that of
-    GPT-2's Conv1D. Raises UnsupportedModelError if rows are not what config.json says."""
+    """Put FusedLinear in the place of the linears that a family fuses, ExpertList in that of its experts, and
+    ordinary linears in that of GPT-2's Conv1D. Raises UnsupportedModelError if rows are not what config.json
+    says."""
     from transformers.pytorch_utils import Conv1D
 
+    if arch.experts is not None:
+        for layer in decoder_layers(model, arch):
+            layer.set_submodule(arch.experts.module, _split_experts(layer.get_submodule(arch.experts.module)))
     if not arch.fused:
         return model
     config, f = model.config, features(model.config)
@@ -157,7 +195,7 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
     for index, layer in enumerate(decoder_layers(model, arch)):
         for name, module in list(layer.named_modules()):
             if isinstance(module, Conv1D):
-                layer.set_submodule(name, _linear(module.weight.T.contiguous(), module.bias))
+                layer.set_submodule(name, as_linear(module.weight.T.contiguous(), module.bias))
         for fused in arch.fused.values():
             module, parts = layer.get_submodule(fused.module), FusedLinear()
             sizes = [rows.get(part, f.d_ff) for part in fused.parts]
@@ -167,12 +205,22 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
                 )
             biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
             for part, weight, bias in zip(fused.parts, module.weight.split(sizes), biases, strict=True):
-                parts.add_module(part, _linear(weight, bias))
+                parts.add_module(part, as_linear(weight, bias))
             layer.set_submodule(fused.module, parts)
     return model
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _split_experts(fused: nn.Module) -> ExpertList:
+    experts = ExpertList()
+    for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
+        gate, up = gate_up.chunk(2)
+        linears = [as_linear(weight, None) for weight in (gate, up, down)]
+        experts.append(Expert(*linears, fused.act_fn))
+    return experts
+
+
+def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of this weight, (rows, cols), and bias, (rows,)."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -186,8 +234,9 @@ def load_tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     except Exception as error:  # transformers raises anything from KeyError to tokenizers' own Exception
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise FormatError(f"{source.path}: transformers cannot load its tokenizer: {lines[0]}") from error
+        raise FormatError(
+            f"{source.path}: transformers cannot load its tokenizer: {first_line(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
             f"{source.path}: no tokenizer.json, and none can be made from its tokenizer"
@@ -209,7 +258,7 @@ def linear_names(model: nn.Module, arch: ArchSpec) -> dict[str, str]:
     """
     names = {}
     for index in range(len(decoder_layers(model, arch))):
-        for gguf, hf in arch.linears.items():
+        for gguf, hf in arch.linears_of(model.config).items():
             module = f"{arch.layers}.{index}.{hf}"
             try:
                 found = model.get_submodule(module)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import ArchSpec, features
-from dbf2gguf.calibrate import _loss_gradient, importances, watching
+from dbf2gguf.calibrate import _loss_gradient, weighing_outputs
 from dbf2gguf.correct import Arguments, _call, _embed
 from dbf2gguf.factorize import Factors
 from dbf2gguf.progress import Stage
@@ -114,17 +114,20 @@ class KeptFactors(MutableMapping[str, Factors]):
     """GGUF name -> factors that `work` has, read when they are asked for; what is set must be there already
     or soon."""
 
-    def __init__(self, work: Work, finish: Callable[[Factors], Factors] = lambda factors: factors) -> None:
+    def __init__(
+        self, work: Work, device: str = "cpu", finish: Callable[[Factors], Factors] = lambda factors: factors
+    ) -> None:
         """
+        device  where they are read to
         finish  what is made of the factors that are read
         """
-        self._work, self._finish = work, finish
+        self._work, self._device, self._finish = work, device, finish
         self._names: dict[str, None] = {}
         self._last: tuple[str, Factors] | None = None  # a layer's tensors are asked for one after the other
 
     def finished(self, finish: Callable[[Factors], Factors]) -> KeptFactors:
         """The same factors, each as `finish` makes it."""
-        other = KeptFactors(self._work, finish)
+        other = KeptFactors(self._work, self._device, finish)
         other._names = self._names
         return other
 
@@ -133,7 +136,7 @@ class KeptFactors(MutableMapping[str, Factors]):
             raise KeyError(name)
         if self._last is None or self._last[0] != name:
             self._last = None
-            self._last = name, self._finish(Factors(**self._work.load(name)))
+            self._last = name, self._finish(Factors(**self._work.load(name)).to(self._device))
         return self._last[1]
 
     def __setitem__(self, name: str, factors: Factors) -> None:
@@ -390,16 +393,16 @@ def output_importance(
         return _back(run, state, lambda hidden: _loss_gradient(model, hidden, chunk))
 
     gradients = scratch.keep(map(from_head, states.pop(), chunks))
-    sums: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for index in reversed(range(len(layers))):
         here = {name: path for name, path in names.items() if path.startswith(f"{arch.layers}.{index}.")}
-        with watching(model, here, sums):
+        with weighing_outputs(model, here, found):
             gradients = scratch.keep(
                 _back(partial(_call, layers[index], arguments=a), state, lambda _, g=gradient: g)
                 for state, a, gradient in zip(states.pop(), arguments_of(index), gradients, strict=True)
             )
         stage.step()
-    return importances({name: sums[name] for name in names})
+    return {name: found[name] for name in names}
 
 
 def _back(run: Callable[[Tensor], Tensor], x: Tensor, gradient_of: Callable[[Tensor], Tensor]) -> Tensor:

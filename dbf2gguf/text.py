@@ -20,10 +20,15 @@ from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
+from dbf2gguf.tables import entries, is_table
+from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
 from runtime.tokenizer import END_TOKENS
 
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
+COLUMNS = {"text", "messages", "instances", *itertools.chain.from_iterable(CHAT_KEYS)}
+"""What an entry of calibration text may hold."""
+
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
 MAX_PROMPT = 96  # tokens of a prompt that are taken
@@ -37,7 +42,8 @@ GPU_BATCH_TOKENS = 32 * BATCH_TOKENS
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
     """Rows of tokens drawn from text files, equally from each as far as it goes.
 
-    files   .jsonl (one object a line: "text", "messages", or a question and its answer) or plain text
+    files   .jsonl (one object a line: "text", "messages", or a question and its answer), .parquet (columns of
+            these names), hf:owner/name (see tables) or plain text; of tables no more is read than `rows` take
     ->      (<= rows, row_tokens) int64 in random order; fewer if the files hold less
 
     Raises FormatError for a file that cannot be read.
@@ -45,7 +51,10 @@ def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens
     generator = torch.Generator().manual_seed(seed)
     pools = []
     for file in files:
-        ids = torch.tensor(list(_file_tokens(file, tokenizer)), dtype=torch.int64)
+        most = rows * row_tokens if is_table(file) else None
+        ids = torch.tensor(
+            list(itertools.islice(_file_tokens(file, tokenizer, seed), most)), dtype=torch.int64
+        )
         count = len(ids) // row_tokens
         cut = ids[: count * row_tokens].view(count, row_tokens)
         pools.append(cut[torch.randperm(count, generator=generator)])
@@ -59,16 +68,21 @@ def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens
     return result[torch.randperm(len(result), generator=generator)]
 
 
-def _file_tokens(file: Path, tokenizer: Any) -> Iterator[int]:
+def _file_tokens(file: Path, tokenizer: Any, seed: int) -> Iterator[int]:
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for document in _documents(file, tokenizer, seed):
+        yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from end
+
+
+def _documents(file: Path, tokenizer: Any, seed: int) -> Iterable[str]:
+    if is_table(file):
+        return (_document(row, tokenizer, where) for where, row in entries(file, COLUMNS, seed))
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    documents: Iterable[str] = _jsonl_documents(file, text, tokenizer) if file.suffix == ".jsonl" else [text]
-    for document in documents:
-        yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        yield from end
+    return _jsonl_documents(file, text, tokenizer) if file.suffix == ".jsonl" else [text]
 
 
 def _jsonl_documents(file: Path, text: str, tokenizer: Any) -> Iterator[str]:
@@ -136,6 +150,7 @@ def self_written_rows(
     seed: int,
     stage: Stage,
     given: Tensor | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
     a few words out of given texts, and chat questions, where the tokenizer has a chat template.
@@ -145,10 +160,11 @@ def self_written_rows(
     ->          (rows, row_tokens) int64
 
     `stage` gets one step for each token. When the model ends a text, the next prompt follows in its place.
+    A team shares the work: all of it call this with the same arguments but `stage`.
     """
     pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
     device = next(model.parameters()).device
-    batch = max(1, _batch_tokens(model.config, device) // row_tokens)
+    batch = team.share(max(1, _batch_tokens(model.config, device) // row_tokens))
     blocks = -(-rows // batch)
     size = -(-rows // blocks)  # rows of a block; more than enough of them in all
     kinds = _prompts(tokenizer)
@@ -165,12 +181,18 @@ def self_written_rows(
         return writer.write(prompts(generator), generator, stage).view(-1, row_tokens)
 
     shape = (size * pieces, row_tokens // pieces)
+    mine = range(blocks)[team.part(blocks)]
+    written = torch.zeros(blocks, size, row_tokens, dtype=torch.int64)
     if device.type == "cuda":
         writer = _Writer(copy.deepcopy(model).to(torch.bfloat16), ends.to(device), shape)
-        written = [write(writer, number) for number in range(blocks)]
+        own = (write(writer, number) for number in mine)
     else:
-        written = list(map_on_cores(lambda n: write(_Writer(model, ends, shape), n), range(blocks)))
-    return torch.cat(written)[:rows]
+        own = map_on_cores(lambda n: write(_Writer(model, ends, shape), n), mine)
+    for number, block in zip(mine, own, strict=True):
+        written[number] = block
+    team.sum([written])
+    stage.step(n=(blocks - len(mine)) * size * row_tokens)  # the others'
+    return written.flatten(0, 1)[:rows]
 
 
 def _batch_tokens(config: Any, device: torch.device) -> int:

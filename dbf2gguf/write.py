@@ -16,7 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dbf2gguf.archs import FULL, ArchSpec, Features, context_length, features, head_dim, permute_rope
+from dbf2gguf.archs import (
+    EXPERT_LINEARS,
+    FULL,
+    ArchSpec,
+    Experts,
+    Features,
+    context_length,
+    features,
+    head_dim,
+    permute_rope,
+)
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.metadata import copy_metadata
 from dbf2gguf.q6_k import quantize_q6_k
@@ -78,7 +88,12 @@ def write_gguf(
         def add_linear(prefix: str, _module: nn.Module, ordered: Callable[[Tensor], Tensor]) -> None:
             _add_factors(writer, prefix, factors, ordered, carrier)
 
-        _add_tensors(writer, arch, student, embed_type, add_linear)
+        def add_experts(prefix: str, experts: nn.ModuleList) -> None:
+            for index in range(len(experts)):
+                for name in EXPERT_LINEARS:
+                    _add_factors(writer, f"{prefix}.{name}.{index}", factors, _as_is, carrier)
+
+        _add_tensors(writer, arch, student, embed_type, add_linear, add_experts)
         _finish(writer)
     finally:
         writer.close()
@@ -102,7 +117,12 @@ def write_dense(path: Path, source: Source, model: nn.Module, tokenizer: Any) ->
         def add_linear(prefix: str, module: nn.Module, ordered: Callable[[Tensor], Tensor]) -> None:
             _add_matrix(writer, f"{prefix}.weight", ordered(module.weight), "f16")
 
-        _add_tensors(writer, source.arch, model, "f16", add_linear)
+        def add_experts(prefix: str, experts: nn.ModuleList) -> None:
+            for name, path in EXPERT_LINEARS.items():
+                weights = torch.stack([expert.get_submodule(path).weight for expert in experts])
+                _add_matrix(writer, f"{prefix}.{name}_exps.weight", weights, "f16")
+
+        _add_tensors(writer, source.arch, model, "f16", add_linear, add_experts)
         _finish(writer)
     finally:
         writer.close()
@@ -138,7 +158,7 @@ def verify(path: Path, source: Source, factors: Mapping[str, Factors]) -> None:
                 _compare(f"{path}: {name}.dbf_mid", linear.s_mid, factors[name].s_mid[0])
                 _compare(f"{path}: {name}.dbf_in", linear.s_in, factors[name].s_in[0])
             file.file.release()
-        count = sum(len(layer.linears) for layer in file.weights.layers)
+        count = sum(len(layer.gguf_linears) for layer in file.weights.layers)
         if count != len(factors):
             raise FormatError(f"{path}: holds {count} linear layers; wanted {len(factors)}")
     finally:
@@ -221,6 +241,13 @@ def _add_architecture(
 
 def _add_features(writer: gguf.GGUFWriter, arch: ArchSpec, f: Features) -> None:
     """The keys that only some models have: llama.cpp's, and ours for what it knows by the architecture."""
+    if f.n_experts:
+        writer.add_expert_count(f.n_experts)
+        writer.add_expert_used_count(f.n_experts_used)
+        writer.add_expert_feed_forward_length(f.d_expert)
+        writer.add_expert_weights_norm(f.norm_shares)
+    if f.d_shared:
+        writer.add_expert_shared_feed_forward_length(f.d_shared)
     if f.rope_factor != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(f.rope_factor)
@@ -416,9 +443,11 @@ def _add_tensors(
     model: nn.Module,
     embed_type: str,
     add_linear: Callable[[str, nn.Module, Callable[[Tensor], Tensor]], None],
+    add_experts: Callable[[str, nn.ModuleList], None],
 ) -> None:
     """All tensors in the file's order. `add_linear` adds the weights of one linear layer: of its prefix
-    ("blk.0.attn_q"), its module, and what puts its rows in the file's order."""
+    ("blk.0.attn_q"), its module, and what puts its rows in the file's order; `add_experts` those of all
+    experts of a layer ("blk.0")."""
     _add_matrix(writer, "token_embd.weight", model.get_input_embeddings().weight, embed_type)
     if not head_is_tied(model):
         _add_matrix(writer, "output.weight", model.get_output_embeddings().weight, embed_type)
@@ -443,6 +472,26 @@ def _add_tensors(
             add_linear(prefix, module, ordered)
             if module.bias is not None:
                 _add_vector(writer, f"{prefix}.bias", ordered(module.bias))
+        if arch.experts is not None:
+            _add_routing(writer, f"blk.{index}", layer, arch.experts, add_linear)
+            add_experts(f"blk.{index}", layer.get_submodule(arch.experts.module))
+
+
+def _add_routing(
+    writer: gguf.GGUFWriter,
+    prefix: str,
+    layer: nn.Module,
+    experts: Experts,
+    add_linear: Callable[[str, nn.Module, Callable[[Tensor], Tensor]], None],
+) -> None:
+    """The router of a layer, and the shared expert with its gate."""
+    _add_vector(writer, f"{prefix}.ffn_gate_inp.weight", layer.get_submodule(experts.router).weight)
+    if experts.shared_gate is not None:
+        gate = layer.get_submodule(experts.shared_gate).weight
+        _add_vector(writer, f"{prefix}.ffn_gate_inp_shexp.weight", gate.flatten())
+    if experts.shared is not None:
+        for name, path in EXPERT_LINEARS.items():
+            add_linear(f"{prefix}.{name}_shexp", layer.get_submodule(f"{experts.shared}.{path}"), _as_is)
 
 
 def _as_is(rows: Tensor) -> Tensor:

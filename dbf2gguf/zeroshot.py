@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
     add_task_options(p)
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, or auto: a GPU if there is one")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads; torch's default if not given")
     return p
 
@@ -33,21 +33,22 @@ def zeroshot(args: argparse.Namespace) -> int:
         import torch
 
         from dbf2gguf.evaluate import TorchScorer, plain_tokenizer
-        from dbf2gguf.options import check_machine
+        from dbf2gguf.options import check_threads, find_device
         from dbf2gguf.source import load_model, load_tokenizer, open_source
     except ModuleNotFoundError as error:
         raise BackendError(
             f"the original needs the package {error.name}; run: pip install 'dbf2gguf[convert]'"
         ) from error
-    check_machine(args.device, args.threads)
+    device = find_device(args.device)
+    check_threads(args.threads)
     tasks = read_tasks(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="dbf2gguf-") as scratch:
         source = open_source(args.model, Path(scratch))
-        scorer = TorchScorer(load_model(source, args.device))
+        scorer = TorchScorer(load_model(source, device))
         tokenizer = plain_tokenizer(load_tokenizer(source))
-        about = {"backend": "transformers", "n_threads": torch.get_num_threads(), "device": args.device}
+        about = {"backend": "transformers", "n_threads": torch.get_num_threads(), "device": device}
         print_scores(args, tasks, scorer, tokenizer, about)
     return 0
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime import config as cfg
-from runtime.config import Config, Dense, Layer, Linear, Weights, kv_row_bytes, norm_size
+from runtime.config import Config, Dense, Expert, Layer, Linear, Weights, kv_row_bytes, norm_size
 from runtime.errors import BackendError, OptionError
 
 NAMES = ("auto", "c", "numba")
@@ -176,6 +176,26 @@ def _check_dense(name: str, w: Dense, config: Config) -> None:
     _expect(f"{name}.data", w.data, (w.rows, dense_row_bytes(w.type, w.cols)), np.uint8)
 
 
+def _check_experts(name: str, layer: Layer, c: Config) -> None:
+    if len(layer.experts) != c.n_experts or (layer.router is None) != (c.n_experts == 0):
+        got = f"{len(layer.experts)} experts"
+        raise BackendError(f"{name}: {got}, wanted {c.n_experts} and, for any, a router")
+    if layer.shared_gate is not None:
+        if not c.n_experts or layer.up is None:
+            raise BackendError(f"{name}: shared_gate without a shared expert")
+        _expect(f"{name}: shared_gate", layer.shared_gate, (c.d_model,), np.float32)
+    if layer.router is None:
+        return
+    if not 1 <= c.n_experts_used <= min(c.n_experts, cfg.MAX_EXPERTS_USED):
+        most = min(c.n_experts, cfg.MAX_EXPERTS_USED)
+        raise BackendError(f"model: {c.n_experts_used} experts used, wanted 1 to {most}")
+    _expect(f"{name}: router", layer.router, (c.n_experts, c.d_model), np.float32)
+    for i, expert in enumerate(layer.experts):
+        _check_linear(f"{name}: gate of expert {i}", expert.gate, c.d_expert, c.d_model)
+        _check_linear(f"{name}: up of expert {i}", expert.up, c.d_expert, c.d_model)
+        _check_linear(f"{name}: down of expert {i}", expert.down, c.d_model, c.d_expert)
+
+
 def check(config: Config, weights: Weights) -> None:
     """Check that every array has the shape and type that config says, so that C reads no byte beyond.
 
@@ -209,12 +229,16 @@ def check(config: Config, weights: Weights) -> None:
         _check_linear(f"layer {i}: k", layer.k, kv, c.d_model)
         _check_linear(f"layer {i}: v", layer.v, kv, c.d_model)
         _check_linear(f"layer {i}: o", layer.o, c.d_model, heads)
+        if (layer.up is None) != (layer.down is None) or (layer.up is None and not c.n_experts):
+            raise BackendError(f"layer {i}: no feed-forward, or half of one")
         if layer.gate is not None:
             _check_linear(f"layer {i}: gate", layer.gate, c.d_ff, c.d_model)
-        elif c.activation != cfg.GELU:
+        elif layer.up is not None and c.activation != cfg.GELU:
             raise BackendError(f"layer {i}: no gate, which only GELU does without")
-        _check_linear(f"layer {i}: up", layer.up, c.d_ff, c.d_model)
-        _check_linear(f"layer {i}: down", layer.down, c.d_model, c.d_ff)
+        if layer.up is not None and layer.down is not None:
+            _check_linear(f"layer {i}: up", layer.up, c.d_ff, c.d_model)
+            _check_linear(f"layer {i}: down", layer.down, c.d_model, c.d_ff)
+        _check_experts(f"layer {i}", layer, c)
 
 
 def check_tokens(
@@ -248,7 +272,7 @@ def _mapping(array: NDArray[Any]) -> object:
 
 def in_one_file(layer: Layer) -> bool:
     """Whether all sign matrices are contiguous views of one mapped file, whose pages can be read again."""
-    signs = [array for w in layer.linears.values() for array in (w.a, w.b)]
+    signs = [array for w in layer.gguf_linears.values() for array in (w.a, w.b)]
     owner = _mapping(signs[0])
     return owner is not None and all(_mapping(a) is owner and a.flags.c_contiguous for a in signs)
 
@@ -304,6 +328,11 @@ class CBackend(Backend):
                 setattr(to, name, self._borrow("float[]", norm))
             for name, linear in layer.linears.items():
                 self._linear(getattr(to, name), linear)
+            for name in ("router", "shared_gate"):
+                if getattr(layer, name) is not None:
+                    setattr(to, name, self._borrow("float[]", getattr(layer, name)))
+            if layer.experts:
+                to.experts = self._expert_linears(layer.experts)
         w = ffi.new("dbf_weights *")
         self._dense(w.embed, weights.embed)
         self._dense(w.head, weights.head)
@@ -331,6 +360,14 @@ class CBackend(Backend):
         pointer = self._ffi.from_buffer(ctype, np.require(array, requirements=["C", "A"]))
         self._keep.append(pointer)
         return pointer
+
+    def _expert_linears(self, experts: tuple[Expert, ...]) -> Any:
+        array = self._ffi.new("dbf_linear[]", 3 * len(experts))
+        self._keep.append(array)
+        for i, expert in enumerate(experts):
+            for j, linear in enumerate((expert.gate, expert.up, expert.down)):
+                self._linear(array[3 * i + j], linear)
+        return array
 
     def _linear(self, to: Any, w: Linear) -> None:
         to.rows, to.rank, to.cols = w.rows, w.rank, w.cols

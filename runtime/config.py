@@ -71,6 +71,10 @@ class Config:
     norm: int = RMS_NORM  # of attn_norm, ffn_norm and out_norm; all others are RMSNorm
     n_positions: int = 0  # rows of the learned positions; 0: there are none
     joint_norms: int = 0  # 1: q_norm and k_norm are of all heads of a token together
+    n_experts: int = 0  # of every layer; 0: there are none
+    n_experts_used: int = 0  # by a token
+    d_expert: int = 0  # d_ff of an expert; d_ff itself is that of the expert that all tokens share
+    norm_experts: int = 0  # 1: shares of the experts that a token uses are divided by their sum
 
 
 def kv_row_bytes(config: Config, kv_type: str) -> int:
@@ -153,6 +157,24 @@ NORMS = (
 LINEARS = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), format.LINEARS, strict=True))
 """Names of a block's linear layers, in the file's order -> GGUF names."""
 
+MAX_EXPERTS, MAX_EXPERTS_USED = 4096, 64
+"""Most experts of a layer, and of those most that a token uses."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A gated feed-forward that some of the tokens pass."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+def gguf_name(name: str, has_experts: bool) -> str:
+    """GGUF name of one of LINEARS: that of the shared expert where there are experts."""
+    shared = has_experts and name in ("gate", "up", "down")
+    return LINEARS[name] + ("_shexp" if shared else "")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -166,8 +188,8 @@ class Layer:
     v: Linear
     o: Linear
     gate: Linear | None  # None: down reads GELU(up)
-    up: Linear
-    down: Linear
+    up: Linear | None  # with experts, gate, up and down are those of the shared one; None: there is none
+    down: Linear | None
     q_norm: NDArray[np.float32] | None = None  # (head_dim,) of RMSNorm before RoPE, or all rows; both or none
     k_norm: NDArray[np.float32] | None = None
     attn_post_norm: NDArray[np.float32] | None = None  # (d_model,) of RMSNorm of what o adds to the stream
@@ -176,6 +198,9 @@ class Layer:
     ffn_norm_bias: NDArray[np.float32] | None = None
     window: int = 0  # a query sees so many positions, its own the last; 0: all of them
     rope: int = ROPE  # NO_ROPE, ROPE or LOCAL_ROPE
+    router: NDArray[np.float32] | None = None  # (n_experts, d_model) whose softmax are the experts' shares
+    experts: tuple[Expert, ...] = ()  # (n_experts,), or none
+    shared_gate: NDArray[np.float32] | None = None  # (d_model,) whose sigmoid is the shared expert's share
 
     @property
     def norms(self) -> dict[str, NDArray[np.float32]]:
@@ -185,14 +210,17 @@ class Layer:
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The linear layers that there are, by their names, in the file's order."""
+        """The linear layers of all tokens that there are, by their names, in the file's order."""
         every = {name: getattr(self, name) for name in LINEARS}
         return {name: w for name, w in every.items() if w is not None}
 
     @property
     def gguf_linears(self) -> dict[str, Linear]:
-        """The same by their GGUF names."""
-        return {LINEARS[name]: w for name, w in self.linears.items()}
+        """All linear layers, experts included, by their GGUF names."""
+        named = {gguf_name(name, bool(self.experts)): w for name, w in self.linears.items()}
+        for i, expert in enumerate(self.experts):
+            named |= {f"{LINEARS[name]}.{i}": getattr(expert, name) for name in ("gate", "up", "down")}
+        return named
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,13 @@ def unpack(data: NDArray[np.uint8], cols: int | None = None) -> NDArray[np.int8]
     return (bits.astype(np.int8) << 1) - np.int8(1)
 
 
+def kind_of(linear: str) -> str:
+    """Which of LINEARS a prefix stands for: "blk.0.attn_q" -> "attn_q"; "blk.0.ffn_gate.3", of the expert
+    number 3, -> "ffn_gate"."""
+    rest, _, last = linear.rpartition(".")
+    return rest.rpartition(".")[2] if last.isdigit() else last
+
+
 def linear_bits(rows: int, cols: int, rank: int) -> int:
     """Bits of one factorized linear layer: signs of A, signs of B with their filler, three scale vectors."""
     return rank * (rows + pad8(cols)) + SCALE_BITS * (rows + rank + cols)

@@ -6,7 +6,8 @@ every layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
 logits = Head RMSNorm(x)
 
 What some models do otherwise is in Config and Layer: GELU, with a gate or without, LayerNorm, norms of
-queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps.
+queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps,
+experts.
 
 C divides panels of rows among threads; here numba divides the rows of a product. Both let a chunk of tokens
 pass through a layer together. The arithmetic, and so every bit, is the same.
@@ -33,6 +34,7 @@ from runtime.config import (
     SILU,
     Config,
     Dense,
+    Expert,
     Layer,
     Linear,
     Weights,
@@ -114,6 +116,26 @@ def linear(w: _Linear, x: Floats, qmax: int) -> Floats:
     return linear_many(w, x, qmax) if x.shape[0] > 1 else linear_one(w, x[0], qmax)[None]
 
 
+class _Experts:
+    """The experts of a layer, with their arrays as the kernels take them."""
+
+    def __init__(self, experts: tuple[Expert, ...]) -> None:
+        self.gate = [_Linear(expert.gate) for expert in experts]
+        self.up = [_Linear(expert.up) for expert in experts]
+        self.down = [_Linear(expert.down) for expert in experts]
+
+
+def choose(c: Config, p: Floats, total: np.float32) -> tuple[NDArray[np.int64], Floats]:
+    """The experts with the largest p (n_experts,), of equals the first, in ascending order, and their shares
+    p / total, or p divided by the sum of theirs: both (n_experts_used,)."""
+    used = np.sort(np.argsort(-p, kind="stable")[: c.n_experts_used])
+    if c.norm_experts:
+        total = np.float32(0.0)
+        for one in p[used]:
+            total = total + one
+    return used, p[used] / total
+
+
 def _add(x: Floats, y: Floats) -> None:
     kernels.add(x.reshape(-1), y.reshape(-1), x.size)
 
@@ -169,6 +191,7 @@ class NumbaBackend(Backend):
         self._linears = [
             {name: _Linear(linear) for name, linear in layer.linears.items()} for layer in weights.layers
         ]
+        self._experts = [_Experts(layer.experts) for layer in weights.layers]
         self._rope = rope_tables(config, weights, n_ctx)
         cache = (config.n_layers, config.n_kv_heads, n_ctx, kv_row_bytes(config, kv_type))
         self._k, self._v = np.zeros(cache, np.uint8), np.zeros(cache, np.uint8)
@@ -192,7 +215,7 @@ class NumbaBackend(Backend):
 
     def close(self) -> None:
         self._weights = None
-        self._linears = []
+        self._linears, self._experts = [], []
         self._k = self._v = np.zeros((0, 0, 0, 0), np.uint8)
 
     def _norms(self, x: Floats, w: Floats | None, b: Floats | None = None, kind: int = RMS_NORM) -> Floats:
@@ -240,15 +263,52 @@ class NumbaBackend(Backend):
 
             # feed-forward, added to the residual stream
             h = self._norms(x, layer.ffn_norm, layer.ffn_norm_bias, c.norm)
-            up = self._linear(w["up"], h).reshape(-1)
-            if "gate" in w:
-                gate = self._linear(w["gate"], h).reshape(-1)
-                act_mul = kernels.silu_mul if c.activation == SILU else kernels.gelu_mul
-                act_mul(up, gate, up, up.size)
-            else:
-                kernels.gelu(up, up, up.size)
-            self._add_linear(x, w["down"], up.reshape(n, c.d_ff), layer.ffn_post_norm)
+            if not layer.experts:
+                self._add_linear(x, w["down"], self._gated(w.get("gate"), w["up"], h), layer.ffn_post_norm)
+                continue
+            branch = self._mixed(layer.router, self._experts[i], h)
+            if "up" in w:
+                shared = self._linear(w["down"], self._gated(w.get("gate"), w["up"], h))
+                for to, row, own in zip(branch, shared, h, strict=True):
+                    kernels.mix(to, self._shared_share(layer, own), row[None], 1, c.d_model)
+            self._add_branch(x, branch, layer.ffn_post_norm)
         return x
+
+    def _gated(self, gate: _Linear | None, up: _Linear, h: Floats) -> Floats:
+        """SiLU(gate(h)) * up(h), or GELU(gate(h)) * up(h), or without gate GELU(up(h))"""
+        y = self._linear(up, h)
+        flat = y.reshape(-1)
+        if gate is None:
+            kernels.gelu(flat, flat, flat.size)
+        else:
+            act_mul = kernels.silu_mul if self._config.activation == SILU else kernels.gelu_mul
+            act_mul(flat, self._linear(gate, h).reshape(-1), flat, flat.size)
+        return y
+
+    def _mixed(self, router: Floats | None, w: _Experts, h: Floats) -> Floats:
+        """sum_e share_e * expert_e of every token, over the experts that it uses."""
+        c, n = self._config, h.shape[0]
+        assert router is not None
+        p = np.empty((n, c.n_experts), np.float32)
+        kernels.gemv_f32(p, router, h, n, c.n_experts, c.d_model)
+        chosen = [choose(c, row, np.float32(kernels.softmax(row, c.n_experts))) for row in p]
+        y = np.zeros_like(h)
+        for e in range(c.n_experts):
+            shares = {i: share[used == e] for i, (used, share) in enumerate(chosen) if e in used}
+            if not shares:
+                continue
+            own = self._linear(w.down[e], self._gated(w.gate[e], w.up[e], h[list(shares)]))
+            for (i, share), row in zip(shares.items(), own, strict=True):
+                kernels.mix(y[i], share, row[None], 1, c.d_model)
+        return y
+
+    def _shared_share(self, layer: Layer, x: Floats) -> Floats:
+        """The shared expert's share of a token: (1,)"""
+        share = np.ones(1, np.float32)
+        if layer.shared_gate is not None:
+            kernels.gemv_f32(share[None], layer.shared_gate[None], x[None], 1, 1, x.size)
+            share[0] = np.float32(1.0) / (np.float32(1.0) + np.float32(kernels.exp_f32(-share[0])))
+        return share
 
     def _logits(self, weights: Weights, x: Floats) -> Floats:
         """Logits of some tokens, by their residual streams."""
@@ -268,7 +328,11 @@ class NumbaBackend(Backend):
 
     def _add_linear(self, x: Floats, w: _Linear, y: Floats, norm: Floats | None) -> None:
         """x += w(y); in some models, w(y) is normalized or scaled first"""
-        branch = self._norms(self._linear(w, y), norm)
+        self._add_branch(x, self._linear(w, y), norm)
+
+    def _add_branch(self, x: Floats, branch: Floats, norm: Floats | None) -> None:
+        """x += branch, which in some models is normalized or scaled first"""
+        branch = self._norms(branch, norm)
         if self._config.residual_scale != 1.0:
             kernels.scale(branch.reshape(-1), np.float32(self._config.residual_scale), branch.size)
         _add(x, branch)

@@ -13,7 +13,14 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.pretokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS, normalizer_of
+from runtime.pretokenizers import (
+    ADD_BOS,
+    ALIASES,
+    IGNORE_MERGES,
+    PRE_TOKENIZERS,
+    find_pre_tokenizer,
+    normalizer_of,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type."""
@@ -91,8 +98,9 @@ def _bpe(
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
         raise FormatError(f"{where}: metadata key tokenizer.ggml.pre is missing")
-    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
+    pre_tokenizer = find_pre_tokenizer(pre) if isinstance(pre, str) else None
+    if pre_tokenizer is None:
+        known = f"{', '.join(PRE_TOKENIZERS)}, and {len(ALIASES)} that split like one of these"
         raise UnsupportedModelError(
             f"{where}: tokenizer.ggml.pre is {pre!r:.60}, a pre-tokenizer that is not implemented; "
             f"implemented: {known}"
@@ -105,7 +113,7 @@ def _bpe(
         merges.append((left, right))
     vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
     made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in IGNORE_MERGES))
-    made.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    made.pre_tokenizer = pre_tokenizer
     normalizer = normalizer_of(pre)
     if normalizer is not None:
         made.normalizer = normalizer

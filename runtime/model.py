@@ -27,15 +27,19 @@ from runtime.config import (
     LAYER_NORM,
     LINEARS,
     LOCAL_ROPE,
+    MAX_EXPERTS,
+    MAX_EXPERTS_USED,
     NO_ROPE,
     RMS_NORM,
     ROPE,
     SILU,
     Config,
     Dense,
+    Expert,
     Layer,
     Linear,
     Weights,
+    gguf_name,
     norm_size,
 )
 from runtime.errors import FormatError, UnsupportedModelError
@@ -57,7 +61,12 @@ FORBIDDEN = (
     ("rope.scaling.type", ("none", "llama3", "linear", "longrope"), "RoPE scaling"),
     ("attention.causal", (True,), "non-causal attention"),
     ("use_parallel_residual", (False,), "parallel residual branches"),
-    ("expert_count", (0,), "mixture of experts"),
+    ("expert_gating_func", (1,), "a gating of experts other than softmax"),
+    ("expert_group_count", (0, 1), "groups of experts"),
+    ("expert_weights_scale", (0.0, 1.0), "a scale of experts"),
+    ("leading_dense_block_count", (0,), "layers with experts among layers without"),
+    ("interleave_moe_layer_step", (0, 1), "layers with experts among layers without"),
+    ("moe_every_n_layers", (0, 1), "layers with experts among layers without"),
 )
 """Keys (after the architecture) whose other values stand for features that are not implemented.
 Llama 3's RoPE scaling is: its factors are the tensor rope_freqs.weight."""
@@ -264,7 +273,6 @@ class _Reader:
         config = Config(
             n_layers=self._size("block_count"),
             d_model=d_model,
-            d_ff=self._size("feed_forward_length"),
             n_heads=n_heads,
             n_kv_heads=self._size("attention.head_count_kv", n_heads),
             head_dim=head_dim,
@@ -288,6 +296,7 @@ class _Reader:
             norm=NORM_KINDS[norm],
             n_positions=self._n_positions(),
             joint_norms=self._joint_norms(n_heads * head_dim, head_dim),
+            **self._feed_forward(),
         )
         if config.n_heads % config.n_kv_heads:
             raise self._fail(f"{config.n_heads} heads are no multiple of {config.n_kv_heads} KV heads")
@@ -302,6 +311,32 @@ class _Reader:
         if self._size("attention.value_length", head_dim) != head_dim:
             raise self._unsupported("keys and values of different length are not implemented")
         return config
+
+    def _feed_forward(self) -> dict[str, int]:
+        """The fields of Config that say what feed-forward and experts there are."""
+        n_experts = self._get(f"{self.arch}.expert_count", int, 0)
+        if not n_experts:
+            return {"d_ff": self._size("feed_forward_length")}
+        if not 1 <= n_experts <= MAX_EXPERTS:
+            raise self._fail(f"{self.arch}.expert_count is {n_experts}, wanted 0 to {MAX_EXPERTS}")
+        n_used, most = self._size("expert_used_count"), min(n_experts, MAX_EXPERTS_USED)
+        if n_used > most:
+            raise self._fail(
+                f"{self.arch}.expert_used_count is {n_used}, wanted 1 to {most}, with {n_experts} experts"
+            )
+        d_expert = self._size("expert_feed_forward_length")
+        return {
+            "n_experts": n_experts,
+            "n_experts_used": n_used,
+            "d_expert": d_expert,
+            "d_ff": self._size("expert_shared_feed_forward_length") if self._shared else d_expert,
+            "norm_experts": int(self._get(f"{self.arch}.expert_weights_norm", bool)),
+        }
+
+    @property
+    def _shared(self) -> bool:
+        """Whether there is an expert that all tokens share, if there are experts."""
+        return bool(self.meta.get(f"{self.arch}.expert_shared_feed_forward_length"))
 
     def _rope_factor(self) -> float:
         linear = self.meta.get(f"{self.arch}.rope.scaling.type") == "linear"
@@ -382,11 +417,14 @@ class _Reader:
     def _layer(self, i: int, c: Config, window: int, rope: int) -> Layer:
         d, heads, kv = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = ((heads, d), (kv, d), (kv, d), (d, heads), (c.d_ff, d), (c.d_ff, d), (d, c.d_ff))
-        linears: dict[str, Any] = {
-            field: self._linear(f"blk.{i}.{name}", *size)
-            for (field, name), size in zip(LINEARS.items(), sizes, strict=True)
-            if field != "gate" or c.activation != GELU or f"blk.{i}.{name}.dbf_mid" in self.file.tensors
-        }
+        linears: dict[str, Any] = {"gate": None, "up": None, "down": None}
+        for field, size in zip(LINEARS, sizes, strict=True):
+            name = f"blk.{i}.{gguf_name(field, bool(c.n_experts))}"
+            there = f"{name}.dbf_mid" in self.file.tensors
+            if field in ("gate", "up", "down") and c.n_experts and not self._shared:
+                continue
+            if field != "gate" or c.activation != GELU or there:
+                linears[field] = self._linear(name, *size)
         norms: dict[str, Any] = {"attn_norm": None, "ffn_norm": None}
         for field, name in NORMS.items():
             if f"blk.{i}.{name}" in self.file.tensors:
@@ -398,7 +436,29 @@ class _Reader:
             raise self._fail(
                 f"layer {i} has only one of the tensors attn_q_norm.weight and attn_k_norm.weight"
             )
-        return Layer(**({"gate": None} | linears), **norms, window=window, rope=rope)
+        return Layer(**linears, **norms, **self._experts(i, c), window=window, rope=rope)
+
+    def _experts(self, i: int, c: Config) -> dict[str, Any]:
+        """The fields of Layer about experts."""
+        if not c.n_experts:
+            return {}
+        d, wide, shared_gate = c.d_model, c.d_expert, f"blk.{i}.ffn_gate_inp_shexp.weight"
+        sizes = {"gate": (wide, d), "up": (wide, d), "down": (d, wide)}
+        return {
+            "router": self._array(f"blk.{i}.ffn_gate_inp.weight", F32, (c.n_experts, d)),
+            "experts": tuple(
+                Expert(
+                    **{
+                        field: self._linear(f"blk.{i}.{LINEARS[field]}.{e}", *size)
+                        for field, size in sizes.items()
+                    }
+                )
+                for e in range(c.n_experts)
+            ),
+            "shared_gate": self._vector(shared_gate, d)
+            if self._shared and shared_gate in self.file.tensors
+            else None,
+        }
 
     def _freqs(self, name: str, c: Config) -> NDArray[np.float32]:
         freqs = self._vector(name, c.rope_dims // 2)

@@ -13,7 +13,7 @@ import tokenizers
 from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from runtime.config import F32, HALVES, LOCAL_ROPE, NO_ROPE, Config, Dense, Layer, Linear, Weights
+from runtime.config import F32, HALVES, LOCAL_ROPE, NO_ROPE, Config, Dense, Expert, Layer, Linear, Weights
 from runtime.format import DBF1_TYPE, pad8
 from runtime.model import EPSILONS, NORMS
 
@@ -73,8 +73,18 @@ def tiny_weights(c: Config, seed: int = 1, rank: int = 24, bias: bool = False) -
     def norm() -> Any:
         return rng.uniform(0.5, 1.5, c.d_model).astype(np.float32)
 
+    def expert() -> Expert:
+        shape = (c.d_expert, c.d_model)
+        return Expert(*(linear(rng, *size, rank) for size in (shape, shape, shape[::-1])))
+
     layers = tuple(
-        Layer(norm(), norm(), *(linear(rng, n, k, rank, bias and i < 3) for i, (n, k) in enumerate(shapes)))
+        Layer(
+            norm(),
+            norm(),
+            *(linear(rng, n, k, rank, bias and i < 3) for i, (n, k) in enumerate(shapes)),
+            router=rng.standard_normal((c.n_experts, c.d_model)).astype(np.float32) if c.n_experts else None,
+            experts=tuple(expert() for _ in range(c.n_experts)),
+        )
         for _ in range(c.n_layers)
     )
     table = rng.standard_normal((c.n_vocab, c.d_model)).astype(np.float32)
@@ -111,6 +121,13 @@ def metadata(c: Config, arch: str = "llama") -> dict[str, Any]:
 def features(c: Config, weights: Weights, arch: str = "llama") -> dict[str, Any]:
     """Keys of what only some models have."""
     meta: dict[str, Any] = {}
+    if c.n_experts:
+        meta[f"{arch}.expert_count"] = c.n_experts
+        meta[f"{arch}.expert_used_count"] = c.n_experts_used
+        meta[f"{arch}.expert_feed_forward_length"] = c.d_expert
+        meta[f"{arch}.expert_weights_norm"] = bool(c.norm_experts)
+        if weights.layers[0].up is not None:
+            meta[f"{arch}.expert_shared_feed_forward_length"] = c.d_ff
     windows = [layer.window for layer in weights.layers]
     if any(windows):
         meta[f"{arch}.attention.sliding_window"] = max(windows)
@@ -147,6 +164,10 @@ def tensors(weights: Weights, c: Config) -> dict[str, tuple[Any, GGMLQuantizatio
     for i, layer in enumerate(weights.layers):
         for name, norm in layer.norms.items():
             out[f"blk.{i}.{NORMS[name]}"] = (norm, None)
+        if layer.router is not None:
+            out[f"blk.{i}.ffn_gate_inp.weight"] = (layer.router, None)
+        if layer.shared_gate is not None:
+            out[f"blk.{i}.ffn_gate_inp_shexp.weight"] = (layer.shared_gate, None)
         for name, part in layer.gguf_linears.items():
             at = f"blk.{i}.{name}"
             out[f"{at}.dbf_a"] = (part.a, DBF1_TYPE)

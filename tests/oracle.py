@@ -104,6 +104,22 @@ def gelu(x):
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def experts(config: Config, layer, h, act):
+    """What the experts add: (n, d_model), or 0 if there are none"""
+    y, c = np.zeros_like(h), config
+    if not layer.experts:
+        return y
+    score = np.exp(h @ layer.router.astype(np.float64).T)
+    shares = score / score.sum(-1, keepdims=True)
+    for row, to, p in zip(h[:, None], y, shares, strict=True):
+        used = np.argsort(p)[::-1][: c.n_experts_used]
+        for e in used:
+            expert = layer.experts[e]
+            own = dbf_linear(expert.down, act(dbf_linear(expert.gate, row)) * dbf_linear(expert.up, row))
+            to += own[0] * p[e] / (p[used].sum() if c.norm_experts else 1.0)
+    return y
+
+
 def forward(config: Config, w: Weights, tokens):
     """Logits of all tokens: (n, n_vocab)"""
     c, n = config, len(tokens)
@@ -124,8 +140,12 @@ def forward(config: Config, w: Weights, tokens):
         y = dbf_linear(layer.o, attention(q, k, v, c.attn_scale, c.attn_softcap, layer.window))
         x = x + maybe_norm(y, layer.attn_post_norm, c.norm_eps) * c.residual_scale
         h = any_norm(c, x, layer.ffn_norm, layer.ffn_norm_bias)
-        up = dbf_linear(layer.up, h)
-        y = dbf_linear(layer.down, act(up) if layer.gate is None else act(dbf_linear(layer.gate, h)) * up)
+        y = experts(c, layer, h, act)
+        if layer.up is not None:
+            up = dbf_linear(layer.up, h)
+            up = act(up) if layer.gate is None else act(dbf_linear(layer.gate, h)) * up
+            share = 1.0 if layer.shared_gate is None else 1 / (1 + np.exp(-h @ layer.shared_gate[:, None]))
+            y = y + share * dbf_linear(layer.down, up)
         x = x + maybe_norm(y, layer.ffn_post_norm, c.norm_eps) * c.residual_scale
     x = any_norm(c, x, w.out_norm, w.out_norm_bias)
     return softcap(x @ dense(w.head).T * c.logit_scale, c.logit_softcap)

@@ -73,6 +73,18 @@ MODELS = {
         tiny.config(residual_scale=0.22, logit_scale=0.125, logit_softcap=3.0),
         {"bias": True},
     ),
+    "experts": (
+        tiny.config(n_experts=7, n_experts_used=3, d_expert=40, norm_experts=1),
+        {"shared": False},
+    ),
+    "experts and a shared one": (
+        tiny.config(n_experts=5, n_experts_used=2, d_expert=65, d_ff=36, residual_scale=0.5),
+        {"shared_gate": True, "bias": True, "tied": True},
+    ),
+    "experts with GELU and a norm after": (
+        tiny.config(n_experts=9, n_experts_used=9, d_expert=100, activation=GELU, n_layers=1),
+        {"post_norms": True},
+    ),
     "norms after": (tiny.config(head_dim=20, rope_dims=20), {"head_norms": True, "post_norms": True}),
 }
 
@@ -349,6 +361,25 @@ def test_features_that_do_not_fit():
     ]:
         with pytest.raises(BackendError, match=words):
             backend.load(config, weights, backend="c", n_ctx=10)
+    experts = {"n_experts": 3, "n_experts_used": 2, "d_expert": 40}
+    config_e = tiny.config(n_layers=1, **experts)
+    e = tiny.weights(config_e, shared_gate=True)
+    layer = e.layers[0]
+    for change, weights, words in [
+        ({}, replace(e, layers=(replace(layer, router=None),)), "wanted 3 and, for any, a router"),
+        ({}, replace(e, layers=(replace(layer, router=layer.router[1:]),)), "router: got"),
+        ({}, replace(e, layers=(replace(layer, experts=layer.experts[1:]),)), "2 experts, wanted 3"),
+        ({}, replace(e, layers=(replace(layer, down=None),)), "half of one"),
+        ({}, replace(e, layers=(replace(layer, gate=None, up=None, down=None),)), "without a shared expert"),
+        ({}, replace(e, layers=(replace(layer, shared_gate=layer.shared_gate[1:]),)), "shared_gate: got"),
+        ({"d_expert": 41}, e, "gate of expert 0.a: got"),
+        ({"n_experts_used": 4}, e, "4 experts used, wanted 1 to 3"),
+        ({"n_experts": 0}, e, "3 experts, wanted 0"),
+    ]:
+        with pytest.raises(BackendError, match=words):
+            backend.load(replace(config_e, **change), weights, backend="c", n_ctx=10)
+    with pytest.raises(BackendError, match="no feed-forward"):
+        backend.load(config, replace(w, layers=(replace(w.layers[0], up=None, down=None),)), n_ctx=10)
     with pytest.raises(OptionError, match="a context of 13 tokens, but the model knows 12 positions"):
         backend.load(config, w, backend="c", n_ctx=13)
     for change in ({"attn_softcap": -1.0}, {"embed_scale": float("inf")}, {"activation": 2}, {"norm": 2}):

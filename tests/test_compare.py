@@ -18,6 +18,7 @@ from make_gguf import write_model
 
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.budget import linear_bits as bits_of_linear
+from dbf2gguf.calibrate import input_importance
 from dbf2gguf.compare import llama_cpp, onecomp, onecomp_child, plot, published
 from dbf2gguf.compare.__main__ import COLUMNS, main
 from dbf2gguf.compare.llama_cpp import MissingPeerError
@@ -81,7 +82,7 @@ def test_pad_heads(heads: int, kv_heads: int, head_dim: int, width: int, wanted:
     assert pad_heads(heads, kv_heads, head_dim, width) == wanted
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2", "phi3", "gpt2"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
 def test_families_that_cannot_be_padded(model_type: str) -> None:
     """Their norms are not at Llama's places, are added to, or subtract a mean; or linears are fused."""
     with pytest.raises(UnsupportedModelError, match=f"{model_type} cannot be padded to rows of whole 256s"):
@@ -530,7 +531,7 @@ def test_published(folder: Path) -> None:
     seen: list[torch.Tensor] = []
     path = names["blk.1.ffn_down"]
     hook = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    inputs = published.input_importance(model, names, rows, 3, Stage("", 4, quiet=True))
+    inputs = input_importance(model, names, rows, 3, Stage("", 4, quiet=True))
     hook.remove()
     moment = torch.cat(seen).square().mean((0, 1))
     assert torch.allclose(inputs["blk.1.ffn_down"].square(), moment / moment.mean(), rtol=1e-3, atol=1e-5)

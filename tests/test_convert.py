@@ -22,7 +22,7 @@ import torch
 from gguf import GGUFReader
 
 import runtime
-from dbf2gguf.convert import _text, convert
+from dbf2gguf.convert import SAME_TEXT, _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.export import export
 from dbf2gguf.from_gguf import gguf_to_hf
@@ -32,7 +32,7 @@ from dbf2gguf.recipe import find_recipe
 from dbf2gguf.report import Report
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
-from dbf2gguf.write import verify
+from dbf2gguf.write import verify, write_dense
 from runtime import Sampler, ggml_tokenizer
 from runtime.errors import FormatError, OptionError
 from runtime.gguf import GgufFile
@@ -107,6 +107,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4, "logits_scaling": 8.0, "pad_token_id": 0,
     },
     "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
+    **tiny_hf.EXPERTS,
+    "qwen3-moe-plain-shares": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 20,
+        "norm_topk_prob": False, "num_hidden_layers": 1,
+    },
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
     "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 64},
@@ -126,9 +131,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 NUMBA = [
     "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
-    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2",
+    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2", "mixtral", "qwen2-moe", "qwen3-moe",
 ]  # fmt: skip
 """Models that the Numba backend runs, too."""
+
+
+ROUTED = ["mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-plain-shares"]
+"""Models with experts."""
 
 
 class Case:
@@ -158,8 +167,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return case
 
 
-def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
-    assert np.abs(got - wanted).max() < TOLERANCE * wanted.std()
+def assert_close(got: np.ndarray, wanted: np.ndarray, routed: bool = False) -> None:
+    """routed: at a near tie of the router, a token may pass other experts than in the reference; the quarter
+    of the tokens that differ most is left out"""
+    worst = np.sort(np.abs(got - wanted).max(-1))
+    assert worst[: len(worst) * 3 // 4 if routed else None].max() < TOLERANCE * wanted.std()
 
 
 # What the runtime computes --------------------------------------------------------------------------------
@@ -169,7 +181,7 @@ def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
 def test_logits_are_the_dense_twins(make: Callable[[str], Case], name: str) -> None:
     case = make(name)
     with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32) as model:
-        assert_close(model.logits(IDS), case.twin_logits(IDS))
+        assert_close(model.logits(IDS), case.twin_logits(IDS), name in ROUTED)
 
 
 def test_longrope_in_long_contexts(make: Callable[[str], Case]) -> None:
@@ -193,7 +205,7 @@ def test_numba_is_the_same(make: Callable[[str], Case], name: str) -> None:
         with runtime.load(case.out, backend=backend, n_threads=threads, n_ctx=32) as model:
             run, ids, other_ids = model.backend.eval, np.array(IDS, np.int32), np.array(other, np.int32)
             whole = run(ids, 0, len(ids))
-            assert_close(whole, case.twin_logits(IDS))
+            assert_close(whole, case.twin_logits(IDS), name in ROUTED)
             steps = [run(ids[i : i + 1], i, 1) for i in range(len(ids))]
             run(other_ids, 0, 0)
             reused = run(ids[9:], 9, len(ids) - 9)
@@ -351,6 +363,30 @@ def test_keys(make: Callable[[str], Case]) -> None:
         assert "output.weight" not in file.tensors
 
 
+def test_keys_of_experts(make: Callable[[str], Case]) -> None:
+    wanted = {
+        "mixtral": ("llama", 4, 2, 48, True, None),
+        "qwen3-moe": ("qwen3moe", 6, 3, 24, True, None),
+        "qwen2-moe": ("qwen2moe", 6, 2, 24, False, 40),
+        "qwen3-moe-plain-shares": ("qwen3moe", 4, 1, 20, False, None),
+    }
+    keys = [f"expert_{name}" for name in ("count", "used_count", "feed_forward_length", "weights_norm")]
+    keys.append("expert_shared_feed_forward_length")
+    for name, (arch, *values) in wanted.items():
+        with GgufFile(make(name).out) as file:
+            assert file.metadata["general.architecture"] == arch
+            assert [file.metadata.get(f"{arch}.{key}") for key in keys] == values
+            assert file.metadata[f"{arch}.feed_forward_length"] == 48
+            assert file.tensors[
+                "blk.1.ffn_gate_inp.weight"
+                if name != "qwen3-moe-plain-shares"
+                else "blk.0.ffn_gate_inp.weight"
+            ].shape == (values[0], 32)
+            assert f"blk.0.ffn_up.{values[0] - 1}.dbf_a" in file.tensors
+            assert ("blk.0.ffn_up_shexp.dbf_a" in file.tensors) == (name == "qwen2-moe")
+            assert "blk.0.ffn_up.dbf_a" not in file.tensors
+
+
 def test_tokenizer(make: Callable[[str], Case]) -> None:
     """The file's tokenizer and chat template do what the folder's do; padding entries fill the vocabulary."""
     case = make("gqa-tied")
@@ -414,7 +450,7 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
     recipe = find_recipe("fast", row_tokens=24, text_rows=30, eval_rows=3)
     tokenizer, model = tiny_hf.tokenizer(), tiny_hf.model()
     options = Options("fast", recipe, (text,), None, "q8_0", "dbf1", seed=0, device="cpu", quiet=True)
-    rows, held_out, written = _text(model, tokenizer, options, 33, stage)
+    rows, held_out, written = _text(model, tokenizer, options, 33, stage, dict.fromkeys(SAME_TEXT))
     from_file = rows_from_files([text], tokenizer, 33, 24, 0)
     assert (len(rows), len(held_out), written) == (30, 3, 33 - len(from_file))
     assert 0 < written < 33
@@ -423,6 +459,21 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
     convert(case.folder, tmp_path / "out.gguf", calib=[text], **tiny_hf.QUICK | {"text_rows": 40})
     with GgufFile(tmp_path / "out.gguf") as file:
         assert file.metadata["dbf.recipe.text"] == "short.txt, self-written"
+
+
+def test_a_share_is_written_whatever_the_files_hold(tmp_path: Path) -> None:
+    text = tiny_hf.write_text(tmp_path / "a.txt", 400)
+    recipe = find_recipe("fast", row_tokens=24, text_rows=18, eval_rows=2, written_share=0.75)
+    options = Options("fast", recipe, (text,), None, "q8_0", "dbf1", seed=0, device="cpu", quiet=True)
+    rows, held_out, written = _text(
+        tiny_hf.model(),
+        tiny_hf.tokenizer(),
+        options,
+        20,
+        Stage("text", 1, quiet=True),
+        dict.fromkeys(SAME_TEXT),
+    )
+    assert (len(rows), len(held_out), written) == (18, 2, 15)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +492,10 @@ def test_the_model_writes_what_the_files_lack(make: Callable[[str], Case], tmp_p
         "gpt2",
         "granite",
         "granite-plain",
+        "mixtral",
         "olmo2",
+        "qwen2-moe",
+        "qwen3-moe",
         "smollm3",
         "phi3",
         "phi3-longrope",
@@ -476,6 +530,29 @@ def test_gguf_input(make: Callable[[str], Case], tmp_path: Path, name: str) -> N
             assert file.metadata[key] == other.metadata[key], key
         shapes = {t.name: (t.type, t.shape) for t in file.tensors.values()}
         assert shapes == {t.name: (t.type, t.shape) for t in other.tensors.values()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_write_dense_with_experts(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
+    """All experts in one tensor, as llama.cpp has them: what is read back is the model, rounded to F16."""
+    source = open_source(make(name).folder, tmp_path)
+    model = load_model(source)
+    write_dense(tmp_path / "dense.gguf", source, model, load_tokenizer(source))
+    gguf_to_hf(tmp_path / "dense.gguf", tmp_path / "back", torch.float32)
+    back = load_model(open_source(tmp_path / "back", tmp_path)).state_dict()
+    for key, weight in model.state_dict().items():
+        router = key.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+        rounded = weight if weight.ndim == 1 or router else weight.half().float()
+        assert torch.equal(back[key], rounded), key
+
+
+def test_gguf_input_without_some_experts(make: Callable[[str], Case], tmp_path: Path) -> None:
+    """gate and up of experts are one tensor in transformers: both must be there, and alike."""
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", make("mixtral").folder)
+    bad = plain.read_bytes().replace(b"blk.1.ffn_up_exps.weight", b"blk.3.ffn_up_exps.weight")
+    plain.write_bytes(bad)
+    with pytest.raises(FormatError, match="ffn_up_exps is missing or not like ffn_gate_exps in a layer"):
+        gguf_to_hf(plain, tmp_path / "back")
 
 
 def test_sharded_folder(make: Callable[[str], Case], tmp_path: Path) -> None:

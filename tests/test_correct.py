@@ -14,7 +14,7 @@ from dbf2gguf.archs import ARCHS, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.convert import make_plan
-from dbf2gguf.correct import _embed, _record, factorize_model
+from dbf2gguf.correct import _branches, _embed, _record, factorize_model
 from dbf2gguf.distill import Student
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
@@ -26,8 +26,8 @@ RECIPE = Recipe(row_tokens=32, correct_rows=48, admm_iterations=12, damping=0.1)
 
 
 class Setup:
-    def __init__(self, folder: Path) -> None:
-        tiny_hf.write_folder(folder, attention_bias=True)
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        tiny_hf.write_folder(folder, **(changes or {"attention_bias": True}))
         self.source: Source = open_source(folder, folder / "scratch")
         self.model = load_model(self.source)
         self.names = linear_names(self.model, self.source.arch)
@@ -37,12 +37,12 @@ class Setup:
         self.rows, self.held_out = tokens[:48], tokens[48:]
         self.importance = {name: torch.ones(self.plan.shapes[name][0]) for name in self.names}
 
-    def corrected(self, seed: int = 0, rows: Tensor | None = None) -> dict[str, Factors]:
-        stage = Stage("factorize", 2, quiet=True)
+    def corrected(self, seed: int = 0, rows: Tensor | None = None, quiet: bool = True) -> dict[str, Factors]:
         rows = self.rows if rows is None else rows
-        return factorize_model(
-            self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage, Work(None)
-        )
+        with Stage("factorize", 2, quiet) as stage:
+            return factorize_model(
+                self.source, self.model, self.plan, rows, self.importance, RECIPE, seed, stage, Work(None)
+            )
 
     def plain(self) -> dict[str, Factors]:
         """Every layer on its own, no importances."""
@@ -165,6 +165,81 @@ def test_layers_one_by_one(name: str) -> None:
     assert torch.allclose(got, hidden_states(model, input_ids=rows), atol=1e-4)
 
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 3},
+    "qwen3_moe": {
+        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_split_experts_are_the_librarys(name: str) -> None:
+    model = tiny_hf.model(model_type=name, **EXPERTS[name])
+    rows = torch.randint(0, tiny_hf.N_VOCAB, (3, 24), generator=torch.Generator().manual_seed(2))
+    wanted = model(rows).logits
+    split = split_fused(model, ARCHS[name])
+    assert not any(p.ndim == 3 for p in split.parameters())
+    assert torch.allclose(split(rows).logits, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_branches_are_the_block(name: str) -> None:
+    """Experts of the tokens that the router gives them, by their shares, are what the block computes; and the
+    shares that divide what the stream lacks sum up to 1."""
+    arch = ARCHS[name]
+    model = split_fused(tiny_hf.model(model_type=name, **EXPERTS[name]), arch)
+    assert arch.experts is not None
+    layer = decoder_layers(model, arch)[0]
+    x = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(1))
+    branches, total = _branches(layer, arch.experts, x[0])
+    y, parts = torch.zeros(50, 32), torch.zeros(50)
+    for branch in branches.values():
+        y.index_add_(0, branch.tokens, branch.module(x[0, branch.tokens]) * branch.shares)
+        parts.index_add_(0, branch.tokens, branch.shares[:, 0] / total[branch.tokens])
+    assert torch.allclose(y, layer.get_submodule(arch.experts.block)(x)[0], atol=1e-5)
+    assert torch.allclose(parts, torch.ones(50), atol=1e-6)
+    assert len(branches) == features(model.config).n_experts + (name == "qwen2_moe")
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def expert_setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return Setup(
+        tmp_path_factory.mktemp("experts") / "model", model_type=request.param, **EXPERTS[request.param]
+    )
+
+
+def test_correction_of_experts(
+    expert_setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: tensor.clone() for name, tensor in expert_setup.model.state_dict().items()}
+    corrected = expert_setup.corrected(quiet=False)
+    assert "too few" not in capsys.readouterr().err
+    assert all(torch.equal(t, before[name]) for name, t in expert_setup.model.state_dict().items())
+    assert set(corrected) == set(expert_setup.names)
+    assert expert_setup.error(corrected) < 0.9 * expert_setup.error(expert_setup.plain())
+    monkeypatch.setattr("dbf2gguf.correct.TOKENS_PER_INPUT", 1e9)
+    uncorrected = expert_setup.corrected()
+    assert expert_setup.error(corrected) < expert_setup.error(uncorrected)
+
+
+def test_experts_that_see_few_tokens(expert_setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row: some experts may not see a single token. They are factorized all the same, and it is said."""
+    factors = expert_setup.corrected(rows=expert_setup.rows[:1, :3], quiet=False)
+    count = features(expert_setup.model.config).n_experts
+    said = capsys.readouterr().err
+    assert f"blk.0: {count} of {count} experts saw too few tokens to be corrected (number 0 first)" in said
+    assert set(factors) == set(expert_setup.names)
+    assert all(torch.isfinite(f.dense()).all() for f in factors.values())
+
+
 def test_importance_is_used(setup: Setup) -> None:
     """Outputs that weigh more come out closer to the layer's own weight."""
     name = "blk.0.ffn_up"
@@ -178,3 +253,36 @@ def test_importance_is_used(setup: Setup) -> None:
     finally:
         setup.importance[name] = torch.ones(rows)
     assert weighted[heavy].square().mean() < 0.7 * even[heavy].square().mean()
+
+
+def test_errors_are_those_of_the_factors(setup: Setup) -> None:
+    """In the first group nothing lacks yet, so that what is factorized is the weight itself: an error that
+    can be told from outside, weighted by the inputs' second moments."""
+    errors: dict[str, float] = {}
+    stage = Stage("factorize", 2, quiet=True)
+    factors = factorize_model(
+        setup.source,
+        setup.model,
+        setup.plan,
+        setup.rows,
+        setup.importance,
+        RECIPE,
+        0,
+        stage,
+        Work(None),
+        errors=errors,
+    )
+    assert set(errors) == set(setup.names)
+    assert all(0 < error < 1 for error in errors.values())
+    seen: list[Tensor] = []
+    module = setup.model.get_submodule(setup.names["blk.0.attn_q"])
+    hook = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].double()))
+    hidden_states(setup.model, input_ids=setup.rows)
+    hook.remove()
+    moments = torch.cat(seen).square().mean((0, 1))
+    weights = (moments / moments.mean() + 1e-6).sqrt()
+    for name in ("attn_q", "attn_k", "attn_v"):
+        wanted = setup.model.get_submodule(setup.names[f"blk.0.{name}"]).weight.double()
+        got = factors[f"blk.0.{name}"].dense()[0].double()
+        expected = ((wanted - got) * weights).norm() / (wanted * weights).norm()
+        assert errors[f"blk.0.{name}"] == pytest.approx(float(expected), rel=1e-3)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dbf2gguf.distill
-from dbf2gguf.archs import ARCHS, features
+from dbf2gguf.archs import ARCHS, ArchSpec, features
+from dbf2gguf.calibrate import output_importance
 from dbf2gguf.distill import (
     FactorStack,
     Student,
@@ -25,7 +26,7 @@ from dbf2gguf.distill import (
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
-from dbf2gguf.source import linear_names
+from dbf2gguf.source import decoder_layers, linear_names, split_fused
 from dbf2gguf.work import Work
 
 RECIPE = Recipe(
@@ -42,7 +43,10 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
 class Setup:
     def __init__(self) -> None:
         self.model: nn.Module = tiny_hf.model(attention_bias=True)
-        self.names = linear_names(self.model, ARCHS["llama"])
+        self.prepare(ARCHS["llama"])
+
+    def prepare(self, arch: ArchSpec) -> None:
+        self.names = linear_names(self.model, arch)
         self.rows = torch.randint(0, tiny_hf.N_VOCAB, (12, 32), generator=torch.Generator().manual_seed(2))
         self.factors = {}
         for name, path in self.names.items():
@@ -83,6 +87,57 @@ def test_kl_falls(setup: Setup) -> None:
     assert history[0] == pytest.approx(before, rel=0.2)  # a batch of the rows, before any step
     assert setup.kl(student) < 0.7 * before
     assert sum(history[-5:]) < 0.8 * sum(history[:5])
+
+
+class ExpertSetup(Setup):
+    """With a shared expert and 3 more, of which a token uses 1; the last is used by none."""
+
+    def __init__(self) -> None:
+        arch = ARCHS["qwen2_moe"]
+        sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+        model = tiny_hf.model(model_type="qwen2_moe", num_experts=3, num_experts_per_tok=1, **sizes)
+        self.model = split_fused(model, arch)
+        for layer in decoder_layers(self.model, arch):
+            layer.post_attention_layernorm.weight.fill_(1.0)
+            mean = layer.mlp.gate.weight[:2].mean(0)
+            layer.mlp.gate.weight[2] = mean  # between the other two
+        self.prepare(arch)
+
+
+@pytest.fixture(scope="module")
+def expert_setup() -> ExpertSetup:
+    return ExpertSetup()
+
+
+def test_experts_are_trained(expert_setup: ExpertSetup) -> None:
+    """The KL falls, those that tokens use move, and one that none uses stays as it is."""
+    student = expert_setup.student()
+    before = {name: f.dense().clone() for name, f in student.factors().items()}
+    kl = expert_setup.kl(student)
+    expert_setup.train(student)
+    assert expert_setup.kl(student) < 0.7 * kl
+    for name, factors in student.factors().items():
+        unused = name.endswith(".2")
+        assert torch.allclose(factors.dense(), before[name], atol=1e-6) == unused, name
+
+
+def test_routers_are_trained_with_the_dense_parts(expert_setup: ExpertSetup) -> None:
+    """The router and the gate of the shared expert, in the student alone."""
+    student = expert_setup.student(copy_dense=True)
+    expert_setup.train(student, replace(RECIPE, dense_rate=1e-2, distill_steps=3))
+    for path in ("model.layers.0.mlp.gate", "model.layers.1.mlp.shared_expert_gate"):
+        own, original = (m.get_submodule(path).weight for m in (student.model, expert_setup.model))
+        assert not torch.equal(own, original), path
+
+
+def test_importance_of_experts(expert_setup: ExpertSetup) -> None:
+    """All 1 where no token passes."""
+    stage = Stage("gradients", len(expert_setup.rows), quiet=True)
+    found = output_importance(expert_setup.model, expert_setup.names, expert_setup.rows, 4, stage)
+    assert list(found) == list(expert_setup.names)
+    for name, importance in found.items():
+        assert importance.shape == (expert_setup.model.get_submodule(expert_setup.names[name]).out_features,)
+        assert torch.allclose(importance, torch.ones(()), atol=1e-5) == name.endswith(".2"), name
 
 
 def test_the_teacher_is_left_as_it_was(setup: Setup) -> None:

@@ -26,7 +26,7 @@ PRECIOUS = b"an earlier conversion"
 
 OPTIONS = (
     "--quiet", "-t", "1", "--bpw", "4", "--text-rows", "4", "--correct-rows", "2", "--distill-steps", "1",
-    "--admm-iterations", "2",
+    "--admm-iterations", "2", "--no-report",
 )  # fmt: skip
 
 
@@ -118,7 +118,39 @@ def test_not_a_model_file(place: Place) -> None:
 
 def test_no_weights(place: Place) -> None:
     (place.model / "model.safetensors").rename(place.model / "pytorch_model.bin")
-    assert "only safetensors weights are read" in place.fails()
+    assert "pytorch_model.bin: broken, or holds more than tensors" in place.fails()
+    (place.model / "pytorch_model.bin").unlink()
+    assert "no .safetensors file in it, and no pytorch_model.bin" in place.fails()
+
+
+QWEN_MOE: dict[str, Any] = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; wanted no more than there are experts, 4"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0; wanted an integer in 1..64"),
+        ({"num_experts": 0}, "num_experts is 0; wanted an integer in 1..4096"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000; wanted an integer in 1..4096"),
+        ({"num_experts": "many"}, "num_experts is 'many'; wanted an integer in 1..4096"),
+    ],
+    ids=str,
+)
+def test_senseless_experts(place: Place, changes: dict[str, Any], message: str) -> None:
+    place.edit_config(**QWEN_MOE | changes)
+    assert message in place.fails()
+
+
+def test_gguf_with_experts_of_a_family_without(place: Place) -> None:
+    for arch, count, what in (("qwen3", 4, "with"), ("qwen3moe", 0, "without")):
+        writer = gguf.GGUFWriter(place.base / "x.gguf", arch)
+        writer.add_expert_count(count)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        message = f"architecture '{arch}' {what} experts is not supported"
+        assert message in place.fails(model=place.base / "x.gguf")
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen7", None, 7, ["llama"], {}])
@@ -140,6 +172,8 @@ def test_unsupported_architecture(place: Place, name: Any) -> None:
             "RoPE scaling 'dynamic'",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({**QWEN_MOE, "mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
+        ({**QWEN_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
     ],
 )
 def test_unsupported_feature(place: Place, changes: dict[str, Any], named: str) -> None:
@@ -266,7 +300,8 @@ def test_gguf_of_another_architecture(place: Place) -> None:
         ("rope.scaling.type", "yarn"),
         ("attention.sliding_window", 4096),
         ("attention.scale", 4),
-        ("expert_count", 8),
+        ("expert_gating_func", 2),
+        ("leading_dense_block_count", 1),
     ],
 )
 def test_gguf_of_a_feature_that_is_not_there(place: Place, key: str, value: Any) -> None:
@@ -332,6 +367,7 @@ def test_unknown_preset_in_python(place: Place) -> None:
         ("--distill-steps", "-1"), ("--admm-iterations", "0"), ("--admm-iterations", "-2"),
         ("--threads", "0"), ("--threads", "-1"), ("--seed", "-1"), ("--seed", "99999999999999999999999"),
         ("--chat-share", "1.5"), ("--chat-share", "-0.5"), ("--chat-share", "nan"),
+        ("--written-share", "1.5"), ("--written-share", "nan"),
     ],
     ids=" ".join,
 )  # fmt: skip

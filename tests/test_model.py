@@ -132,6 +132,57 @@ def test_layernorm_positions_and_no_gate(tmp_path: Path) -> None:
     assert same(got.weights, weights)
 
 
+@pytest.mark.parametrize("shared", ["none", "plain", "gated"])
+def test_experts(tmp_path: Path, shared: str) -> None:
+    changes = {"n_experts": 3, "n_experts_used": 2, "d_expert": 20, "norm_experts": int(shared == "none")}
+    config = tiny_config(d_ff=20 if shared == "none" else 44, **changes)
+    plain = tiny_weights(config)
+    gate = np.linspace(-1, 1, 32, dtype=np.float32) if shared == "gated" else None
+    parts = {"gate": None, "up": None, "down": None} if shared == "none" else {"shared_gate": gate}
+    layers = tuple(dataclasses.replace(layer, **parts) for layer in plain.layers)
+    weights = dataclasses.replace(plain, layers=layers)
+    got = load_model_file(write_model(tmp_path / "m.gguf", config, weights))
+    assert dataclasses.replace(got.config, norm_eps=config.norm_eps) == config
+    assert same(got.weights, weights)
+    assert len(got.weights.layers[0].gguf_linears) == (4 if shared == "none" else 7) + 3 * 3
+
+
+def expert_model(path: Path, change: Edit) -> Path:
+    config = tiny_config(n_experts=3, n_experts_used=2, d_expert=20)
+    return write_model(path, config, tiny_weights(config), change=change)
+
+
+def test_experts_that_contradict(tmp_path: Path) -> None:
+    for edit, message in (
+        (meta_is("llama.expert_count", 2**32 - 1), "expert_count is 4294967295, wanted 0 to 4096"),
+        (meta_is("llama.expert_count", "3"), "expert_count is '3', wanted int"),
+        (meta_is("llama.expert_count", 4), r"ffn_gate_inp\.weight has shape \(3, 32\), wanted \(4, 32\)"),
+        (meta_is("llama.expert_used_count", 4), "expert_used_count is 4, wanted 1 to 3, with 3 experts"),
+        (meta_is("llama.expert_used_count", 0), "expert_used_count is 0, wanted an integer in"),
+        (meta_is("llama.expert_used_count", None), "expert_used_count is missing"),
+        (meta_is("llama.expert_feed_forward_length", None), "expert_feed_forward_length is missing"),
+        (meta_is("llama.expert_feed_forward_length", 2**31), "wanted an integer in"),
+        (meta_is("llama.expert_feed_forward_length", 24), "has shape"),
+        (meta_is("llama.expert_weights_norm", None), "expert_weights_norm is missing"),
+        (tensor_is("blk.1.ffn_gate_inp.weight", None), r"blk\.1\.ffn_gate_inp\.weight is missing"),
+        (tensor_is("blk.1.ffn_up.2.dbf_mid", None), r"blk\.1\.ffn_up\.2\.dbf_mid is missing"),
+        (tensor_is("blk.1.ffn_up_shexp.dbf_a", None), r"blk\.1\.ffn_up_shexp\.dbf_a is missing"),
+        (tensor_is("blk.0.ffn_gate_inp.weight", nan(96, np.float32).reshape(3, 32)), "not finite"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            load_model_file(expert_model(tmp_path / "m.gguf", edit))
+    for edit, message in (
+        (meta_is("llama.expert_count", None), "blk.0.ffn_gate_inp.weight|ffn_gate.dbf_mid is missing"),
+        (meta_is("llama.expert_gating_func", 2), "gating of experts other than softmax is not implemented"),
+        (meta_is("llama.expert_weights_scale", 2.5), "scale of experts is not implemented"),
+        (meta_is("llama.expert_group_count", 4), "groups of experts is not implemented"),
+        (meta_is("llama.leading_dense_block_count", 1), "among layers without is not implemented"),
+        (tensor_is("blk.0.ffn_gate.3.dbf_a", np.ones((20, 3), np.uint8), DBF1_TYPE), "ffn_gate.3.dbf_a"),
+    ):
+        with pytest.raises((UnsupportedModelError, FormatError), match=message):
+            load_model_file(expert_model(tmp_path / "m.gguf", edit))
+
+
 def test_i8_carrier(tmp_path: Path) -> None:
     def change(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
         meta["dbf.carrier"] = "i8"
@@ -213,7 +264,6 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
         "sliding_window_pattern does not say in which layers",
     ),
     "scale": (meta_is("llama.attention.scale", 0.5), "a scale of attention scores"),
-    "experts": (meta_is("llama.expert_count", 8), "mixture of experts"),
     "value length": (meta_is("llama.attention.value_length", 16), "different length"),
     "heads per layer": (meta_is("llama.attention.head_count_kv", [2, 4]), "differs from layer to layer"),
     "unknown tensor": (
@@ -242,6 +292,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "rope too long": (meta_is("llama.rope.dimension_count", 10), "rotates 10 dimensions of 8"),
     "vocabulary": (meta_is("llama.vocab_size", 299), r"has shape \(300, 32\), wanted \(299, 32\)"),
     "width": (meta_is("llama.embedding_length", 40), "has shape"),
+    "experts": (meta_is("llama.expert_count", 8), "llama.expert_used_count is missing"),
     "ff": (meta_is("llama.feed_forward_length", 48), "has shape"),
     "no pairing": (meta_is("dbf.rope.pairing", None), "dbf.rope.pairing"),
     "no embedding": (tensor_is("token_embd.weight", None), "token_embd.weight is missing"),

@@ -71,3 +71,15 @@ def test_the_number_of_threads_changes_nothing() -> None:
     alone = list(map_on_cores(lambda m: m @ m.mT, matrices))
     torch.set_num_threads(2)
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("items", [[0], [0, 1]])
+@pytest.mark.usefixtures("two_threads")
+def test_gradients_of_the_caller(items: list[int]) -> None:
+    """Are recorded while he looks at a result, and after he has left the rest, whenever that is noticed."""
+    left = map_on_cores(lambda _: torch.is_grad_enabled(), items)
+    with torch.no_grad():
+        assert next(left) is False
+    assert torch.is_grad_enabled()
+    left.close()
+    assert torch.is_grad_enabled()

@@ -26,3 +26,10 @@ def test_overrides_hold() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(OptionError, match="fastest"):
         find_recipe("fastest")
+
+
+def test_signs_turn_less_where_bits_are_many() -> None:
+    recipe = find_recipe("best", sign_rate=0.02)
+    assert recipe.at(1.0) == recipe
+    assert recipe.at(4.0).sign_rate == pytest.approx(0.02 / 8)
+    assert recipe.at(4.0).at(1.0) == recipe.at(4.0)

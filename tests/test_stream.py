@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from test_convert import MODELS
 
 import dbf2gguf.convert
+import dbf2gguf.correct
 from dbf2gguf import calibrate, stream
 from dbf2gguf.convert import convert
 from dbf2gguf.factorize import Factors, signs
-from dbf2gguf.memory import Need, choose_streamed, parse_size
+from dbf2gguf.memory_need import Need, choose_streamed
+from dbf2gguf.options import Options, check_options, parse_size
 from dbf2gguf.progress import Stage
+from dbf2gguf.recipe import find_recipe
 from dbf2gguf.source import linear_names, load_model, open_source
 from dbf2gguf.stream import KeptFactors, OnDisk, Scratch, SignsOnly, stream_model
 from dbf2gguf.synthetic import write_checkpoint
@@ -30,6 +35,9 @@ from dbf2gguf.work import Work
 from runtime.errors import FormatError, OptionError
 
 OPTIONS: dict[str, Any] = tiny_hf.QUICK | {"distill_steps": 0, "force": True}
+
+NEED = Need(base=0, whole=9 << 30, streamed=2 << 30, block=1 << 20, disk=0)
+HUGE = Need(base=0, whole=9 << 60, streamed=2, block=1, disk=0)  # no machine has that
 
 FAMILIES = [
     "mha-separate-head", "biases", "odd-sizes", "qwen3", "gemma3-scales", "gemma2", "gpt2", "granite",
@@ -42,6 +50,12 @@ def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions are streamed from now on, however much memory there is."""
     monkeypatch.setattr(dbf2gguf.convert, "choose_streamed", lambda *_: True)
     monkeypatch.setattr(dbf2gguf.convert, "load_model", lambda *_: pytest.fail("all weights were loaded"))
+
+
+def given(text: Path) -> Options:
+    """What can be streamed."""
+    recipe = find_recipe("fast", distill_steps=0)
+    return Options("fast", recipe, (text,), None, "q8_0", "dbf1", seed=0, device="cpu", quiet=True)
 
 
 @pytest.fixture
@@ -83,6 +97,23 @@ def test_a_search_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     streaming(monkeypatch)
     convert(model, tmp_path / "streamed.gguf", **options)
     assert len(whole.tries) > 1
+    assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("large", [0, 1 << 40])
+def test_with_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, large: int) -> None:
+    """Large layers have all threads of this process, whoever factorizes the others."""
+    pytest.importorskip("joblib")
+    model = tiny_hf.write_folder(tmp_path / "model")
+    monkeypatch.setattr(dbf2gguf.correct, "LARGE", large)
+    options = OPTIONS | {"calib": [text], "threads": 2}
+    threads = torch.get_num_threads()
+    try:
+        convert(model, tmp_path / "whole.gguf", **options)
+        streaming(monkeypatch)
+        convert(model, tmp_path / "streamed.gguf", jobs=2, **options)
+    finally:
+        torch.set_num_threads(threads)
     assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
@@ -278,8 +309,11 @@ def test_no_sizes(text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"distill_steps": 2}, r"all weights .* about 9.0G; .* about 2.0G, but .* add --distill-steps 0"),
-        ({"calib": ()}, "about 2.0G, but .* --calib"),
+        ({"distill_steps": 2}, r"all weights .* about 9.0G, .* 2.0G, but .* add --distill-steps 0"),
+        ({"calib": ()}, "2.0G, but .* --calib"),
+        ({"written_share": 0.5}, "2.0G, but .* --written-share 0"),
+        ({"allocation": "sensitivity"}, "2.0G, but --allocation sensitivity needs all weights: take uniform"),
+        ({"distill_steps": 2, "calib": ()}, "but .* --distill-steps 0; .* --calib"),
         ({}, "--max-memory is 1.0G; this conversion needs about 2.0G"),
     ],
 )
@@ -287,14 +321,49 @@ def test_refused_up_front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = tiny_hf.write_folder(tmp_path / "model")
-    need = Need(base=0, whole=9 << 30, streamed=2 << 30, block=1 << 20, disk=0)
-    monkeypatch.setattr(dbf2gguf.convert, "find_need", lambda *_: need)
+    monkeypatch.setattr(dbf2gguf.convert, "find_need", lambda *_: NEED)
     options = OPTIONS | {"calib": [text], "max_memory": "1G"} | changes
     with pytest.raises(OptionError, match=message):
         convert(folder, tmp_path / "out.gguf", **options)
     with pytest.raises(OptionError, match=message):
         convert(folder, tmp_path / "out.gguf", dry_run=True, **options)
     assert not (tmp_path / "out.gguf.work").exists()
+
+
+@pytest.mark.parametrize("name", tiny_hf.EXPERTS)
+def test_experts_are_not_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, name: str
+) -> None:
+    folder = tiny_hf.write_folder(tmp_path / "model", **tiny_hf.EXPERTS[name])
+    options = OPTIONS | {"calib": [text], "dry_run": True}
+    convert(folder, tmp_path / "out.gguf", max_memory="9G", **options)
+    monkeypatch.setattr(dbf2gguf.convert, "find_need", lambda *_: NEED)
+    with pytest.raises(OptionError, match=r"9.0G, .* 2.0G, but a model with experts \(\w+\) "):
+        convert(folder, tmp_path / "out.gguf", max_memory="4G", **options)
+
+
+def test_other_processes_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    """A limit that cannot be kept is none. Without one, --jobs does work: see test_with_jobs."""
+    limited = replace(given(text), max_memory=4 << 30)
+    with pytest.raises(OptionError, match="--max-memory and --jobs: its processes would take more"):
+        check_options(replace(limited, jobs=2), None)
+    for module in ("options", "memory_need"):
+        monkeypatch.setattr(f"dbf2gguf.{module}.torchrun_size", lambda: 2)
+    with pytest.raises(OptionError, match="--max-memory and torchrun: its processes would take more"):
+        check_options(limited, None)
+    source = open_source(tiny_hf.write_folder(tmp_path / "model"), tmp_path)
+    assert not choose_streamed(HUGE, source, given(text))
+
+
+def test_gpus_have_memory_of_their_own(tmp_path: Path, text: Path) -> None:
+    options = replace(given(text), device="cuda:0", max_memory=1 << 30)
+    with pytest.raises(
+        OptionError, match="--max-memory is for CPUs, and the device is cuda:0; take --device"
+    ):
+        check_options(options, None)
+    source = open_source(tiny_hf.write_folder(tmp_path / "model"), tmp_path)
+    assert choose_streamed(HUGE, source, given(text))
+    assert not choose_streamed(HUGE, source, replace(given(text), device="cuda:0"))
 
 
 def test_streamed_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -304,14 +373,14 @@ def test_streamed_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch, tmp_pat
     options = OPTIONS | {"calib": [tiny_hf.write_text(tmp_path / "text.txt")], "dry_run": True}
     convert(folder, tmp_path / "out.gguf", max_memory="100G", **options)
     convert(folder, tmp_path / "out.gguf", **options)
-    (need, limit, given), (_, none, _) = seen
-    assert limit == 100 << 30
-    assert none is None
+    (need, source, limited), (_, _, free) = seen
+    assert limited.max_memory == 100 << 30
+    assert free.max_memory is None
     assert need.whole > need.block > 4 * 32 * 48
-    assert not choose_streamed(need, need.whole, given)
-    assert choose_streamed(Need(0, 9 << 60, 2, 1, 0), 2, given)
-    assert choose_streamed(Need(0, 9 << 60, 2, 1, 0), None, given), "more than any machine has"
-    assert not choose_streamed(need, None, given)
+    assert not choose_streamed(need, source, replace(limited, max_memory=need.whole))
+    assert choose_streamed(HUGE, source, replace(limited, max_memory=2))
+    assert choose_streamed(HUGE, source, free)
+    assert not choose_streamed(need, source, free)
 
 
 # Memory ---------------------------------------------------------------------------------------------------
@@ -328,7 +397,8 @@ for model in sys.argv[1:3]:  # the first is to have everything imported
     before = memory("VmRSS")
     dbf2gguf.convert.convert(
         model, sys.argv[3], bpw=1.0, calib=[sys.argv[4]], distill_steps=0, admm_iterations=1, row_tokens=64,
-        text_rows=4, correct_rows=4, gradient_rows=4, eval_rows=1, force=True, quiet=True, threads=1,
+        text_rows=4, written_share=0, correct_rows=4, gradient_rows=4, eval_rows=1, force=True, quiet=True,
+        threads=1, device="cpu", report=False,
     )
 print(needs[-1].block, needs[-1].streamed - needs[-1].base, memory("VmHWM") - before)
 """
@@ -349,9 +419,16 @@ def test_peak_memory(tmp_path: Path, text: Path) -> None:
             PEAK,
             *map(str, (tmp_path / "first", folder, tmp_path / "out.gguf", text)),
         ]
-        done = subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            run,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back, as if larger
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found.append([int(number) for number in done.stdout.split()])
     (block, promised, few), (_, _, many) = found
     assert block == 4 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768)
-    assert max(few, many) <= promised + block, found  # what the allocator keeps
-    assert many - few < block, "all weights of the others are four blocks"
+    assert max(few, many) <= promised, found
+    assert many - few < block / 4, "all weights of the others are four blocks"

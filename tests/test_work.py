@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,11 @@ def test_killed(tmp_path: Path) -> None:
     done = subprocess.run([part or str(out) for part in command], check=True, capture_output=True, text=True)
     assert "going on from" in done.stderr
     assert out.read_bytes() == wanted.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "wanted.gguf"]
+    pages = [path.with_name(path.name + ".report.html") for path in (out, wanted)]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *(p.name for p in (out, wanted, *pages))}
+    resumed, straight = (re.findall("<title>.*?</title>", page.read_text(encoding="utf-8")) for page in pages)
+    assert resumed == straight  # bits and errors of every layer, losses of every step
+    assert len([title for title in straight if "layer" in title]) == 3 * 14
 
 
 def test_a_refused_file_needs_no_second_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from runtime.config import (
     ROPE,
     Config,
     Dense,
+    Expert,
     Layer,
     Linear,
     Weights,
@@ -99,10 +100,15 @@ def weights(
     gated: bool = True,
     windows: tuple[int, ...] = (),
     ropes: tuple[int, ...] = (),
+    shared: bool = True,
+    shared_gate: bool = False,
     bpw: float = 4.0,
     seed: int = 0,
 ) -> Weights:
-    """Random weights for `c`; windows and ropes are those of the layers."""
+    """Random weights for `c`; windows and ropes are those of the layers.
+
+    shared  whether there is a feed-forward for all tokens; shared_gate: with a share of its own
+    """
     rng = np.random.default_rng(seed)
 
     def lin(rows: int, cols: int, with_bias: bool = False) -> Linear:
@@ -116,14 +122,21 @@ def weights(
         Layer(
             attn_norm=norm() if pre_norms else None, ffn_norm=norm() if pre_norms else None,
             q=lin(heads, c.d_model, bias), k=lin(kv, c.d_model, bias), v=lin(kv, c.d_model, bias),
-            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model) if gated else None,
-            up=lin(c.d_ff, c.d_model, bias and not gated),
-            down=lin(c.d_model, c.d_ff),
+            o=lin(c.d_model, heads, bias), gate=lin(c.d_ff, c.d_model) if gated and shared else None,
+            up=lin(c.d_ff, c.d_model, bias and not gated) if shared else None,
+            down=lin(c.d_model, c.d_ff) if shared else None,
             q_norm=norm(norm_size(c, "q_norm")) if head_norms else None,
             k_norm=norm(norm_size(c, "k_norm")) if head_norms else None,
             attn_post_norm=norm() if post_norms else None, ffn_post_norm=norm() if post_norms else None,
             attn_norm_bias=norm() if norm_biases else None, ffn_norm_bias=norm() if norm_biases else None,
             window=windows[i] if windows else 0, rope=ropes[i] if ropes else ROPE,
+            router=rng.normal(0, c.d_model**-0.5, (c.n_experts, c.d_model)).astype(np.float32)
+            if c.n_experts else None,
+            experts=tuple(
+                Expert(lin(c.d_expert, c.d_model), lin(c.d_expert, c.d_model), lin(c.d_model, c.d_expert))
+                for _ in range(c.n_experts)
+            ),
+            shared_gate=rng.normal(0, c.d_model**-0.5, c.d_model).astype(np.float32) if shared_gate else None,
         )
         for i in range(c.n_layers)
     )  # fmt: skip

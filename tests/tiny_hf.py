@@ -26,15 +26,31 @@ QUICK: dict[str, Any] = {
     "bpw": 4.0,
     "row_tokens": 24,
     "text_rows": 8,
+    "written_share": 0.0,
     "correct_rows": 4,
     "gradient_rows": 4,
     "eval_rows": 2,
     "admm_iterations": 3,
     "distill_steps": 2,
     "threads": 1,
+    "device": "cpu",
     "quiet": True,
+    "report": False,
 }
 """Options of `convert` that make it quick; the result is as correct as any, if not as good."""
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Families with experts: arguments of `write_folder`."""
 
 SIZES: dict[str, Any] = {
     "vocab_size": N_VOCAB,
@@ -63,7 +79,7 @@ def model(seed: int = 0, model_type: str = "llama", **changes: Any) -> Any:
         elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")):
             parameter.normal_(0, 0.3)
         else:
-            parameter.normal_(0, parameter.shape[1] ** -0.5)
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
     return made
 
 
@@ -175,6 +191,13 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if getattr(config, "final_logit_softcapping", None):
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if f.n_experts:
+        writer.add_expert_count(f.n_experts)
+        writer.add_expert_used_count(f.n_experts_used)
+    if arch.experts and arch.experts.own_width:
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if f.d_shared:
+        writer.add_expert_shared_feed_forward_length(f.d_shared)
     kind = rope.get("rope_type")
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -207,6 +230,15 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
             tensor = tensor.T  # Conv1D
         if name.endswith("norm.weight"):
             tensor = tensor + arch.norm_offset
+        if name.endswith("experts.gate_up_proj"):
+            at = f"blk.{name.split('.')[2]}"
+            for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
+                writer.add_tensor(f"{at}.ffn_{part}_exps.weight", half.contiguous().numpy())
+            continue
+        if name.endswith("experts.down_proj"):
+            name += ".weight"
+        if name.endswith("shared_expert_gate.weight"):
+            tensor = tensor[0]
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         writer.add_tensor(target, tensor.contiguous().numpy())

@@ -6,7 +6,7 @@
  * logits = Head RMSNorm(x)
  *
  * What some models do otherwise is in dbf_config and dbf_layer: GELU, with a gate or without, LayerNorm, norms of
- * queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps.
+ * queries and keys and of what is added to x, learned positions, a window of attention, scales, soft caps, experts.
  *
  * All threads run forward() side by side and meet at barriers. Rows of matrices are divided among them, in panels.
  * Norms and the like are divided by tokens; for a single token every thread does them for itself, which costs less
@@ -198,13 +198,13 @@ static void attention(const job_t *job, int thread, int layer)
 }
 
 /* y = SiLU(gate) * up, or GELU(gate) * up, or without gate GELU(up) */
-static void activate(const dbf_model *m, float *y, const float *gate, const float *up)
+static void activate(const dbf_model *m, float *y, const float *gate, const float *up, int n)
 {
     const kernels_t *k = m->kernels;
     if (!gate)
-        k->gelu(y, up, m->config.d_ff);
+        k->gelu(y, up, n);
     else
-        (m->config.activation == DBF_GELU ? k->gelu_mul : k->silu_mul)(y, gate, up, m->config.d_ff);
+        (m->config.activation == DBF_GELU ? k->gelu_mul : k->silu_mul)(y, gate, up, n);
 }
 
 /* what down reads: divided, or a single token by every thread into its own memory */
@@ -213,34 +213,179 @@ static const float *activated(dbf_session *s, int thread, int has_gate, int n)
     const dbf_model *m = s->model;
     int d_ff = m->config.d_ff, begin, end;
     if (n == 1) {
-        activate(m, s->scratch[thread].x, has_gate ? s->gate : NULL, s->up);
+        activate(m, s->scratch[thread].x, has_gate ? s->gate : NULL, s->up, d_ff);
         lap(s, thread, REST);
         return s->scratch[thread].x;
     }
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++) {
         float *gate = s->gate + (size_t)i * d_ff;
-        activate(m, gate, has_gate ? gate : NULL, s->up + (size_t)i * d_ff);
+        activate(m, gate, has_gate ? gate : NULL, s->up + (size_t)i * d_ff, d_ff);
     }
     meet(s, thread, REST);
     return s->gate;
 }
 
+/* x += branch, which in some models is normalized or scaled first; divided by tokens */
+static void add_branch(dbf_session *s, int thread, float *branch, const float *norm, int n)
+{
+    const dbf_model *m = s->model;
+    int d = m->config.d_model, begin, end;
+    pool_split(m->pool, thread, n, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *own = branch + (size_t)i * d;
+        if (norm) m->kernels->rmsnorm(own, own, norm, m->config.norm_eps, d);
+        if (m->config.residual_scale != 1.0f) m->kernels->scale(own, m->config.residual_scale, d);
+        m->kernels->add(s->x + (size_t)i * d, own, d);
+    }
+    meet(s, thread, REST);
+}
+
 /* x += w(y); in some models, w(y) is normalized or scaled first */
 static void add_linear(dbf_session *s, int thread, const linear_t *w, const float *y, const float *norm, int n)
 {
-    const dbf_model *m = s->model;
-    int d = m->config.d_model, plain = !norm && m->config.residual_scale == 1.0f, begin, end;
+    int plain = !norm && s->model->config.residual_scale == 1.0f;
     linears(s, thread, (apply_t[]){ { w, y, plain ? s->x : s->norm, plain } }, 1, n);
-    if (plain) return;
+    if (!plain) add_branch(s, thread, s->norm, norm, n);
+}
+
+/* the experts with the largest p[n_experts], of equals the first, in ascending order, and their shares p / total, or p
+ * divided by the sum of theirs */
+static void choose(const dbf_config *c, int32_t *used, float *share, const float *p, float total)
+{
+    int n = 0;
+    float sum = 0.0f;
+    for (int e = 0; e < c->n_experts; e++) {
+        int i = n;
+        while (i > 0 && p[e] > p[used[i - 1]]) i--;
+        if (i == c->n_experts_used) continue;
+        if (n < c->n_experts_used) n++;
+        for (int j = n - 1; j > i; j--) used[j] = used[j - 1];
+        used[i] = e;
+    }
+    for (int i = 1; i < n; i++)
+        for (int j = i; j > 0 && used[j - 1] > used[j]; j--) {
+            int32_t e = used[j];
+            used[j] = used[j - 1];
+            used[j - 1] = e;
+        }
+    for (int i = 0; i < n; i++) sum = sum + p[used[i]];
+    for (int i = 0; i < n; i++) share[i] = p[used[i]] / (c->norm_experts ? sum : total);
+}
+
+/* which experts each of n tokens uses, their shares and rows: divided by tokens, the router by experts for a single one */
+static void route(dbf_session *s, int thread, const layer_t *l, const float *x, int n)
+{
+    const dbf_model *m = s->model;
+    const dbf_config *c = &m->config;
+    int all = c->n_experts, some = c->n_experts_used, d = c->d_model, begin, end;
+    pool_split(m->pool, thread, n == 1 ? all : n, &begin, &end);
+    if (n == 1)
+        m->kernels->gemv_f32(s->routed + begin, l->router + (size_t)begin * d, x, 1, end - begin, d);
+    else
+        m->kernels->gemv_f32(s->routed + (size_t)begin * all, l->router, x + (size_t)begin * d, end - begin, all, d);
+    if (n == 1) meet(s, thread, REST);
+
     pool_split(m->pool, thread, n, &begin, &end);
     for (int i = begin; i < end; i++) {
-        float *branch = s->norm + (size_t)i * d;
-        if (norm) m->kernels->rmsnorm(branch, branch, norm, m->config.norm_eps, d);
-        if (m->config.residual_scale != 1.0f) m->kernels->scale(branch, m->config.residual_scale, d);
-        m->kernels->add(s->x + (size_t)i * d, branch, d);
+        float *p = s->routed + (size_t)i * all, total = m->kernels->softmax(p, all), gate;
+        choose(c, s->used + (size_t)i * some, s->share + (size_t)i * some, p, total);
+        s->shared[i] = 1.0f;
+        if (!l->shared_gate) continue;
+        m->kernels->gemv_f32(&gate, l->shared_gate, x + (size_t)i * d, 1, 1, d);
+        s->shared[i] = 1.0f / (1.0f + exp_f32(-gate));
     }
     meet(s, thread, REST);
+
+    if (thread == 0) { /* the rows of an expert follow each other, in the order of the tokens */
+        memset(s->first_row, 0, ((size_t)all + 1) * sizeof *s->first_row);
+        for (int i = 0; i < n * some; i++) s->first_row[s->used[i]]++;
+        for (int e = 1; e <= all; e++) s->first_row[e] += s->first_row[e - 1];
+        for (int i = n * some - 1; i >= 0; i--) s->row[i] = --s->first_row[s->used[i]];
+    }
+    meet(s, thread, REST);
+}
+
+/* rows of picked = Down (SiLU(Gate x) * Up x) of the experts that n tokens use. Those of a single token, which has rows
+ * in the order of its experts, are computed together; of many tokens, those of one expert after the other. */
+static void experts(dbf_session *s, int thread, const layer_t *l, const float *x, int n)
+{
+    const dbf_model *m = s->model;
+    const dbf_config *c = &m->config;
+    int all = c->n_experts, some = c->n_experts_used, begin, end;
+    size_t d = (size_t)c->d_model, wide = (size_t)c->d_expert;
+    apply_t p[2 * MAX_USED];
+    route(s, thread, l, x, n);
+
+    if (n > 1) {
+        pool_split(m->pool, thread, n * some, &begin, &end);
+        for (int i = begin; i < end; i++) memcpy(s->picked + s->row[i] * d, x + i / some * d, d * sizeof *x);
+        meet(s, thread, REST);
+    }
+    for (int e = 0, count = 0; e < all; e++) {
+        int row = s->first_row[e], rows = s->first_row[e + 1] - row;
+        if (rows == 0) continue;
+        const linear_t *w = l->experts + e * EXPERT_LINEARS;
+        const float *from = n == 1 ? x : s->picked + row * d;
+        p[count++] = (apply_t){ &w[EXPERT_GATE], from, s->expert_gate + row * wide, 0 };
+        p[count++] = (apply_t){ &w[EXPERT_UP], from, s->expert_up + row * wide, 0 };
+        if (n == 1 && count < 2 * some) continue;
+        linears(s, thread, p, count, rows);
+        count = 0;
+    }
+
+    pool_split(m->pool, thread, n * some, &begin, &end);
+    for (int i = begin; i < end; i++) {
+        float *gate = s->expert_gate + i * wide;
+        activate(m, gate, gate, s->expert_up + i * wide, c->d_expert);
+    }
+    meet(s, thread, REST);
+
+    for (int e = 0, count = 0; e < all; e++) {
+        int row = s->first_row[e], rows = s->first_row[e + 1] - row;
+        if (rows == 0) continue;
+        const linear_t *w = l->experts + e * EXPERT_LINEARS;
+        p[count++] = (apply_t){ &w[EXPERT_DOWN], s->expert_gate + row * wide, s->picked + row * d, 0 };
+        if (n == 1 && count < some) continue;
+        linears(s, thread, p, count, rows);
+        count = 0;
+    }
+}
+
+/* x += sum_e share_e * expert_e, and that of the shared expert, whose output is `shared` unless that is NULL */
+static void add_experts(dbf_session *s, int thread, const float *shared, const float *norm, int n)
+{
+    const dbf_model *m = s->model;
+    int some = m->config.n_experts_used, begin, end;
+    size_t d = (size_t)m->config.d_model;
+    pool_split(m->pool, thread, n, &begin, &end); /* as in add_branch */
+    for (int i = begin; i < end; i++) {
+        float *branch = s->branch + i * d;
+        memset(branch, 0, d * sizeof *branch);
+        for (int j = i * some; j < (i + 1) * some; j++)
+            m->kernels->mix(branch, s->share + j, s->picked + s->row[j] * d, 1, m->config.d_model);
+        if (shared) m->kernels->mix(branch, s->shared + i, shared + i * d, 1, m->config.d_model);
+    }
+    add_branch(s, thread, s->branch, norm, n);
+}
+
+/* feed-forward and experts, added to the residual stream */
+static void feed_forward(dbf_session *s, int thread, const layer_t *l, int n)
+{
+    const float *x = norms(s, thread, l->norm[FFN_NORM], l->norm[FFN_NORM_BIAS], 0, n);
+    const apply_t gate = { &l->linear[GATE], x, s->gate, 0 }, up = { &l->linear[UP], x, s->up, 0 };
+    int has_gate = l->linear[GATE].rows > 0, has_up = l->linear[UP].rows > 0;
+    if (l->experts) experts(s, thread, l, x, n);
+    if (has_up) {
+        linears(s, thread, has_gate ? (apply_t[]){ gate, up } : &up, has_gate ? 2 : 1, n);
+        x = activated(s, thread, has_gate, n);
+    }
+    if (!l->experts) {
+        add_linear(s, thread, &l->linear[DOWN], x, l->norm[FFN_POST_NORM], n);
+        return;
+    }
+    if (has_up) linears(s, thread, (apply_t[]){ { &l->linear[DOWN], x, s->norm, 0 } }, 1, n);
+    add_experts(s, thread, has_up ? s->norm : NULL, l->norm[FFN_POST_NORM], n);
 }
 
 /* Logits of n tokens whose normalized states are x. Rows of the head are shared, panel by panel: one is read from
@@ -319,12 +464,7 @@ static void forward(void *arg, int thread)
         add_linear(s, thread, &l->linear[O], s->attended, l->norm[ATTN_POST_NORM], n);
 
         /* feed-forward, added to the residual stream */
-        x = norms(s, thread, l->norm[FFN_NORM], l->norm[FFN_NORM_BIAS], 0, n);
-        const apply_t gate = { &l->linear[GATE], x, s->gate, 0 }, up = { &l->linear[UP], x, s->up, 0 };
-        int has_gate = l->linear[GATE].rows > 0;
-        linears(s, thread, has_gate ? (apply_t[]){ gate, up } : &up, has_gate ? 2 : 1, n);
-        x = activated(s, thread, has_gate, n);
-        add_linear(s, thread, &l->linear[DOWN], x, l->norm[FFN_POST_NORM], n);
+        feed_forward(s, thread, l, n);
     }
 
     /* logits */

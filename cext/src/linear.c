@@ -61,7 +61,7 @@ static void linears_one(dbf_session *s, int thread, const apply_t *p, int count)
     const dbf_model *m = s->model;
     scratch_t *own = &s->scratch[thread];
     for (int phase = 0; phase < 2; phase++) {
-        int panels[TOGETHER], total = 0, ready = -1, stage = phase == 0 ? SIGNS_B : SIGNS_A;
+        int panels[TOGETHER * CHUNK], total = 0, ready = -1, stage = phase == 0 ? SIGNS_B : SIGNS_A;
         float scale = 0.0f;
         for (int i = 0; i < count; i++) total += panels[i] = panels_of(phase == 0 ? p[i].w->rank : p[i].w->rows);
         pool_share(m->pool, thread, total);

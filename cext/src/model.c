@@ -43,6 +43,13 @@ static int number_ok(float x)
     return x >= 0.0f && isfinite(x);
 }
 
+static int experts_ok(const dbf_config *c)
+{
+    if (c->n_experts == 0) return 1;
+    return c->n_experts >= 1 && c->n_experts <= MAX_EXPERTS && c->n_experts_used >= 1 && c->n_experts_used <= MAX_USED
+        && c->n_experts_used <= c->n_experts && dim_ok(c->d_expert) && (c->norm_experts == 0 || c->norm_experts == 1);
+}
+
 static int config_ok(const dbf_config *c)
 {
     return c->n_layers >= 1 && c->n_layers <= MAX_LAYERS && dim_ok(c->d_model) && dim_ok(c->d_ff)
@@ -51,7 +58,7 @@ static int config_ok(const dbf_config *c)
         && c->rope_dims % 2 == 0 && c->rope_dims <= c->head_dim
         && (c->rope_pairing == DBF_ADJACENT || c->rope_pairing == DBF_HALVES) && number_ok(c->norm_eps)
         && (c->norm == DBF_RMS || c->norm == DBF_LAYER) && c->n_positions >= 0
-        && (c->activation == DBF_SILU || c->activation == DBF_GELU) && isfinite(c->embed_scale)
+        && (c->activation == DBF_SILU || c->activation == DBF_GELU) && isfinite(c->embed_scale) && experts_ok(c)
         && isfinite(c->residual_scale) && isfinite(c->logit_scale) && (c->joint_norms == 0 || c->joint_norms == 1)
         && number_ok(c->attn_scale) && number_ok(c->attn_softcap) && number_ok(c->logit_softcap);
 }
@@ -73,6 +80,25 @@ static int gate_ok(const dbf_linear *l, const dbf_config *c)
     return l->rows == 0 ? c->activation == DBF_GELU : linear_ok(l, c->d_ff, c->d_model);
 }
 
+/* gate, up and down: of all tokens, or of a shared expert, which there need not be */
+static int feed_forward_ok(const dbf_layer *l, const dbf_config *c)
+{
+    if (c->n_experts && l->up.rows == 0) return l->gate.rows == 0 && l->down.rows == 0;
+    return gate_ok(&l->gate, c) && linear_ok(&l->up, c->d_ff, c->d_model) && linear_ok(&l->down, c->d_model, c->d_ff);
+}
+
+static int layer_experts_ok(const dbf_layer *l, const dbf_config *c)
+{
+    if (!c->n_experts) return !l->experts && !l->router && !l->shared_gate;
+    if (!l->experts || !l->router) return 0;
+    const dbf_linear *e = l->experts;
+    for (int i = 0; i < c->n_experts; i++, e += EXPERT_LINEARS)
+        if (!linear_ok(&e[EXPERT_GATE], c->d_expert, c->d_model) || !linear_ok(&e[EXPERT_UP], c->d_expert, c->d_model)
+            || !linear_ok(&e[EXPERT_DOWN], c->d_model, c->d_expert))
+            return 0;
+    return 1;
+}
+
 static int weights_ok(const dbf_weights *w, const dbf_config *c)
 {
     int heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
@@ -84,8 +110,7 @@ static int weights_ok(const dbf_weights *w, const dbf_config *c)
         if (!l->q_norm != !l->k_norm || l->window < 0 || l->rope < -1
             || l->rope >= MAX_ROPES || !linear_ok(&l->q, heads, c->d_model)
             || !linear_ok(&l->k, kv, c->d_model) || !linear_ok(&l->v, kv, c->d_model)
-            || !linear_ok(&l->o, c->d_model, heads) || !gate_ok(&l->gate, c)
-            || !linear_ok(&l->up, c->d_ff, c->d_model) || !linear_ok(&l->down, c->d_model, c->d_ff))
+            || !linear_ok(&l->o, c->d_model, heads) || !feed_forward_ok(l, c) || !layer_experts_ok(l, c))
             return 0;
     }
     return 1;
@@ -112,6 +137,23 @@ static size_t norm_bytes(const dbf_config *c, int i)
 
 /* ---- model ------------------------------------------------------------------------------------------------ */
 
+/* linear layers of a layer: those of all tokens, then those of the experts */
+static int linears_of(const dbf_config *c)
+{
+    return N_LINEARS + EXPERT_LINEARS * c->n_experts;
+}
+
+/* number i of them, as it is given and as it is kept */
+static const dbf_linear *given(const dbf_layer *l, int i)
+{
+    return i < N_LINEARS ? &l->q + i : l->experts + (i - N_LINEARS);
+}
+
+static linear_t *kept(layer_t *l, int i)
+{
+    return i < N_LINEARS ? &l->linear[i] : l->experts + (i - N_LINEARS);
+}
+
 typedef struct packing {
     dbf_model *model;
     const dbf_weights *weights;
@@ -137,11 +179,11 @@ void *alloc_weights(size_t bytes)
 
 /* Drop the pages of one layer's sign matrices and of what lies between them. All of them, each time that one matrix
  * is done: reading a page maps its neighbours too, and so brings back some of those that were dropped before. */
-static void drop_layer(const dbf_layer *layer)
+static void drop_layer(const dbf_layer *layer, int n_linears)
 {
-    const dbf_linear *l = &layer->q;
-    const uint8_t *begin = l->a, *end = l->a;
-    for (int i = 0; i < N_LINEARS; i++, l++) {
+    const uint8_t *begin = layer->q.a, *end = layer->q.a;
+    for (int i = 0; i < n_linears; i++) {
+        const dbf_linear *l = given(layer, i);
         if (l->rows == 0) continue;
         const uint8_t *a_end = l->a + (size_t)l->rows * (size_t)(l->rank / 8);
         const uint8_t *b_end = l->b + (size_t)l->rank * (size_t)((l->cols + 7) / 8);
@@ -165,10 +207,11 @@ static void pack_some(void *arg, int thread)
     (void)thread;
     packing_t *p = arg;
     const kernels_t *k = p->model->kernels;
-    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->model->config.n_layers * N_LINEARS;) {
-        const dbf_layer *layer = &p->weights->layers[i / N_LINEARS];
-        const dbf_linear *from = &layer->q + i % N_LINEARS;
-        const linear_t *to = &p->model->layers[i / N_LINEARS].linear[i % N_LINEARS];
+    int n = linears_of(&p->model->config);
+    for (int i; (i = atomic_fetch_add(&p->next, 1)) < p->model->config.n_layers * n;) {
+        const dbf_layer *layer = &p->weights->layers[i / n];
+        const dbf_linear *from = given(layer, i % n);
+        const linear_t *to = kept(&p->model->layers[i / n], i % n);
         if (from->rows == 0) continue;
         copy(to->s_out, from->s_out, (size_t)from->rows * sizeof *from->s_out);
         copy(to->s_mid, from->s_mid, (size_t)from->rank * sizeof *from->s_mid);
@@ -177,7 +220,7 @@ static void pack_some(void *arg, int thread)
         if (to->a == from->a) continue; /* the kernels read DBF1 as it is */
         k->sign_pack((uint8_t *)to->a, from->a, from->rows, from->rank);
         k->sign_pack((uint8_t *)to->b, from->b, from->rank, from->cols);
-        if (p->weights->mapped) drop_layer(layer);
+        if (p->weights->mapped) drop_layer(layer, n);
     }
 }
 
@@ -194,10 +237,11 @@ static size_t lay_out(dbf_model *m, const dbf_weights *w)
 {
     const kernels_t *k = m->kernels;
     size_t used = 0;
-    for (int i = 0; i < m->config.n_layers * N_LINEARS; i++) {
-        const dbf_linear *from = &w->layers[i / N_LINEARS].q + i % N_LINEARS;
-        linear_t *to = &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
-        if (from->rows == 0) continue; /* no gate */
+    int n = linears_of(&m->config);
+    for (int i = 0; i < m->config.n_layers * n; i++) {
+        const dbf_linear *from = given(&w->layers[i / n], i % n);
+        linear_t *to = kept(&m->layers[i / n], i % n);
+        if (from->rows == 0) continue; /* no gate, or no shared expert */
         size_t a_bytes = k->sign_pack_bytes(from->rows, from->rank);
         size_t b_bytes = k->sign_pack_bytes(from->rank, from->cols);
         *to = (linear_t){ .rows = from->rows, .rank = from->rank, .cols = from->cols };
@@ -213,6 +257,8 @@ static size_t lay_out(dbf_model *m, const dbf_weights *w)
     for (int i = 0; i < m->config.n_layers; i++) {
         m->layers[i].window = w->layers[i].window;
         m->layers[i].rope = w->layers[i].rope;
+        m->layers[i].router = w->layers[i].router;
+        m->layers[i].shared_gate = w->layers[i].shared_gate;
         m->n_ropes = max_of(m->n_ropes, w->layers[i].rope + 1);
         for (int j = 0; j < N_NORMS; j++)
             if (norm_of(&w->layers[i], j)) m->layers[i].norm[j] = place(m, &used, norm_bytes(&m->config, j));
@@ -227,7 +273,10 @@ static int fill_model(dbf_model *m, const dbf_weights *w, int n_threads)
     int code = pool_new(&m->pool, n_threads);
     if (code) return code;
     m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
-    if (!m->layers) return DBF_ENOMEM;
+    size_t expert_linears = (size_t)m->config.n_experts * EXPERT_LINEARS;
+    m->experts = calloc((size_t)m->config.n_layers * expert_linears + 1, sizeof *m->experts);
+    if (!m->layers || !m->experts) return DBF_ENOMEM;
+    for (int i = 0; i < m->config.n_layers && expert_linears; i++) m->layers[i].experts = m->experts + i * expert_linears;
     size_t bytes = lay_out(m, w);
     m->packed = alloc_weights(bytes);
     if (!m->packed) return DBF_ENOMEM;
@@ -271,6 +320,7 @@ void dbf_model_free(dbf_model *m)
     pool_free(m->pool);
     free(m->packed);
     free(m->layers);
+    free(m->experts);
     free(m);
 }
 
@@ -282,6 +332,22 @@ static void *part(dbf_session *s, size_t *used, size_t bytes)
     uint8_t *p = s->arena ? s->arena + *used : NULL;
     *used += round_up(bytes);
     return p;
+}
+
+static void lay_out_experts(dbf_session *s, size_t *used)
+{
+    const dbf_config *c = &s->model->config;
+    size_t rows = (size_t)CHUNK * c->n_experts_used, f = sizeof(float);
+    s->routed = part(s, used, (size_t)CHUNK * c->n_experts * f);
+    s->used = part(s, used, rows * sizeof *s->used);
+    s->share = part(s, used, rows * f);
+    s->row = part(s, used, rows * sizeof *s->row);
+    s->first_row = part(s, used, ((size_t)c->n_experts + 1) * sizeof *s->first_row);
+    s->shared = part(s, used, CHUNK * f);
+    s->picked = part(s, used, rows * c->d_model * f);
+    s->expert_gate = part(s, used, rows * c->d_expert * f);
+    s->expert_up = part(s, used, rows * c->d_expert * f);
+    s->branch = part(s, used, (size_t)CHUNK * c->d_model * f);
 }
 
 static size_t lay_out_session(dbf_session *s)
@@ -302,6 +368,7 @@ static size_t lay_out_session(dbf_session *s)
     s->v_heads = part(s, &used, CHUNK * kv * f);
     s->gate = part(s, &used, (size_t)CHUNK * c->d_ff * f);
     s->up = part(s, &used, (size_t)CHUNK * c->d_ff * f);
+    if (c->n_experts) lay_out_experts(s, &used);
     s->mid = part(s, &used, (size_t)TOGETHER * CHUNK * m->max_rank * f);
     size_t together = (size_t)TOGETHER * (size_t)max_of(c->d_model, m->max_rank), one = (size_t)m->max_dim;
     s->q_many = part(s, &used, CHUNK * (together > one ? together : one) * sizeof *s->q_many);

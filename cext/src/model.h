@@ -10,6 +10,8 @@
 #define CHUNK DBF_BLOCK /* tokens that go through a layer together */
 #define TOGETHER 3      /* linear layers that are computed together: q, k, v */
 #define QUERIES 16      /* queries of one KV head that pass over its keys and values together */
+#define MAX_EXPERTS 4096
+#define MAX_USED 64     /* experts that a token uses at most; a token alone passes gate and up of all of them together */
 
 /* positions whose keys or values are float32 at a time: 16 KiB of them, and whole groups of DBF_LANES */
 static inline int tile_rows(int head_dim)
@@ -31,12 +33,15 @@ typedef struct linear {
 void *alloc_weights(size_t bytes);
 
 enum { Q, K, V, O, GATE, UP, DOWN, N_LINEARS };
+enum { EXPERT_GATE, EXPERT_UP, EXPERT_DOWN, EXPERT_LINEARS };
 enum { ATTN_NORM, FFN_NORM, Q_NORM, K_NORM, ATTN_POST_NORM, FFN_POST_NORM, ATTN_NORM_BIAS, FFN_NORM_BIAS, N_NORMS };
 
 typedef struct layer {
     const float *norm[N_NORMS]; /* NULL for those that it lacks */
     linear_t linear[N_LINEARS]; /* GATE may have no rows */
     int window, rope;           /* as in dbf_layer */
+    const float *router, *shared_gate;
+    linear_t *experts;          /* [n_experts][EXPERT_LINEARS], NULL for none */
 } layer_t;
 
 struct dbf_model {
@@ -46,6 +51,7 @@ struct dbf_model {
     dbf_dense embed, head;
     const float *out_norm, *out_norm_bias, *positions;
     layer_t *layers;
+    linear_t *experts;      /* of all layers */
     uint8_t *packed;        /* all a and b, repacked, and everything that is copied */
     int max_dim, max_rank;  /* of the rows and cols of all matrices; of all ranks */
     int n_ropes;            /* RoPE tables that the layers name */
@@ -81,6 +87,18 @@ struct dbf_session {
     float *q_heads, *attended;  /* [n_heads * head_dim] */
     float *k_heads, *v_heads;   /* [n_kv_heads * head_dim] */
     float *gate, *up;           /* [d_ff] */
+
+    /* the same of models with experts; a token has n_experts_used rows of picked, expert_gate and expert_up, and those
+     * of an expert follow each other */
+    float *routed;              /* [n_experts] shares of all experts, before they are divided by a sum */
+    int32_t *used;              /* [n_experts_used] the experts with the largest, in ascending order */
+    float *share;               /* [n_experts_used] and theirs */
+    int32_t *row;               /* [n_experts_used] the rows for them */
+    int32_t *first_row;         /* [n_experts + 1], only once: the first row of each expert */
+    float *shared;              /* [1] share of the shared expert */
+    float *picked;              /* [n_experts_used][d_model] what the experts read, then what they give */
+    float *expert_gate, *expert_up; /* [n_experts_used][d_expert] */
+    float *branch;              /* [d_model] what is to be added to x */
     int16_t *q_out;             /* [d_model] the head's input, and its scales */
     float *q_scale;             /* [1] */
 
@@ -123,7 +141,7 @@ typedef struct apply {
     int add;
 } apply_t;
 
-/* count <= TOGETHER linear layers of n tokens; all threads call it and leave it together */
+/* count <= TOGETHER linear layers of n tokens, or <= TOGETHER * CHUNK of one; all threads call it and leave it together */
 void linears(dbf_session *s, int thread, const apply_t *p, int count, int n);
 
 /* of n tokens, those that go side by side */

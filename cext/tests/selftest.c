@@ -87,6 +87,7 @@ static void test_products(const char *isa)
 }
 
 enum { LAYERS = 2, D = 256, FF = 100, HEADS = 4, KV = 2, VOCAB = 131, CTX = 90, TOKENS = 80 };
+enum { EXPERTS = 6, USED = 2, EXPERT_FF = 72 };
 
 static dbf_linear random_linear(int rows, int cols)
 {
@@ -114,8 +115,29 @@ static void run_model(const dbf_config *c, const dbf_weights *w, const float *ro
     dbf_model_free(model);
 }
 
+static void free_linear(dbf_linear *l)
+{
+    free((void *)l->a), free((void *)l->b), free((void *)l->s_out), free((void *)l->s_mid), free((void *)l->s_in);
+    free((void *)l->bias);
+    *l = (dbf_linear){ 0 };
+}
+
+static dbf_linear *random_experts(void)
+{
+    dbf_linear *experts = malloc(3 * EXPERTS * sizeof *experts);
+    for (int i = 0; i < 3 * EXPERTS; i++)
+        experts[i] = i % 3 < 2 ? random_linear(EXPERT_FF, D) : random_linear(D, EXPERT_FF);
+    return experts;
+}
+
+static void free_experts(dbf_layer *l)
+{
+    for (int i = 0; l->experts && i < 3 * EXPERTS; i++) free_linear((dbf_linear *)&l->experts[i]);
+    free((void *)l->experts), free((void *)l->router), free((void *)l->shared_gate);
+}
+
 /* variant 1: norms of queries and keys, windows, GELU, soft caps and whatever else some models have; 2: LayerNorm,
- * learned positions and no gate, too */
+ * learned positions and no gate, too; 3: only experts, but in the first layer a shared one, too */
 static void test_model(int type, int dim, int kv_type, int variant)
 {
     static float want[TOKENS * VOCAB], got[TOKENS * VOCAB];
@@ -126,17 +148,20 @@ static void test_model(int type, int dim, int kv_type, int variant)
                                  random_linear(FF, D), random_linear(FF, D), random_linear(D, FF),
                                  variant ? random_floats(dim) : NULL, variant ? random_floats(dim) : NULL,
                                  variant ? random_floats(D) : NULL, variant ? random_floats(D) : NULL,
-                                 NULL, NULL, variant ? 13 - 13 * i : 0, variant ? i - 1 : 0 };
+                                 NULL, NULL, variant ? 13 - 13 * i : 0, variant ? i - 1 : 0,
+                                 variant == 3 ? random_floats(EXPERTS * D) : NULL,
+                                 variant == 3 ? random_experts() : NULL,
+                                 variant == 3 && i == 0 ? random_floats(D) : NULL };
     if (variant == 2)
         for (int i = 0; i < LAYERS; i++) {
-            dbf_linear *gate = &layers[i].gate;
-            free((void *)gate->a), free((void *)gate->b), free((void *)gate->s_out), free((void *)gate->s_mid);
-            free((void *)gate->s_in), free((void *)gate->bias);
-            *gate = (dbf_linear){ 0 };
+            free_linear(&layers[i].gate);
             layers[i].attn_norm_bias = random_floats(D), layers[i].ffn_norm_bias = random_floats(D);
         }
+    if (variant == 3)
+        for (dbf_linear *l = &layers[1].gate; l <= &layers[1].down; l++) free_linear(l);
     dbf_config c = { LAYERS, D, FF, HEADS, KV, dim, VOCAB, 16, DBF_HALVES, 1e-5f, DBF_SILU, 1.0f, 0.0f, 0.0f, 0.0f,
-                     1.0f, 1.0f, variant == 2 ? DBF_LAYER : DBF_RMS, variant == 2 ? CTX : 0, 0 };
+                     1.0f, 1.0f, variant == 2 ? DBF_LAYER : DBF_RMS, variant == 2 ? CTX : 0, 0,
+                     variant == 3 ? EXPERTS : 0, USED, EXPERT_FF, variant == 3 };
     if (variant) c.activation = DBF_GELU, c.embed_scale = 16.0f, c.attn_scale = 0.3f, c.attn_softcap = 2.0f;
     if (variant) c.logit_softcap = 5.0f, c.residual_scale = 0.4f, c.logit_scale = 0.5f;
     uint16_t *h = random_halves(VOCAB * D);
@@ -172,9 +197,8 @@ static void test_model(int type, int dim, int kv_type, int variant)
         free((void *)layers[i].q_norm), free((void *)layers[i].k_norm);
         free((void *)layers[i].attn_post_norm), free((void *)layers[i].ffn_post_norm);
         free((void *)layers[i].attn_norm_bias), free((void *)layers[i].ffn_norm_bias);
-        for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++)
-            free((void *)l->a), free((void *)l->b), free((void *)l->s_out), free((void *)l->s_mid),
-                free((void *)l->s_in), free((void *)l->bias);
+        for (dbf_linear *l = &layers[i].q; l <= &layers[i].down; l++) free_linear(l);
+        free_experts(&layers[i]);
     }
     free(h), free(f), free(blocks), free((void *)w.out_norm), free((void *)w.out_norm_bias), free((void *)w.positions);
 }
@@ -214,6 +238,7 @@ int main(void)
     test_model(DBF_Q4_0, 20, DBF_F16, 1);
     test_model(DBF_Q8_0, 64, DBF_Q8_0, 0);
     test_model(DBF_Q6_K, 64, DBF_F16, 2);
+    test_model(DBF_F32, 16, DBF_F16, 3);
     test_bench();
     printf("ok:");
     for (int i = 0; i < dbf_isa_count(); i++) printf(" %s", dbf_isa_name(i));

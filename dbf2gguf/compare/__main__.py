@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from dbf2gguf.calibrate import output_importance
+from dbf2gguf.calibrate import input_importance, output_importance
 from dbf2gguf.compare import llama_cpp, onecomp, plot, published
-from dbf2gguf.compare.comparison import Comparison
+from dbf2gguf.compare.comparison import Comparison, comparison_parser
 from dbf2gguf.compare.llama_cpp import F16, MissingPeerError
 from dbf2gguf.compare.padding import padded
 from dbf2gguf.compare.rows import (
@@ -44,8 +44,8 @@ from dbf2gguf.files import check_output, replacing
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import linear_names, load_model, open_source
 from dbf2gguf.write import write_dense, write_gguf
-from runtime import cli, perplexity
-from runtime.bench.report import FORMATS, Table
+from runtime import cli
+from runtime.bench.report import Table
 from runtime.errors import BackendError, DbfError, OptionError, UnsupportedModelError
 
 PEERS = ("llama.cpp", "published", "onecomp")
@@ -58,14 +58,11 @@ def numbers(text: str) -> list[float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(
+    p = comparison_parser(
         "python -m dbf2gguf.compare",
         "Perplexity, KL divergence and bits of what several quantizers make of one model, in one table.",
     )
     add = p.add_argument
-    add("model", metavar="MODEL", help="the original: a Hugging Face folder, or a GGUF file")
-    add("files", metavar="OUT.gguf", nargs="*", help="files that dbf2gguf made of it")
-    add("--text", required=True, metavar="TEXT", help="the UTF-8 text to score on")
     add(
         "--calib",
         metavar="FILE",
@@ -75,8 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="text (.txt, .jsonl) that the peers calibrate on; never of the kind that is scored",
     )
     add("--calib-rows", type=int, default=128, metavar="N", help="rows of 512 tokens drawn from it")
-    add("-c", "--ctx", type=int, default=perplexity.CTX, metavar="N", help="tokens of a chunk")
-    add("--chunks", type=int, default=40, metavar="N", help="chunks to score")
     add(
         "--peers",
         metavar="NAME,...",
@@ -105,10 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save", metavar="ROWS.csv", help="also write all rows there, after each file")
     add("--plot", metavar="FILE", help="also draw perplexity against bits: .png, .svg or .pdf")
     add("--keep", metavar="DIR", help="keep the peers' files there, and use those that are there")
-    add("-o", "--output", choices=FORMATS, default="md", help="form of the table")
     add("--seed", type=int, default=0, help="of the draw of calibration rows and of factorization")
     add("-t", "--threads", type=int, default=None, help="CPU threads (default: each program's own)")
-    add("-q", "--quiet", action="store_true", help="no progress")
     return p
 
 
@@ -229,7 +222,7 @@ def _published(run: Comparison) -> Iterator[Row]:
     names, rows = linear_names(model, source.arch), run.calibration
     iterations = args.published_iterations
     with Stage("inputs", len(rows), args.quiet) as stage:
-        inputs = published.input_importance(model, names, rows, GRADIENT_BATCH, stage)
+        inputs = input_importance(model, names, rows, GRADIENT_BATCH, stage)
     with Stage("gradients", len(rows[:GRADIENT_ROWS]), args.quiet) as stage:
         outputs = output_importance(model, names, rows[:GRADIENT_ROWS], GRADIENT_BATCH, stage)
     for bpw in args.published:

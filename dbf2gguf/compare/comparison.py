@@ -17,9 +17,24 @@ from dbf2gguf.compare.rows import Protocol, Row, linear_bits
 from dbf2gguf.compare.score import Judge, Logits, logits_of
 from dbf2gguf.source import Source, load_model, load_tokenizer, open_source
 from dbf2gguf.text import rows_from_files
-from runtime import perplexity
+from runtime import cli, perplexity
+from runtime.bench.report import FORMATS
 from runtime.errors import OptionError
 from runtime.tokenizer import Tokenizer
+
+
+def comparison_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """What every comparison is told: the models, the text and how much of it, the form of the table."""
+    p = cli.parser(program, description)
+    add = p.add_argument
+    add("model", metavar="MODEL", help="the original: a Hugging Face folder, or a GGUF file")
+    add("files", metavar="OUT.gguf", nargs="*", help="files that dbf2gguf made of it")
+    add("--text", required=True, metavar="TEXT", help="the UTF-8 text to score on")
+    add("-c", "--ctx", type=int, default=perplexity.CTX, metavar="N", help="tokens of a chunk")
+    add("--chunks", type=int, default=40, metavar="N", help="chunks to score")
+    add("-o", "--output", choices=FORMATS, default="md", help="form of the table")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    return p
 
 
 class Comparison:

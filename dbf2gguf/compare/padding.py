@@ -31,13 +31,15 @@ def padded(model: nn.Module, arch: ArchSpec) -> nn.Module:
 
     old = model.config
     size = head_dim(old)
-    widths = (old.hidden_size, features(old).d_ff, old.num_attention_heads * size)
+    f = features(old)
+    widths = (old.hidden_size, f.d_ff, f.d_expert, f.d_shared, old.num_attention_heads * size)
     if all(n % BLOCK == 0 for n in widths):
         return model
-    if arch.norm != "rms" or arch.norm_offset or arch.fused or not NORMS.keys() <= arch.norms.keys() <= KNOWN:
+    odd = arch.norm_offset or arch.fused or arch.experts
+    if arch.norm != "rms" or odd or not NORMS.keys() <= arch.norms.keys() <= KNOWN:
         raise UnsupportedModelError(
-            f"{arch.model_type} cannot be padded to rows of whole {BLOCK}s: its norms or fused layers are "
-            "not Llama's; take peers' types that fit its rows"
+            f"{arch.model_type} cannot be padded to rows of whole {BLOCK}s: its norms, fused layers or "
+            "experts are not Llama's; take peers' types that fit its rows"
         )
     width = whole(old.hidden_size)
     heads, kv_heads = pad_heads(old.num_attention_heads, old.num_key_value_heads, size, width)

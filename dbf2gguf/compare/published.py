@@ -6,43 +6,12 @@ correction of one layer's error by the next, no distillation.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dbf2gguf.budget import Plan
-from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
-
-
-@torch.no_grad()
-def input_importance(
-    model: nn.Module, names: dict[str, str], rows: Tensor, batch: int, stage: Stage
-) -> dict[str, Tensor]:
-    """Root of the second moment of every linear layer's inputs, mean 1 over its squares.
-
-    names   GGUF name -> module name
-    rows    (n, tokens) int64
-    ->      GGUF name -> (columns of the layer,) float32 > 0
-    """
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def on_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums[name] = sums.get(name, 0) + args[0].float().square().sum((0, 1))
-
-        return module.register_forward_pre_hook(on_input)
-
-    hooks = [watch(name, model.get_submodule(path)) for name, path in names.items()]
-    try:
-        for chunk in rows.split(batch):
-            hidden_states(model, input_ids=chunk.to(next(model.parameters()).device))
-            stage.step(n=len(chunk))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: (total / total.mean().clamp(min=1e-12) + 1e-6).sqrt() for name, total in sums.items()}
 
 
 def factorize_each(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dbf2gguf.archs import ARCHS
+from dbf2gguf.archs import ARCHS, EXPERT_LINEARS
 from dbf2gguf.inspect import factorized_linears
 from runtime.bench.report import Row as Cells
 from runtime.errors import FormatError
@@ -131,6 +131,7 @@ def linear_bits(path: Path) -> tuple[int, int]:
     Raises FormatError if it has none, or if one is incomplete.
     """
     names = {name for spec in ARCHS.values() for name in spec.linears}
+    names |= {f"{name}_{which}" for name in EXPERT_LINEARS for which in ("exps", "shexp")}
     with GgufFile(path) as file:
         factorized, incomplete = factorized_linears(file)
         if incomplete:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import runtime
 from runtime.bench import machine
 from runtime.bench.report import Row, count_text, mean_and_sd, size_text
-from runtime.config import Layer, Weights
+from runtime.config import Layer, Linear, Weights
 from runtime.engine import BATCH
 from runtime.errors import OptionError
 from runtime.format import linear_bits
@@ -85,31 +85,43 @@ def facts(file: ModelFile) -> Facts:
     bias = sum(x.rows for x in linears if x.bias is not None)
     norms = w.out_norm.size + sum(x.size for x in (w.out_norm_bias, w.positions) if x is not None)
     norms += sum(norm.size for layer in w.layers for norm in layer.norms.values())
+    norms += sum(router.size for layer in w.layers for router in _routers(layer))
     head = 0 if w.head is w.embed else w.head.rows * w.head.cols
     return Facts(
         architecture=file.architecture,
         size=sum(t.nbytes for t in file.file.tensors.values()),
         n_params=replaced + bias + norms + head + w.embed.rows * w.embed.cols,
         bits_per_weight=bits / replaced,
-        bytes_per_token=bytes_per_token(w),
+        bytes_per_token=bytes_per_token(w, file.config.n_experts_used),
     )
 
 
-def bytes_per_token(w: Weights) -> int:
-    """Bytes of weights that one token reads, as they are in the file; the KV cache comes on top."""
+def bytes_per_token(w: Weights, n_experts_used: int = 0) -> int:
+    """Bytes of weights that one token reads, as they are in the file; the KV cache comes on top. Of experts,
+    which may differ in size, the mean."""
     total: int = w.head.data.nbytes + w.out_norm.nbytes + w.embed.data.shape[1]
     total += 0 if w.positions is None else w.out_norm.nbytes
     total += 0 if w.out_norm_bias is None else w.out_norm_bias.nbytes
     for layer in w.layers:
         total += sum(norm.nbytes for norm in layer.norms.values())
-        for x in _linears(layer):
-            total += sum(part.nbytes for part in (x.a, x.b, x.s_out, x.s_mid, x.s_in))
-            total += 0 if x.bias is None else x.bias.nbytes
+        total += sum(router.nbytes for router in _routers(layer))
+        total += sum(_nbytes(x) for x in layer.linears.values())
+        experts = sum(_nbytes(x) for e in layer.experts for x in (e.gate, e.up, e.down))
+        total += experts * n_experts_used // max(1, len(layer.experts))
     return total
 
 
-def _linears(layer: Layer) -> Iterator[Any]:
-    yield from layer.linears.values()
+def _nbytes(x: Linear) -> int:
+    total = sum(part.nbytes for part in (x.a, x.b, x.s_out, x.s_mid, x.s_in))
+    return total + (0 if x.bias is None else x.bias.nbytes)
+
+
+def _routers(layer: Layer) -> list[NDArray[np.float32]]:
+    return [x for x in (layer.router, layer.shared_gate) if x is not None]
+
+
+def _linears(layer: Layer) -> Iterator[Linear]:
+    yield from layer.gguf_linears.values()
 
 
 # ---- timing ------------------------------------------------------------------------------------------------

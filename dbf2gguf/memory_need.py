@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dbf2gguf import correct, evaluate
@@ -17,18 +17,12 @@ from dbf2gguf.calibrate import HEAD_TOKENS
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.source import Source, decoder_layers
+from dbf2gguf.team import torchrun_size
 from runtime.errors import OptionError
 
 FLOAT = 4
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """ "6G" -> bytes; K, M, G, T are powers of 1024. Raises OptionError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise OptionError(f"--max-memory is {text!r}; wanted a size such as 800M or 6G")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+EXPERT_GROUPS = (("ffn_gate", "ffn_up"), ("ffn_down",))
+"""Of all experts, what is corrected together."""
 
 
 def describe_size(size: int) -> str:
@@ -60,12 +54,13 @@ def find_need(
     base      bytes that the process has already
     """
     recipe, f, config = options.recipe, features(skeleton.config), skeleton.config
-    width, vocabulary = config.hidden_size, config.vocab_size
+    width, vocabulary, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
     ends = vocabulary * width * FLOAT
     block = max(*layers, ends // FLOAT) * FLOAT
+    d_ff = f.d_shared + f.n_experts_used * f.d_expert if f.n_experts else f.d_ff
     heads = config.num_attention_heads * row_tokens * FLOAT if f.attn_softcap else 0  # all scores of a token
-    token = (6 * width + 3 * f.d_ff) * FLOAT + 2 * heads  # activations of a block
+    token = (6 * width + 3 * d_ff) * FLOAT + 2 * heads  # activations of a block
     head = ends + 4 * HEAD_TOKENS * vocabulary * FLOAT
     state = row_tokens * width * FLOAT  # of one row
     rows = min(recipe.correct_rows, recipe.text_rows)
@@ -73,28 +68,38 @@ def find_need(
     batch = min(correct.BATCH_ROWS, rows) * row_tokens
     largest = max(r * c for r, c in plan.shapes.values()) * FLOAT
     gradients = max(layers) * FLOAT + 4 * row_tokens * 3 * token
-    correction = max(_correction(plan, group) for group in _groups(source, plan)) + batch * token
+    correction = max(_correction(plan, group) for group in _groups(source, f.n_experts)) + batch * token
     measuring = max(evaluate.BATCH_ROWS * row_tokens * token + largest, 2 * head)
     streamed = base + max(gradients, head, correction, measuring, 2 * ends + largest)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
     linears = plan.weights * FLOAT
-    records = rows * (7 * state + row_tokens * f.d_ff * FLOAT)  # of one block, for its correction
-    training = 4 * latents + 2 * linears + 2 * PASS_TOKENS * len(layers) * token
-    after = [records + correction, linears + 2 * ends + measuring]
-    whole = base + weights + latents + max([*after, training] if recipe.distill_steps else after)
-    kept = 2 * rows * state + records + len(layers) * min(recipe.gradient_rows, recipe.text_rows) * state
-    return Need(base, whole, streamed, block, kept + max(layers) * FLOAT + 2 * ends)
+    records = rows * (7 * state + row_tokens * d_ff * FLOAT)  # of one block, for its correction
+    kept = latents if recipe.distill_steps else 0  # otherwise they are in files
+    stages = [kept + records + correction, kept + linears + 2 * ends + measuring]
+    if recipe.allocation != "uniform":
+        stages.append(2 * linears + 2 * latents)
+    if recipe.distill_steps:
+        passing = PASS_TOKENS * n_layers * (width * FLOAT if recipe.checkpointing == "on" else 2 * token)
+        dense = 4 * (weights - linears) if recipe.dense_rate else 0
+        stages.append(5 * latents + 2 * linears + dense + passing)
+    whole = base + weights + max(stages)
+    disk = 2 * rows * state + records + n_layers * min(recipe.gradient_rows, recipe.text_rows) * state
+    return Need(base, whole, streamed, block, disk + max(layers) * FLOAT + 2 * ends)
 
 
 def _weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _groups(source: Source, plan: Plan) -> Iterable[list[str]]:
+def _groups(source: Source, n_experts: int) -> list[list[str]]:
     """The layers of the first block that are corrected together."""
-    return [[f"blk.0.{name}" for name in group.linears] for group in source.arch.groups]
+    groups = [list(group.linears) for group in source.arch.groups]
+    if source.arch.experts is not None:
+        ends = source.arch.experts.branches(n_experts)
+        groups += [[name + end for end in ends for name in names] for names in EXPERT_GROUPS]
+    return [[f"blk.0.{name}" for name in group] for group in groups]
 
 
 def _correction(plan: Plan, names: list[str]) -> int:
@@ -107,27 +112,26 @@ def _correction(plan: Plan, names: list[str]) -> int:
         4 * rows * cols + rank * (2 * (rows + cols) + 3 * max(rows, cols)) + 4 * rank**2
         for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in names), strict=True)
     ]
-    together = max(admm) if largest >= correct.LARGE else sum(admm)
-    return max(moments, targets + together) * FLOAT
+    at_a_time = 1 if largest >= correct.LARGE else torch.get_num_threads()
+    return max(moments, targets + sum(sorted(admm)[-at_a_time:])) * FLOAT
 
 
-def choose_streamed(need: Need, limit: int | None, options: Options) -> bool:
-    """Whether the model is to be streamed: where it does not fit otherwise.
+def choose_streamed(need: Need, source: Source, options: Options) -> bool:
+    """Whether the model is to be streamed: where it does not fit otherwise. Without --max-memory that is what
+    the machine has, and no promise.
 
-    limit  bytes of --max-memory; None for what the machine has, which is then no promise
-
-    Raises OptionError, with the number that it would need, if a conversion within the limit is impossible.
+    Raises OptionError, with the number that it would need, if a conversion within --max-memory is impossible.
     """
-    why_not = _why_not_streamed(options)
+    limit, obstacles = options.max_memory, list(_obstacles(source, options))
     if limit is None:
-        return need.whole > _physical() and why_not is None
+        return need.whole > _physical() and not obstacles
     if need.whole <= limit:
         return False
     wanted = f"--max-memory is {describe_size(limit)}"
-    if why_not is not None:
+    if obstacles:
         raise OptionError(
-            f"{wanted}; with all weights in memory this conversion needs about {describe_size(need.whole)}; "
-            f"with weights and states in files about {describe_size(need.streamed)}, but {why_not}"
+            f"{wanted}; with all weights in memory this conversion needs about {describe_size(need.whole)}, "
+            f"with weights and states in files {describe_size(need.streamed)}, but {'; '.join(obstacles)}"
         )
     if need.streamed > limit:
         raise OptionError(
@@ -137,14 +141,21 @@ def choose_streamed(need: Need, limit: int | None, options: Options) -> bool:
     return True
 
 
-def _why_not_streamed(options: Options) -> str | None:
-    if options.recipe.distill_steps:
-        return "distillation needs all weights: add --distill-steps 0"
+def _obstacles(source: Source, options: Options) -> Iterator[str]:
+    """Why the model cannot be streamed."""
+    recipe = options.recipe
+    if source.arch.experts is not None:
+        yield f"a model with experts ({source.arch.model_type}) is converted with all weights in memory"
+    if recipe.distill_steps:
+        yield "distillation needs all weights: add --distill-steps 0"
+    if recipe.allocation != "uniform":
+        yield f"--allocation {recipe.allocation} needs all weights: take uniform"
+    if not options.calib or recipe.written_share:
+        yield "the model cannot write text: give enough of it with --calib, and add --written-share 0"
     if options.device != "cpu":
-        return f"that is for --device cpu, not {options.device}"
-    if not options.calib:
-        return "then the model cannot write its own text: give it some with --calib"
-    return None
+        yield f"that is for --device cpu, not {options.device}"
+    if torchrun_size() > 1:
+        yield "torchrun's other processes hold all weights"
 
 
 def _physical() -> int:
