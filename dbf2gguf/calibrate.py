@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,22 @@ def output_importance(
 
     Source: the diagonal of the empirical Fisher matrix, as in K-FAC's output factor.
     """
+    found: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    with weighing_outputs(model, names, found):
+        for chunk in rows.split(batch):
+            chunk = chunk.to(device)
+            with torch.enable_grad():
+                embedded = model.get_input_embeddings()(chunk).requires_grad_(True)
+                hidden = hidden_states(model, inputs_embeds=embedded)
+                hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
+            stage.step(n=len(chunk))
+    return found
+
+
+@contextmanager
+def weighing_outputs(model: nn.Module, names: Mapping[str, str], found: dict[str, Tensor]) -> Iterator[None]:
+    """At its end, `found` gets what `output_importance` returns, by the gradients that came meanwhile."""
     sums: dict[str, Tensor] = {}
     hooks = []
 
@@ -42,22 +59,16 @@ def output_importance(
 
     for name, path in names.items():
         watch(name, model.get_submodule(path))
-    device = next(model.parameters()).device
     try:
-        for chunk in rows.split(batch):
-            chunk = chunk.to(device)
-            with torch.enable_grad():
-                embedded = model.get_input_embeddings()(chunk).requires_grad_(True)
-                hidden = hidden_states(model, inputs_embeds=embedded)
-                hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
-            stage.step(n=len(chunk))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
     for name, path in names.items():
         if name not in sums:
-            sums[name] = torch.ones(model.get_submodule(path).out_features, device=device)
-    return {name: importance_of(sums[name], TINY) for name in names}
+            module = model.get_submodule(path)
+            sums[name] = torch.ones(module.out_features, device=next(model.parameters()).device)
+        found[name] = importance_of(sums[name], TINY)
 
 
 @torch.no_grad()
@@ -117,7 +128,8 @@ def finished(raw: Tensor, f: Features) -> Tensor:
 
 
 def _loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Gradient of the summed cross-entropy at the head's input, a few logits at a time."""
+    """Gradient of the summed cross-entropy of `tokens` at the head's input, (batch, tokens, d_model); a few
+    logits at a time."""
     inputs = hidden[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     parts = []

@@ -80,6 +80,12 @@ def convert_parser() -> argparse.ArgumentParser:
         help="cpu, cuda, cuda:N, or auto: a GPU if there is one; another device gives other bytes",
     )
     add("-t", "--threads", type=int, default=None, help="CPU threads; torch's default if not given")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 6G: stay within it or say what is needed; without distillation, weights and states "
+        "that do not fit lie in files while they are not in use; the bytes are the same",
+    )
     spread = parser.add_mutually_exclusive_group()
     spread.add_argument(
         "--jobs",

@@ -7,9 +7,10 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,23 @@ from dbf2gguf.factorize import Factors, balance, relative_error
 from dbf2gguf.files import check_output, check_space, replacing
 from dbf2gguf.follow import LOAD, Write, call_to_distil, follow
 from dbf2gguf.html_report import command_line, page_path, write_page
-from dbf2gguf.options import Options, check_options, describe_device, find_device
+from dbf2gguf.memory_need import choose_streamed, find_need
+from dbf2gguf.options import Options, check_options, describe_device, find_device, parse_size
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.report import Errors, Report, describe_plan, describe_refusal, describe_report, describe_try
 from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
-from dbf2gguf.source import Source, linear_names, load_model, load_tokenizer, open_source, split_fused
+from dbf2gguf.source import (
+    Source,
+    as_linear,
+    linear_names,
+    load_model,
+    load_tokenizer,
+    open_source,
+    split_fused,
+)
+from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
+from dbf2gguf.stream import output_importance as streamed_importance
 from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import ALONE, Team, joined
 from dbf2gguf.text import rows_from_files, self_written_rows
@@ -70,6 +82,7 @@ def convert(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    max_memory: str | None = None,
     jobs: int | None = None,
     cluster: str | None = None,
     force: bool = False,
@@ -90,6 +103,8 @@ def convert(
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
     eval_text  text of the quality receipt; without it, rows held out of the calibration text
     device     cpu, cuda, cuda:N, or auto: a GPU if there is one that torch can use
+    max_memory such as "6G": take no more; without distillation, weights and states then lie in files while
+               they are not in use, and the bytes are the same
     jobs       on a CPU: so many processes factorize layers that are independent, instead of threads
     cluster    or the workers of the Dask scheduler at tcp://HOST:PORT do; the bytes are the same
     report     write `out`.report.html, too: see html_report
@@ -118,6 +133,7 @@ def convert(
         quiet=quiet,
         max_kl=max_kl,
         force=force,
+        max_memory=None if max_memory is None else parse_size(max_memory),
         jobs=jobs,
         cluster=cluster,
     )
@@ -153,19 +169,31 @@ def convert(
         size = _file_size(plan, skeleton, options.embed_type)
         if max_kl is None and not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
+        need = find_need(
+            source,
+            skeleton,
+            make_plan(source, skeleton, grid[-1]),
+            options,
+            _row_tokens(skeleton, options.recipe),
+            peak_rss(),
+        )
+        streamed = choose_streamed(need, source, options)
+        if device == "cpu" and not quiet:
+            print(need.describe(streamed), file=sys.stderr)
         if dry_run:
             planned = Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
             team.share(planned)
             return planned
-        check_space(out, size)
+        check_space(out, size + (need.disk if streamed else 0))
         executor = stack.enter_context(open_executor(jobs, cluster))
         if not quiet:
             print(f"device: {describe_device(device)}", file=sys.stderr)
         key = _key(source, options, team)
         work = Work.open(out.with_name(out.name + ".work"), key, quiet)
         try:
-            means = _Means(work, key, executor, team)
-            done = _run(source, skeleton, out, grid, options, means)
+            with Scratch(work.folder / "states") as states:
+                means = _Means(work, key, executor, team, states if streamed else None)
+                done = _run(source, skeleton, out, grid, options, means)
         except BaseException:
             if not work.parts():
                 work.remove()
@@ -219,6 +247,7 @@ class _Means:
     key: dict[str, Any]  # see `_key`
     executor: Executor
     team: Team
+    scratch: Scratch | None  # where weights and states lie, if the model is streamed
 
 
 @dataclass(frozen=True)
@@ -227,6 +256,7 @@ class _Prepared:
 
     source: Source
     options: Options
+    skeleton: nn.Module
     model: nn.Module  # the original
     tokenizer: Any
     names: dict[str, str]  # of the linear layers: see source.linear_names
@@ -242,7 +272,7 @@ class _Try:
     """What one plan gave."""
 
     plan: Plan
-    factors: dict[str, Factors]  # as stored
+    factors: Mapping[str, Factors]  # as stored
     student: nn.Module  # norms, embedding and head are its own
     quality: Quality
     history: list[float]  # of the distillation's loss
@@ -257,7 +287,7 @@ def _run(
     Raises QualityError if none are; a single one may be forced.
     """
     stages = _Stages(options.quiet)
-    made = _prepare(source, options, stages, means)
+    made = _prepare(source, skeleton, options, stages, means)
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality, Errors] | None = None
@@ -282,7 +312,7 @@ def _run(
         smallest(attempt, grid, limit, DEFAULT_BPW)
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
-    weights = _count_weights(made.model)
+    weights = _count_weights(skeleton)
     return Report(
         plan=best[0],
         file=out,
@@ -297,11 +327,13 @@ def _run(
     )
 
 
-def _prepare(source: Source, options: Options, stages: _Stages, means: _Means) -> _Prepared:
-    recipe, work, team = options.recipe, means.work, means.team
+def _prepare(
+    source: Source, skeleton: nn.Module, options: Options, stages: _Stages, means: _Means
+) -> _Prepared:
+    recipe, work, team, scratch = options.recipe, means.work, means.team, means.scratch
     torch.manual_seed(options.seed)
     with stages("load", 1):
-        model = load_model(source, options.device)
+        model = load_model(source, options.device) if scratch is None else stream_model(source, scratch)
         tokenizer = load_tokenizer(source)
     team.share(LOAD)
     names = linear_names(model, source.arch)
@@ -310,19 +342,27 @@ def _prepare(source: Source, options: Options, stages: _Stages, means: _Means) -
         rows, held_out, written = work.keep(
             "text", lambda: _text(model, tokenizer, options, wanted, progress, means.key, team)
         )
-    with stages("gradients", min(recipe.gradient_rows, len(rows))) as progress:
-        some = rows[: recipe.gradient_rows]
-        importance = work.keep(
-            "gradients", lambda: output_importance(model, names, some, GRADIENT_BATCH, progress)
-        )
+    some = rows[: recipe.gradient_rows]
+    steps = len(some) if scratch is None else 2 * model.config.num_hidden_layers
+    with stages("gradients", steps) as progress:
+
+        def gradients() -> dict[str, Tensor]:
+            how = names, some, GRADIENT_BATCH, progress
+            if scratch is None:
+                return output_importance(model, *how)
+            return streamed_importance(model, source.arch, *how, scratch)
+
+        importance = work.keep("gradients", gradients)
     importance = {name: value.to(options.device) for name, value in importance.items()}  # kept on the CPU
-    return _Prepared(source, options, model, tokenizer, names, rows, held_out, written, importance, means)
+    return _Prepared(
+        source, options, skeleton, model, tokenizer, names, rows, held_out, written, importance, means
+    )
 
 
 def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
     """Factorize, distil and measure. Nothing of it depends on the tries before: `made` is left as it was."""
     model, recipe, seed = made.model, made.options.recipe.at(plan.target), made.options.seed
-    work, team = made.means.work.within(f"{plan.target:g}-"), made.means.team
+    work, team, scratch = made.means.work.within(f"{plan.target:g}-"), made.means.team, made.means.scratch
     errors = Errors()
     if recipe.allocation != "uniform":
         with stages("allocate", model.config.num_hidden_layers) as progress:
@@ -330,14 +370,18 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
                 made.source, model, made.names, plan, made.rows, made.importance, recipe, seed, progress, work
             )
         if not made.options.quiet:
-            print(describe_plan(plan, _file_size(plan, model, made.options.embed_type)), file=sys.stderr)
+            size = _file_size(plan, made.skeleton, made.options.embed_type)
+            print(describe_plan(plan, size), file=sys.stderr)
+    found: MutableMapping[str, Factors] = {}
+    if not recipe.distill_steps:
+        work = SignsOnly.of(work)
+        found = KeptFactors(work, made.options.device)
     with stages("factorize", model.config.num_hidden_layers) as progress:
-        some = made.rows[: recipe.correct_rows]
-        factors = factorize_model(
+        factorize_model(
             made.source,
             model,
             plan,
-            some,
+            made.rows[: recipe.correct_rows],
             made.importance,
             recipe,
             seed,
@@ -345,20 +389,26 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
             work,
             made.means.executor,
             errors=errors.factorized,
+            keep=list if scratch is None else scratch.keep,
+            result=found,
         )
-    call_to_distil(team, factors, made.rows, recipe, seed)
-    student = Student(model, made.names, factors, copy_dense=recipe.dense_rate > 0)
-    factors.clear()  # the student has copies
-    with stages("distil", recipe.distill_steps) as progress:
-        history = distill(model, student, made.rows, recipe, seed, progress, work, team)
-    factors = {name: as_stored(f) for name, f in student.factors().items()}
+    trained, history = model, []
+    if isinstance(found, KeptFactors):
+        factors: Mapping[str, Factors] = found.finished(as_stored)
+    else:
+        call_to_distil(team, found, made.rows, recipe, seed)
+        student = Student(model, made.names, found, copy_dense=recipe.dense_rate > 0)
+        found.clear()  # the student has copies
+        with stages("distil", recipe.distill_steps) as progress:
+            history = distill(model, student, made.rows, recipe, seed, progress, work, team)
+        trained, factors = student.model, {name: as_stored(f) for name, f in student.factors().items()}
     with stages("measure", len(made.held_out)) as progress:
-        final = as_read(student.model, made.names, factors, made.options.embed_type)
+        final = as_read(trained, made.names, factors, made.options.embed_type, scratch)
         quality = measure(model, final, made.held_out, progress)
         for name, path in made.names.items():
             wanted, got = (some.get_submodule(path).weight for some in (model, final))
             errors.weights[name] = relative_error(wanted, got)
-    return _Try(plan, factors, student.model, quality, history, errors)
+    return _Try(plan, factors, trained, quality, history, errors)
 
 
 def _write(path: Path, made: _Prepared, tried: _Try) -> None:
@@ -366,7 +416,7 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
     write_gguf(
         path,
         made.source,
-        made.model,
+        made.skeleton,
         tried.student,
         made.tokenizer,
         tried.factors,
@@ -430,6 +480,11 @@ def _text(
         given = rows_from_files(options.calib, tokenizer, most, length, seed)
         stage.step(n=given.numel())
     written = wanted - len(given)
+    if written and is_streamed(model):
+        raise OptionError(
+            f"--calib: the files hold {len(given)} of {wanted} rows of {length} tokens, and a model that "
+            "does not fit in memory cannot write the others: give more text, or take fewer --text-rows"
+        )
     order = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed))
     rows = given
     if written:
@@ -477,17 +532,23 @@ def as_stored(factors: Factors) -> Factors:
 
 
 def as_read(
-    model: nn.Module, names: dict[str, str], factors: dict[str, Factors], embed_type: str
+    model: nn.Module,
+    names: dict[str, str],
+    factors: Mapping[str, Factors],
+    embed_type: str,
+    scratch: Scratch | None = None,
 ) -> nn.Module:
     """The dense twin: the model that a reader of the file has, factors multiplied out, embedding and head as
-    stored. `model` is left as it was."""
+    stored. `model` is left as it was. With `scratch`, factors are multiplied out whenever they are used."""
     linears = {}
     for name, path in names.items():
-        weight, bias = factors[name].dense()[0], model.get_submodule(path).bias
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = bias
-        linears[path] = linear
+        old = model.get_submodule(path)
+        if scratch is None:
+            linears[path] = as_linear(factors[name].dense()[0], old.bias)
+        else:
+            shape = old.out_features, old.in_features
+            linears[path] = as_linear(torch.empty(shape, device="meta"), old.bias)
+            put_on_disk(linears[path], partial(_dense, factors, name), scratch)
     twin = with_linears(model, linears)
     embedding = nn.Parameter(
         dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False
@@ -500,6 +561,10 @@ def as_read(
     twin.get_input_embeddings().weight = embedding
     twin.get_output_embeddings().weight = head
     return twin
+
+
+def _dense(factors: Mapping[str, Factors], name: str) -> Tensor:
+    return factors[name].dense()[0]
 
 
 # --------------------------------------------------------------------------------------------------

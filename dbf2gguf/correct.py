@@ -13,12 +13,12 @@ among the experts of a token in proportion to their shares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import importance_of
+from dbf2gguf.distill import with_linears
 from dbf2gguf.executors import Executor, on_cores, one_by_one
 from dbf2gguf.factorize import Factors, factorize, relative_error
 from dbf2gguf.progress import Stage
@@ -36,6 +37,13 @@ from dbf2gguf.work import Work
 BATCH_ROWS = 8
 BATCH_MATRICES = 32  # that are factorized together on a GPU, at most
 TOKENS_PER_INPUT = 4  # an expert that sees fewer is not corrected: on random models, 2 were worse, 8 better
+LARGE = 2**24
+"""Weights of a layer that has all cores to itself: side by side with the one or two that read the same vector
+it would take as long and several times the memory."""
+
+Item = TypeVar("Item")
+Keep = Callable[[Iterable[Item]], Sequence[Item]]
+"""`list`, or what keeps the items elsewhere than in memory."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with after its input: by position and by name."""
@@ -59,7 +67,9 @@ def factorize_model(
     executor: Executor = on_cores,
     errors: dict[str, float] | None = None,
     targets: dict[str, Tensor] | None = None,
-) -> dict[str, Factors]:
+    keep: Keep[Any] = list,
+    result: MutableMapping[str, Factors] | None = None,
+) -> MutableMapping[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
 
     rows            (n, tokens) int64 calibration text
@@ -68,52 +78,48 @@ def factorize_model(
     targets         gets GGUF name -> (rows, cols), these W'
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
-    again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does.
+    again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does. `keep`
+    keeps the rows' states, `result` the factors; it is returned.
     """
+    result = {} if result is None else result
     scale = features(model.config).residual_scale
-    walk = _Walk(plan, importance_out, recipe, scale, executor, work, {}, errors, targets)
+    walk = _Walk(plan, importance_out, recipe, scale, executor, work, result, errors, targets)
     layers = decoder_layers(model, source.arch)
-    states, arguments_of = _embed(model, layers, rows)
-    student_states = [s.clone() for s in states]
+    first, arguments_of = _embed(model, layers, rows)
+    states, student_states = keep(first), keep(first)
+    del first
     for index, (layer, arguments) in enumerate(zip(layers, arguments_of, strict=True)):
-        linears = source.arch.linears_of(model.config)
-        original = {n: layer.get_submodule(p).weight for n, p in linears.items()}
-        records = [_record(layer, source.arch, s, arguments) for s in states]
-        try:
-            for place, group in enumerate(source.arch.groups):
-                inputs = _inputs(layer, _place_of(source.arch, group), student_states, arguments)
-                _factorize_group(
-                    walk,
-                    f"blk.{index}.",
-                    layer,
-                    source.arch,
-                    group,
-                    [(record.inputs[place], record.residuals[place]) for record in records],
-                    inputs,
-                    seed + index * len(source.arch.linears),
+        records = keep(_record(layer, source.arch, s, arguments) for s in states)
+        student = with_linears(layer, {})
+        for place, group in enumerate(source.arch.groups):
+            _factorize_group(
+                walk,
+                f"blk.{index}.",
+                student,
+                source.arch,
+                group,
+                ((record.inputs[place], record.residuals[place]) for record in records),
+                _inputs(student, _place_of(source.arch, group), student_states, arguments),
+                seed + index * len(source.arch.linears),
+            )
+        if source.arch.experts is not None:
+            block = _Place(source.arch.experts.block, source.arch.experts.residual)
+            few = _factorize_experts(
+                walk,
+                f"blk.{index}.",
+                student,
+                source.arch.experts,
+                ((record.inputs[-1], record.residuals[-1]) for record in records),
+                _inputs(student, block, student_states, arguments),
+                seed + index * len(source.arch.linears) + len(source.arch.groups),
+            )
+            if few:
+                stage.say(
+                    f"blk.{index}: {len(few)} of {features(model.config).n_experts} experts saw too few "
+                    f"tokens to be corrected (number {few[0]} first); more text helps"
                 )
-            if source.arch.experts is not None:
-                place = _Place(source.arch.experts.block, source.arch.experts.residual)
-                inputs = _inputs(layer, place, student_states, arguments)
-                few = _factorize_experts(
-                    walk,
-                    f"blk.{index}.",
-                    layer,
-                    source.arch.experts,
-                    [(record.inputs[-1], record.residuals[-1]) for record in records],
-                    inputs,
-                    seed + index * len(source.arch.linears) + len(source.arch.groups),
-                )
-                if few:
-                    stage.say(
-                        f"blk.{index}: {len(few)} of {features(model.config).n_experts} experts saw too few "
-                        f"tokens to be corrected (number {few[0]} first); more text helps"
-                    )
-            student_states = [_call(layer, s, arguments) for s in student_states]
-        finally:
-            for name, weight in original.items():
-                layer.get_submodule(linears[name]).weight = weight
-        states = [record.output for record in records]
+        student_states = keep(_call(student, s, arguments) for s in student_states)
+        states = keep(record.output for record in records)
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")
@@ -130,7 +136,7 @@ class _Walk:
     scale: float  # that the residual stream gives to outputs
     executor: Executor
     work: Work
-    result: dict[str, Factors]
+    result: MutableMapping[str, Factors]
     errors: dict[str, float] | None
     targets: dict[str, Tensor] | None
 
@@ -141,23 +147,31 @@ def _factorize_group(
     layer: nn.Module,
     arch: ArchSpec,
     group: Group,
-    wanted: list[tuple[Tensor, Tensor | None]],
-    inputs: list[tuple[Tensor, Tensor | None]],
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
     seed: int,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
     solve, importance_in = _normal_equations(wanted, inputs, walk.recipe.damping, walk.scale)
     modules = {prefix + name: layer.get_submodule(arch.linears[name]) for name in group.linears}
     targets = {name: (solve(module.weight), importance_in) for name, module in modules.items()}
-    _factorize_targets(walk, targets, modules, seed + arch.groups.index(group))
+    del solve  # and its matrices
+    large = max(prod(walk.plan.shapes[name]) for name in modules) >= LARGE
+    executor = one_by_one if large else walk.executor
+    _factorize_targets(walk, targets, modules, seed + arch.groups.index(group), executor)
 
 
 def _factorize_targets(
-    walk: _Walk, targets: dict[str, tuple[Tensor, Tensor]], modules: dict[str, nn.Module], seed: int
+    walk: _Walk,
+    targets: dict[str, tuple[Tensor, Tensor]],
+    modules: dict[str, nn.Module],
+    seed: int,
+    executor: Executor,
 ) -> None:
     """Factorize matrices that do not depend on each other, and put what the factors give into the modules.
 
-    targets  GGUF name -> the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
+    targets   GGUF name -> the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
+    executor  who does it on a CPU
     """
 
     def task(names: list[str]) -> Callable[[], Factors]:
@@ -172,6 +186,8 @@ def _factorize_targets(
         )
 
     device = next(iter(targets.values()))[0].device
+    if device.type != "cpu":
+        executor = one_by_one
     together = _equal_shapes(list(targets), walk.plan, 1 if device.type == "cpu" else BATCH_MATRICES)
     missing = []
     for names in together:  # what shares a batch is made together again, so that it comes out the same
@@ -181,11 +197,11 @@ def _factorize_targets(
             continue
         for name, part in kept.items():
             walk.result[name] = Factors(**part).to(device)
-    executor = walk.executor if device.type == "cpu" else one_by_one
     for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
         for place, name in enumerate(names):
-            walk.result[name] = factors[place : place + 1]
-            walk.work.save(name, {k: v.clone() for k, v in vars(walk.result[name]).items()})
+            made = factors[place : place + 1]
+            walk.work.save(name, {k: v.clone() for k, v in vars(made).items()})
+            walk.result[name] = made
     for name, (target, importance_in) in targets.items():
         weight = walk.result[name].dense()[0]
         if walk.errors is not None:
@@ -219,8 +235,8 @@ def _factorize_experts(
     prefix: str,
     layer: nn.Module,
     experts: Experts,
-    wanted: list[tuple[Tensor, Tensor | None]],
-    inputs: list[tuple[Tensor, Tensor | None]],
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
     seed: int,
 ) -> list[int]:
     """The same as _factorize_group for the experts of a layer, the shared one among them, gate and up first.
@@ -265,14 +281,14 @@ def _factorize_experts(
             module = branch.module.get_submodule(EXPERT_LINEARS[name])
             targets[prefix + name + end] = target(branch, module, a, b, residual=False)
             modules[prefix + name + end] = module
-    _factorize_targets(walk, targets, modules, seed)
+    _factorize_targets(walk, targets, modules, seed, walk.executor)
     targets, modules = {}, {}
     for end, branch in branches.items():
         b = activations(branch.module, x_now[branch.tokens] if branch.corrected else x_now)
         module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
         targets[prefix + "ffn_down" + end] = target(branch, module, hidden.pop(end, b), b, residual=True)
         modules[prefix + "ffn_down" + end] = module
-    _factorize_targets(walk, targets, modules, seed + 1)
+    _factorize_targets(walk, targets, modules, seed + 1, walk.executor)
     return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
 
 
@@ -299,19 +315,18 @@ def _branches(layer: nn.Module, experts: Experts, x: Tensor) -> tuple[dict[str, 
 
 
 def _normal_equations(
-    wanted: list[tuple[Tensor, Tensor | None]],
-    inputs: list[tuple[Tensor, Tensor | None]],
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
     damping: float,
     scale: float,
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The solver W -> W' of the module's head, and the root of H's diagonal, mean square 1."""
-    width = inputs[0][0].shape[-1]
-    device = inputs[0][0].device
-    gram = torch.zeros(width, width, device=device)
-    cross = torch.zeros(width, width, device=device)
+    gram, cross = torch.empty(0), torch.empty(0)
     missing: Tensor | None = None
     for (x, residual), (x_now, residual_now) in zip(wanted, inputs, strict=True):
         x_now = x_now.flatten(0, 1)
+        if not len(gram):
+            gram, cross = x_now.new_zeros(2, x_now.shape[1], x_now.shape[1])
         gram.addmm_(x_now.mT, x_now)
         cross.addmm_(x.flatten(0, 1).mT, x_now)
         if residual is not None and residual_now is not None:
@@ -322,7 +337,7 @@ def _normal_equations(
     ridge = damping * diagonal.mean() + 1e-12
     diagonal += ridge
     cross.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram)
+    factor = torch.linalg.cholesky(gram, out=gram)
 
     def solve(weight: Tensor) -> Tensor:
         target = weight @ cross
@@ -369,20 +384,31 @@ def _embed(model: nn.Module, layers: nn.ModuleList, rows: Tensor) -> tuple[list[
     states: list[Tensor] = []
     arguments: dict[nn.Module, Arguments] = {}
 
-    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is layers[0]:
-            states.append(args[0] if args else kwargs["hidden_states"])
-            if arguments:
-                raise _Stop  # the first batch has told those of every layer
-        arguments[module] = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+    def in_place_of(layer: nn.Module) -> Callable[..., Tensor]:
+        """A forward pass that notes what it is called with and computes nothing."""
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if layer is layers[0]:
+                states.append(hidden_states)
+                if arguments:
+                    raise _Stop  # the first batch has told those of every layer
+            arguments[layer] = args, kwargs
+            if layer is layers[-1]:
+                raise _Stop
+            return hidden_states
+
+        return forward
 
     device = next(model.parameters()).device
-    with ExitStack() as hooks:
+    try:
         for layer in layers:
-            hooks.enter_context(_hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True)))
+            layer.forward = in_place_of(layer)
         for chunk in rows.split(_even_batch(len(rows))):
             with suppress(_Stop):
                 model.get_decoder()(chunk.to(device), use_cache=False)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
     return states, [arguments[layer] for layer in layers]
 
 
@@ -410,10 +436,9 @@ def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: Argument
 
 
 def _inputs(
-    layer: nn.Module, place: _Place, states: list[Tensor], arguments: Arguments
-) -> list[tuple[Tensor, Tensor | None]]:
+    layer: nn.Module, place: _Place, states: Iterable[Tensor], arguments: Arguments
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A place's inputs and residuals in the layer as it is now; each pass stops once they are known."""
-    result = []
     for state in states:
         seen: dict[str, Tensor] = {}
 
@@ -424,8 +449,7 @@ def _inputs(
 
         with _watching(layer, _watched([place]), on_input), suppress(_Stop):
             _call(layer, state, arguments)
-        result.append((seen[place.module], _residual(place, state, seen)))
-    return result
+        yield seen[place.module], _residual(place, state, seen)
 
 
 def _residual(place: _Place, state: Tensor, seen: dict[str, Tensor]) -> Tensor | None:
@@ -453,11 +477,3 @@ def _watching(layer: nn.Module, modules: set[str], on_input: Callable[[str, Tens
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _hooked(hook: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -17,6 +17,8 @@ from runtime.errors import ContextError
 from runtime.tokenizer import Tokenizer
 from runtime.zeroshot import Choice
 
+BATCH_ROWS = 8
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -42,16 +44,17 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
     device = next(reference.parameters()).device
     losses, reference_losses, divergences, agreements = [], [], [], []
     half = rows.shape[1] // 2
-    for row in rows:
-        tokens = row[None].to(device)
-        expected = _log_probs(reference, tokens, half)
-        got = _log_probs(model, tokens, half)
-        target = tokens[0, half + 1 :, None]
-        losses.append(-got.gather(1, target)[:, 0].cpu())
-        reference_losses.append(-expected.gather(1, target)[:, 0].cpu())
-        divergences.append((expected.exp() * (expected - got)).sum(-1).cpu())
-        agreements.append((expected.argmax(-1) == got.argmax(-1)).float().cpu())
-        stage.step()
+    for chunk in rows.split(BATCH_ROWS):  # every pass reads all weights
+        tokens = chunk.to(device)
+        both = (hidden_states(m, input_ids=tokens)[:, half:-1] for m in (reference, model))
+        for wanted_hidden, hidden, target in zip(*both, tokens[:, half + 1 :, None], strict=True):
+            expected = torch.log_softmax(logits(reference, wanted_hidden), -1)
+            got = torch.log_softmax(logits(model, hidden), -1)
+            losses.append(-got.gather(1, target)[:, 0].cpu())
+            reference_losses.append(-expected.gather(1, target)[:, 0].cpu())
+            divergences.append((expected.exp() * (expected - got)).sum(-1).cpu())
+            agreements.append((expected.argmax(-1) == got.argmax(-1)).float().cpu())
+            stage.step()
     divergence = torch.cat(divergences)
     return Quality(
         tokens=len(divergence),
@@ -61,12 +64,6 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
         kl_p99=float(np.quantile(divergence.numpy(), 0.99)),
         same_top1=float(torch.cat(agreements).mean()),
     )
-
-
-def _log_probs(model: nn.Module, tokens: Tensor, first: int) -> Tensor:
-    """log p of the tokens after positions first .. last - 1, (positions, n_vocab) float32."""
-    hidden = hidden_states(model, input_ids=tokens)[0, first:-1]
-    return torch.log_softmax(logits(model, hidden), -1)
 
 
 class TorchScorer:

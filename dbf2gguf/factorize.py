@@ -125,7 +125,8 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> No
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal.mean(1, keepdim=True) + TINY
     target = other @ weight
-    free = torch.cholesky_solve(target + rho * (factor.x - factor.dual), _cholesky(gram, rho))
+    free = torch.sub(factor.x, factor.dual).mul_(rho).add_(target)
+    free = torch.cholesky_solve(free, _cholesky(gram, rho))
     inverse = torch.cholesky_inverse(_cholesky(gram, 1.0))
     for _ in range(INNER_STEPS - 1):
         factor.project(free.add_(factor.dual))

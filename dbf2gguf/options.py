@@ -16,6 +16,7 @@ from dbf2gguf.team import local_rank, torchrun_size
 from runtime.errors import OptionError
 
 MAX_SEED = 1 << 32
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Options:
     quiet: bool
     max_kl: float | None = None
     force: bool = False
+    max_memory: int | None = None  # bytes
     jobs: int | None = None
     cluster: str | None = None
 
@@ -48,6 +50,7 @@ def check_options(options: Options, threads: int | None) -> None:
         )
     check_threads(threads)
     _check_executor(options)
+    _check_memory(options)
     if options.max_kl is not None and not 0 < options.max_kl <= (inf if options.force else COLLAPSED_KL):
         most = "" if options.force else f" and at most {COLLAPSED_KL:g} without --force"
         raise OptionError(f"--max-kl is {options.max_kl:g}; wanted more than 0{most}")
@@ -93,6 +96,28 @@ def _check_executor(options: Options) -> None:
             f"--{'jobs' if cluster is None else 'cluster'} is for CPUs, and the device is {options.device}, "
             "which factorizes by itself; take --device cpu, too, or leave it out"
         )
+
+
+def _check_memory(options: Options) -> None:
+    """What a limit cannot be kept with."""
+    if options.max_memory is None:
+        return
+    if options.device != "cpu":
+        raise OptionError(
+            f"--max-memory is for CPUs, and the device is {options.device}; take --device cpu, too, or leave "
+            "it out"
+        )
+    if options.jobs is not None or torchrun_size() > 1:
+        others = "torchrun" if options.jobs is None else "--jobs"
+        raise OptionError(f"--max-memory and {others}: its processes would take more; wanted one of them")
+
+
+def parse_size(text: str) -> int:
+    """ "6G" -> bytes; K, M, G, T are powers of 1024. Raises OptionError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise OptionError(f"--max-memory is {text!r}; wanted a size such as 800M or 6G")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def find_device(device: str) -> str:

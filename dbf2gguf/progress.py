@@ -9,7 +9,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from dbf2gguf.memory import PeakMemory
+from dbf2gguf.peak_memory import PeakMemory
 
 LINE_SECONDS = 20.0
 

@@ -195,7 +195,7 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
     for index, layer in enumerate(decoder_layers(model, arch)):
         for name, module in list(layer.named_modules()):
             if isinstance(module, Conv1D):
-                layer.set_submodule(name, _linear(module.weight.T.contiguous(), module.bias))
+                layer.set_submodule(name, as_linear(module.weight.T.contiguous(), module.bias))
         for fused in arch.fused.values():
             module, parts = layer.get_submodule(fused.module), FusedLinear()
             sizes = [rows.get(part, f.d_ff) for part in fused.parts]
@@ -205,7 +205,7 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
                 )
             biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
             for part, weight, bias in zip(fused.parts, module.weight.split(sizes), biases, strict=True):
-                parts.add_module(part, _linear(weight, bias))
+                parts.add_module(part, as_linear(weight, bias))
             layer.set_submodule(fused.module, parts)
     return model
 
@@ -214,11 +214,13 @@ def _split_experts(fused: nn.Module) -> ExpertList:
     experts = ExpertList()
     for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
         gate, up = gate_up.chunk(2)
-        experts.append(Expert(_linear(gate, None), _linear(up, None), _linear(down, None), fused.act_fn))
+        linears = [as_linear(weight, None) for weight in (gate, up, down)]
+        experts.append(Expert(*linears, fused.act_fn))
     return experts
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of this weight, (rows, cols), and bias, (rows,)."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

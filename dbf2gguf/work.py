@@ -25,7 +25,7 @@ class Work:
     """A folder of finished parts of one conversion, or of none: without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None, prefix: str = "") -> None:
-        self.folder, self._prefix = folder, prefix
+        self.folder, self.prefix = folder, prefix
 
     @classmethod
     def open(cls, folder: Path, key: Mapping[str, Any], quiet: bool) -> Work:
@@ -50,7 +50,7 @@ class Work:
 
     def within(self, prefix: str) -> Work:
         """The same folder for parts whose names begin with `prefix`."""
-        return Work(self.folder, self._prefix + prefix)
+        return Work(self.folder, self.prefix + prefix)
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
         """The part of that name: as it was kept, or as `make` makes it, which is then kept. Parts are
@@ -83,7 +83,7 @@ class Work:
 
     def _files(self, name: str) -> tuple[Path, Path]:
         assert self.folder is not None
-        return self.folder / f"{self._prefix}{name}.pt", self.folder / f"{self._prefix}{name}.sha256"
+        return self.folder / f"{self.prefix}{name}.pt", self.folder / f"{self.prefix}{name}.sha256"
 
     def parts(self) -> int:
         """How many parts are kept."""

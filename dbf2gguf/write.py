@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -39,6 +39,7 @@ from runtime.model import load_model_file
 from runtime.pretokenizers import find_pre
 
 ADDED_SCORE = -1000.0
+ROWS_AT_ONCE = 4096  # of an embedding, to be quantized and read back
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 """Added tokens that llama.cpp's converter takes for control tokens, whatever the tokenizer says."""
 
@@ -54,7 +55,7 @@ def write_gguf(
     model: nn.Module,
     student: nn.Module,
     tokenizer: Any,
-    factors: dict[str, Factors],
+    factors: Mapping[str, Factors],
     embed_type: str,
     bpw: float,
     notes: dict[str, Any],
@@ -62,7 +63,7 @@ def write_gguf(
 ) -> None:
     """Write the model to `path` at once; the caller gives a temporary name.
 
-    model    the original
+    model    the original, or its modules without weights
     student  norms, biases, embedding and head are taken from it
     factors  GGUF name ("blk.0.attn_q") -> factors, scales already float16 values
     carrier  one of recipe.CARRIERS
@@ -85,13 +86,12 @@ def write_gguf(
             _add_value(writer, key, value)
 
         def add_linear(prefix: str, _module: nn.Module, ordered: Callable[[Tensor], Tensor]) -> None:
-            _add_factors(writer, prefix, factors[prefix], ordered, carrier)
+            _add_factors(writer, prefix, factors, ordered, carrier)
 
         def add_experts(prefix: str, experts: nn.ModuleList) -> None:
             for index in range(len(experts)):
                 for name in EXPERT_LINEARS:
-                    linear = f"{prefix}.{name}.{index}"
-                    _add_factors(writer, linear, factors[linear], _as_is, carrier)
+                    _add_factors(writer, f"{prefix}.{name}.{index}", factors, _as_is, carrier)
 
         _add_tensors(writer, arch, student, embed_type, add_linear, add_experts)
         _finish(writer)
@@ -134,7 +134,7 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_tensors_to_file()
 
 
-def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
+def verify(path: Path, source: Source, factors: Mapping[str, Factors]) -> None:
     """Read the file back with the runtime's own reader and compare every sign and every scale.
 
     factors  what write_gguf was given
@@ -157,6 +157,7 @@ def verify(path: Path, source: Source, factors: dict[str, Factors]) -> None:
                 _compare(f"{path}: {name}.dbf_out", linear.s_out, s_out)
                 _compare(f"{path}: {name}.dbf_mid", linear.s_mid, factors[name].s_mid[0])
                 _compare(f"{path}: {name}.dbf_in", linear.s_in, factors[name].s_in[0])
+            file.file.release()
         count = sum(len(layer.gguf_linears) for layer in file.weights.layers)
         if count != len(factors):
             raise FormatError(f"{path}: holds {count} linear layers; wanted {len(factors)}")
@@ -184,13 +185,16 @@ def quantized(weight: Tensor, embed_type: str) -> tuple[NDArray[Any], gguf.GGMLQ
 
 def dequantized(weight: Tensor, embed_type: str) -> Tensor:
     """What a reader of the file gets for `quantized(weight, embed_type)`."""
-    data, kind = quantized(weight, embed_type)
-    return torch.from_numpy(np.array(gguf.quants.dequantize(data, kind), dtype=np.float32)).to(weight.device)
+    read = torch.empty_like(weight)
+    for wanted, part in zip(weight.split(ROWS_AT_ONCE), read.split(ROWS_AT_ONCE), strict=True):
+        data, kind = quantized(wanted, embed_type)
+        part.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(data, kind), dtype=np.float32)))
+    return read
 
 
 def head_is_tied(model: nn.Module) -> bool:
     """Whether the head is the embedding itself."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return bool(model.config.tie_word_embeddings)
 
 
 def _add_architecture(
@@ -393,14 +397,39 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, str(value))
 
 
+class _Packed:
+    """Signs that are packed when the writer comes to them; all of numpy's arrays that it asks for."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, shape: tuple[int, int], matrix: Callable[[], Tensor]) -> None:
+        """
+        shape   of the packed bytes
+        matrix  makes the signs, (rows, cols)
+        """
+        self.shape, self.nbytes, self._matrix = shape, shape[0] * shape[1], matrix
+
+    def tofile(self, file: BinaryIO) -> None:
+        pack(self._matrix().cpu().numpy()).tofile(file)
+
+
 def _add_factors(
-    writer: gguf.GGUFWriter, prefix: str, linear: Factors, ordered: Callable[[Tensor], Tensor], carrier: str
+    writer: gguf.GGUFWriter,
+    prefix: str,
+    factors: Mapping[str, Factors],
+    ordered: Callable[[Tensor], Tensor],
+    carrier: str,
 ) -> None:
     """The five tensors of a factorized linear layer; `ordered` puts its rows in the file's order."""
-    for name, matrix in (("dbf_a", ordered(linear.a[0])), ("dbf_b", linear.b[0])):
-        data = pack(matrix.cpu().numpy())
+    linear = factors[prefix]
+    for name, matrix in (
+        ("dbf_a", lambda: ordered(factors[prefix].a[0])),
+        ("dbf_b", lambda: factors[prefix].b[0]),
+    ):
+        rows, cols = getattr(linear, name[-1]).shape[1:]
+        data = _Packed((rows, -(-cols // 8)), matrix)
         if carrier == "i8":
-            writer.add_tensor(f"{prefix}.{name}", data.view(np.int8))
+            writer.add_tensor(f"{prefix}.{name}", data, raw_dtype=gguf.GGMLQuantizationType.I8)
         else:
             writer.add_tensor(f"{prefix}.{name}", data, raw_dtype=DBF1_TYPE)
     scales = (("dbf_out", ordered(linear.s_out[0])), ("dbf_mid", linear.s_mid[0]), ("dbf_in", linear.s_in[0]))

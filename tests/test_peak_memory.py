@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbf2gguf import memory
-from dbf2gguf.memory import PeakMemory, resident
+from dbf2gguf import peak_memory
+from dbf2gguf.peak_memory import PeakMemory, resident
 from dbf2gguf.progress import Stage
 from runtime.cli import peak_rss
 
 MIB = 1 << 20
-needs_proc = pytest.mark.skipif(not memory.STATM.exists(), reason="the system has no /proc")
+needs_proc = pytest.mark.skipif(not peak_memory.STATM.exists(), reason="the system has no /proc")
 
 
 def hold(mib: int) -> None:
     """So much memory, long enough to be seen."""
     held = np.ones(mib * MIB, np.uint8)
-    time.sleep(4 * memory.SECONDS)
+    time.sleep(4 * peak_memory.SECONDS)
     assert held[-1] == 1
 
 
@@ -45,7 +45,7 @@ def test_a_new_peak_is_exact() -> None:
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "STATM", Path("/nowhere"))
+    monkeypatch.setattr(peak_memory, "STATM", Path("/nowhere"))
     assert resident() is None
     with PeakMemory() as watched:
         hold(1)

@@ -1,0 +1,415 @@
+"""Models larger than memory: weights and states lie in files and are in memory only while they are used.
+
+A streamed model is one of transformers like any other, but the weights of its linear layers, its embedding
+and its head are read from the checkpoint, tensor by tensor, whenever they are asked for; a weight that is set
+goes to a file of its own. What is computed is the same, bit for bit, as with all weights in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dbf2gguf.archs import ArchSpec, features
+from dbf2gguf.calibrate import _loss_gradient, weighing_outputs
+from dbf2gguf.correct import Arguments, _call, _embed
+from dbf2gguf.factorize import Factors
+from dbf2gguf.progress import Stage
+from dbf2gguf.source import CONSTANTS, Source, decoder_layers, linear_names, split_fused
+from dbf2gguf.work import Work
+from runtime.errors import FormatError
+from runtime.format import pack, unpack
+
+Item = TypeVar("Item")
+Read = Callable[[], Any]
+"""Reads something from a file, again and again."""
+
+
+# --------------------------------------------------------------------------------------------------
+# What is spilled to files
+
+
+class Scratch:
+    """A folder for what does not stay in memory; a context manager that makes and removes it.
+
+    It holds files of torch.save, which are mapped when they are read: only what is used is in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._numbers = itertools.count()
+
+    def __enter__(self) -> Scratch:
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a conversion that was killed
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        return self  # copies of a module store where it does
+
+    def store(self, part: Any) -> Read:
+        """Write tensors, or what holds some, to a file; returns what reads it. The file goes with that."""
+        path = self.folder / f"{next(self._numbers)}.pt"
+        torch.save(part, path)
+
+        def read() -> Any:
+            return torch.load(path, mmap=True, weights_only=False)  # our own file
+
+        weakref.finalize(read, path.unlink, missing_ok=True)
+        return read
+
+    def keep(self, items: Iterable[Item]) -> Sequence[Item]:
+        """What `list(items)` would be; one item is in memory at a time."""
+        return _Kept([self.store(item) for item in items])
+
+
+class _Kept(Sequence[Any]):
+    def __init__(self, reads: list[Read]) -> None:
+        self._reads = reads
+
+    def __len__(self) -> int:
+        return len(self._reads)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._reads[index]()
+
+
+class SignsOnly(Work):
+    """Keeps factors without their latents, one bit a sign: all that is needed without distillation."""
+
+    @classmethod
+    def of(cls, work: Work) -> SignsOnly:
+        return cls(work.folder, work.prefix)
+
+    def save(self, name: str, part: Any) -> None:
+        signs = {key: torch.from_numpy(pack(part[key][0].cpu().numpy())) for key in ("a", "b")}
+        super().save(name, part | signs)
+
+    def load(self, name: str) -> Any | None:
+        part = super().load(name)
+        if part is None:
+            return None
+        for key, cols in (("a", part["s_mid"].shape[1]), ("b", part["s_in"].shape[1])):
+            part[key] = torch.from_numpy(unpack(part[key].numpy(), cols)).float()[None]
+        return part
+
+
+class KeptFactors(MutableMapping[str, Factors]):
+    """GGUF name -> factors that `work` has, read when they are asked for; what is set must be there already
+    or soon."""
+
+    def __init__(
+        self, work: Work, device: str = "cpu", finish: Callable[[Factors], Factors] = lambda factors: factors
+    ) -> None:
+        """
+        device  where they are read to
+        finish  what is made of the factors that are read
+        """
+        self._work, self._device, self._finish = work, device, finish
+        self._names: dict[str, None] = {}
+        self._last: tuple[str, Factors] | None = None  # a layer's tensors are asked for one after the other
+
+    def finished(self, finish: Callable[[Factors], Factors]) -> KeptFactors:
+        """The same factors, each as `finish` makes it."""
+        other = KeptFactors(self._work, self._device, finish)
+        other._names = self._names
+        return other
+
+    def __getitem__(self, name: str) -> Factors:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self._finish(Factors(**self._work.load(name)).to(self._device))
+        return self._last[1]
+
+    def __setitem__(self, name: str, factors: Factors) -> None:
+        self._names[name] = None
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+class OnDisk(nn.Module):
+    """A module whose weight is read whenever it is asked for, and written to a file when it is set."""
+
+    read: Callable[[], Tensor]
+    store: Callable[[Tensor], Callable[[], Tensor]]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.read()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self.__dict__["read"] = self.store(value.detach())
+        else:
+            super().__setattr__(name, value)
+
+
+@cache
+def _on_disk(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"OnDisk{kind.__name__}", (OnDisk, kind), {})
+
+
+def put_on_disk(module: nn.Module, read: Callable[[], Tensor], scratch: Scratch) -> None:
+    """Turn a module into one whose weight is what `read` returns, until another one is set."""
+    del module.weight
+    module.__dict__ |= {"read": read, "store": scratch.store}
+    module.__class__ = _on_disk(type(module))
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the model is one of `stream_model`."""
+    return isinstance(model.get_input_embeddings(), OnDisk)
+
+
+def stream_model(source: Source, scratch: Scratch) -> nn.Module:
+    """The model of `source.load_model` on a CPU, streamed. Raises FormatError for tensors that are missing,
+    too many, of a wrong shape, or, when they are read, not finite; and for a family whose tensors in the file
+    are not those in memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    implementation = "eager" if features(config).attn_softcap else "sdpa"
+    with _without_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation, dtype=torch.float32
+        )
+    model.eval().requires_grad_(False)
+    arch = source.arch
+    checkpoint = _Checkpoint(source, model)
+    layers = decoder_layers(model, arch)
+    as_in_file = copy.deepcopy(layers)
+    split_fused(model, arch)
+
+    def layer_of(index: int) -> nn.Module:
+        """A layer with its weights, mapped."""
+        return checkpoint.layer(as_in_file[index], index)
+
+    streamed = {path: f"{path}.weight" for path in linear_names(model, arch).values()}
+    for index, layer in enumerate(layers):
+        loaded = layer_of(index)
+        for name, _ in list(layer.named_parameters()):
+            module, _, kind = name.rpartition(".")
+            path = f"{arch.layers}.{index}.{module}"
+            if path in streamed and kind == "weight":
+                read = partial(_part_of, layer_of, index, module, checkpoint, streamed[path])
+                put_on_disk(layer.get_submodule(module), read, scratch)
+            else:
+                value = checkpoint.float32(f"{path}.{kind}", loaded.get_parameter(name))
+                setattr(layer.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+    ends = {arch.embed: model.get_input_embeddings()}
+    ends[arch.embed if config.tie_word_embeddings else arch.head] = model.get_output_embeddings()
+    for path, module in [(arch.embed, model.get_input_embeddings()), *ends.items()]:
+        if not isinstance(module, OnDisk):
+            put_on_disk(module, partial(checkpoint.read, f"{path}.weight"), scratch)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            module, _, kind = name.rpartition(".")
+            value = nn.Parameter(checkpoint.read(name), requires_grad=False)
+            setattr(model.get_submodule(module), kind, value)
+    return model
+
+
+def _part_of(
+    layer_of: Callable[[int], nn.Module], index: int, module: str, checkpoint: _Checkpoint, name: str
+) -> Tensor:
+    return checkpoint.float32(name, layer_of(index).get_submodule(module).weight)
+
+
+class _Checkpoint:
+    """The tensors of a folder, by the names of the model's parameters. What is read is mapped and let go."""
+
+    def __init__(self, source: Source, model: nn.Module) -> None:
+        """
+        model  as the file has it; shapes are compared with it
+        """
+        self._source, self._config = source, model.config
+        self._finite: set[str] = set()
+        self._places: dict[str, tuple[Path, str]] = {}  # parameter -> file, name in it
+        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        for file in sorted(source.path.glob("*.safetensors")):
+            with _open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
+        prefix = model.base_model_prefix + "."
+        for name, parameter in model.named_parameters():
+            names = (name, name.removeprefix(prefix))  # old checkpoints may be of the decoder alone
+            stored = next((other for other in names if other in found), None)
+            if stored is None:
+                raise FormatError(
+                    f"{source.path}: tensor {name!r} is missing; only families whose files have the names "
+                    "of transformers' parameters can be streamed"
+                )
+            file, shape = found.pop(stored)
+            if shape != tuple(parameter.shape):
+                raise FormatError(
+                    f"{source.path}: shapes contradict config.json: {name!r} is {shape}; wanted "
+                    f"{tuple(parameter.shape)}"
+                )
+            self._places[name] = file, stored
+        tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
+        unknown = sorted(name for name in found if name != tied and not name.endswith(CONSTANTS))
+        if unknown:
+            raise FormatError(
+                f"{source.path}: {len(unknown)} tensors have no place in the model that config.json "
+                f"describes, first {unknown[0]!r}"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Checkpoint:
+        return self  # copies of a module read what it does
+
+    def mapped(self, name: str) -> Tensor:
+        """A parameter as it is in the file."""
+        file, stored = self._places[name]
+        with _open(file) as tensors:
+            return tensors.get_tensor(stored)
+
+    def read(self, name: str) -> Tensor:
+        return self.float32(name, self.mapped(name))
+
+    def float32(self, name: str, mapped: Tensor) -> Tensor:
+        """A copy in float32. Raises FormatError if it is not finite."""
+        value = mapped.to(torch.float32, copy=True)
+        if name not in self._finite:
+            if not torch.stack(value.aminmax()).isfinite().all():  # makes no copies
+                raise FormatError(f"{self._source.path}: tensor {name!r} holds NaN or infinity")
+            self._finite.add(name)
+        return value
+
+    def layer(self, as_in_file: nn.Module, index: int) -> nn.Module:
+        """A decoder layer whose parameters are the file's, mapped, and then split as all are."""
+        layer = copy.deepcopy(as_in_file)
+        for name, _ in list(layer.named_parameters()):
+            module, _, kind = name.rpartition(".")
+            value = self.mapped(f"{self._source.arch.layers}.{index}.{name}")
+            setattr(layer.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+        return decoder_layers(split_fused(self._model_of(layer), self._source.arch), self._source.arch)[0]
+
+    def _model_of(self, layer: nn.Module) -> nn.Module:
+        """A model of nothing but one layer."""
+        model: nn.Module = nn.ModuleList([layer])
+        for name in reversed(self._source.arch.layers.split(".")):
+            outer = nn.Module()
+            outer.add_module(name, model)
+            model = outer
+        model.config = self._config
+        return model
+
+
+def _open(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt")
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Modules that are made have their buffers, but parameters on the meta device."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+# --------------------------------------------------------------------------------------------------
+# Output gradients, block after block
+
+
+def output_importance(
+    model: nn.Module,
+    arch: ArchSpec,
+    names: dict[str, str],
+    rows: Tensor,
+    batch: int,
+    stage: Stage,
+    scratch: Scratch,
+) -> dict[str, Tensor]:
+    """What `calibrate.output_importance` returns. The states before each block are kept in the pass forward;
+    the pass back computes each block again and needs the weights of that alone.
+
+    `stage` gets two steps for each block.
+    """
+    layers = decoder_layers(model, arch)
+    chunks = rows.split(batch)
+    states: list[Sequence[Tensor]] = []
+    arguments: dict[int, list[Arguments]] = {}  # by the rows of a chunk
+
+    def embedded() -> Iterator[Tensor]:
+        for chunk in chunks:
+            first, arguments[len(chunk)] = _embed(model, layers, chunk)
+            yield from first
+
+    def arguments_of(index: int) -> list[Arguments]:
+        return [arguments[len(chunk)][index] for chunk in chunks]
+
+    with torch.no_grad():
+        states.append(scratch.keep(embedded()))
+        for index, layer in enumerate(layers):
+            pairs = zip(states[-1], arguments_of(index), strict=True)
+            states.append(scratch.keep(_call(layer, state, a) for state, a in pairs))
+            stage.step()
+
+    def from_head(state: Tensor, chunk: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            normed: Tensor = model.get_submodule(arch.out_norm)(x)
+            return normed
+
+        return _back(run, state, lambda hidden: _loss_gradient(model, hidden, chunk))
+
+    gradients = scratch.keep(map(from_head, states.pop(), chunks))
+    found: dict[str, Tensor] = {}
+    for index in reversed(range(len(layers))):
+        here = {name: path for name, path in names.items() if path.startswith(f"{arch.layers}.{index}.")}
+        with weighing_outputs(model, here, found):
+            gradients = scratch.keep(
+                _back(partial(_call, layers[index], arguments=a), state, lambda _, g=gradient: g)
+                for state, a, gradient in zip(states.pop(), arguments_of(index), gradients, strict=True)
+            )
+        stage.step()
+    return {name: found[name] for name in names}
+
+
+def _back(run: Callable[[Tensor], Tensor], x: Tensor, gradient_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient at x, given what makes the gradient at run(x) of run(x)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        output = run(x)
+        output.backward(gradient_of(output.detach()))
+    assert x.grad is not None
+    return x.grad
