@@ -121,7 +121,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "--allocation",
         choices=ALLOCATIONS,
         help="how the bits are spread over the linear layers, always as many in all; auto: channels below "
-        f"{CHANNELS_BELOW:g} bits, uniform from there on (default: the preset's)",
+        f"{CHANNELS_BELOW:g} bits if distillation follows, else uniform (default: the preset's)",
     )
     add(
         "--checkpointing",

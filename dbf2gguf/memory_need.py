@@ -53,7 +53,7 @@ def find_need(
     skeleton  the model's modules and shapes
     base      bytes that the process has already
     """
-    recipe, f, config = options.recipe, features(skeleton.config), skeleton.config
+    recipe, f, config = options.recipe.at(plan.target), features(skeleton.config), skeleton.config
     width, vocabulary, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
     ends = vocabulary * width * FLOAT
@@ -148,7 +148,7 @@ def _obstacles(source: Source, options: Options) -> Iterator[str]:
         yield f"a model with experts ({source.arch.model_type}) is converted with all weights in memory"
     if recipe.distill_steps:
         yield "distillation needs all weights: add --distill-steps 0"
-    if recipe.allocation != "uniform":
+    if recipe.allocation not in ("auto", "uniform"):  # auto is uniform without distillation
         yield f"--allocation {recipe.allocation} needs all weights: take uniform"
     if not options.calib or recipe.written_share:
         yield "the model cannot write text: give enough of it with --calib, and add --written-share 0"

@@ -52,10 +52,10 @@ class Recipe:
     def at(self, bpw: float) -> Recipe:
         """The recipe for so many bits per weight: the more there are, the closer is the start of the
         distillation, and the smaller the rate at which signs may turn; and the less does it matter where the
-        bits go."""
+        bits go. Without distillation, which holds all weights, auto asks for no more: uniform."""
         allocation = self.allocation
         if allocation == "auto":
-            allocation = "channels" if bpw < CHANNELS_BELOW else "uniform"
+            allocation = "channels" if bpw < CHANNELS_BELOW and self.distill_steps else "uniform"
         return replace(self, sign_rate=self.sign_rate * bpw**SIGN_RATE_POWER, allocation=allocation)
 
     def describe(self) -> dict[str, Any]:

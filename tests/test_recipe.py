@@ -39,4 +39,5 @@ def test_where_bits_go_matters_where_they_are_few() -> None:
     recipe = find_recipe("best")
     assert recipe.at(1.0).allocation == "channels"
     assert recipe.at(CHANNELS_BELOW).allocation == "uniform"
+    assert find_recipe("best", distill_steps=0).at(1.0).allocation == "uniform"
     assert find_recipe("best", allocation="sensitivity").at(1.0).allocation == "sensitivity"
