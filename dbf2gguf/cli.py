@@ -64,7 +64,8 @@ def convert_parser() -> argparse.ArgumentParser:
     add(
         "--eval-text",
         metavar="FILE",
-        help="text for the quality receipt; without it, rows held out of the calibration text",
+        help="text for the quality receipt, whose first rows are scored as runtime.perplexity scores chunks; "
+        "without it, rows held out of the calibration text",
     )
     add("--embed-type", choices=EMBED_TYPES, default="q8_0", help="type of the embedding and the head")
     add(

@@ -51,7 +51,7 @@ from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on
 from dbf2gguf.stream import output_importance as streamed_importance
 from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import ALONE, Team, joined
-from dbf2gguf.text import rows_from_files, self_written_rows
+from dbf2gguf.text import first_rows, rows_from_files, self_written_rows
 from dbf2gguf.work import Work, digest_of
 from dbf2gguf.write import (
     dequantized,
@@ -101,7 +101,8 @@ def convert(
     calib      texts to calibrate and distil on, files and data sets of the hub: see text.rows_from_files; the
                model writes what the recipe wants beyond them
     carrier    tensor type of the sign matrices: dbf1, or i8, which every GGUF reader can list
-    eval_text  text of the quality receipt; without it, rows held out of the calibration text
+    eval_text  text of the quality receipt, scored as runtime.perplexity scores its first chunks; without it,
+               rows held out of the calibration text
     device     cpu, cuda, cuda:N, or auto: a GPU if there is one that torch can use
     max_memory such as "6G": take no more; without distillation, weights and states then lie in files while
                they are not in use, and the bytes are the same
@@ -337,7 +338,7 @@ def _prepare(
         tokenizer = load_tokenizer(source)
     team.share(LOAD)
     names = linear_names(model, source.arch)
-    wanted = recipe.text_rows + (0 if options.eval_text else recipe.eval_rows)
+    wanted = recipe.text_rows + recipe.eval_rows
     with stages("text", wanted * _row_tokens(model, recipe)) as progress:
         rows, held_out, written = work.keep(
             "text", lambda: _text(model, tokenizer, options, wanted, progress, means.key, team)
@@ -469,7 +470,7 @@ def _text(
 ) -> tuple[Tensor, Tensor, int]:
     """Rows to calibrate and distil on, rows for the receipt, and how many of them the model wrote.
 
-    wanted  how many of both, without those of --eval-text
+    wanted  how many of both; --eval-text takes the place of those for the receipt, and changes nothing else
     key     see `_key`
     """
     recipe, seed = options.recipe, options.seed
@@ -503,10 +504,10 @@ def _text(
             stage.step(n=own.numel(), note="written before")
         rows = torch.cat([given, own])[order]
     if options.eval_text:
-        held_out = rows_from_files([options.eval_text], tokenizer, recipe.eval_rows, length, seed)
+        held_out = first_rows(options.eval_text, tokenizer, recipe.eval_rows, length, seed)
         if not len(held_out):
             raise OptionError(f"--eval-text: {options.eval_text} holds less than {length} tokens, one row")
-        return rows, held_out, written
+        return rows[: recipe.text_rows], held_out, written
     return rows[: recipe.text_rows], rows[recipe.text_rows :], written
 
 

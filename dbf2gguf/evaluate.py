@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dbf2gguf.archs import context_length
 from dbf2gguf.calibrate import hidden_states, logits
 from dbf2gguf.progress import Stage
+from dbf2gguf.text import adds_begin
 from runtime.errors import ContextError
 from runtime.tokenizer import Tokenizer
 from runtime.zeroshot import Choice
@@ -97,9 +98,8 @@ class TorchScorer:
 def plain_tokenizer(tokenizer: Any) -> Tokenizer:
     """A tokenizer of transformers as the runtime's, which puts the same begin token before a text and takes
     a control token's name in it for plain text."""
-    bos = tokenizer.bos_token_id
     return Tokenizer(
         tokenizer.backend_tokenizer.to_str(),
-        bos_id=bos,
-        add_bos=bos is not None and tokenizer("a")["input_ids"][:1] == [bos],
+        bos_id=tokenizer.bos_token_id,
+        add_bos=adds_begin(tokenizer),
     )

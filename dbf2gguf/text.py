@@ -68,6 +68,28 @@ def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens
     return result[torch.randperm(len(result), generator=generator)]
 
 
+def first_rows(file: Path, tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
+    """The start of a text, cut as runtime.perplexity cuts it: one row after the other. If the model wants a
+    begin token, it stands before the text, and in place of the first token of every other row.
+    -> (<= rows, row_tokens) int64
+
+    Raises FormatError for a file that cannot be read.
+    """
+    begin = [tokenizer.bos_token_id] if adds_begin(tokenizer) else []
+    tokens = itertools.chain(begin, _file_tokens(file, tokenizer, seed))
+    ids = torch.tensor(list(itertools.islice(tokens, rows * row_tokens)), dtype=torch.int64)
+    count = len(ids) // row_tokens
+    cut = ids[: count * row_tokens].view(count, row_tokens)
+    cut[:, : len(begin)] = torch.tensor(begin, dtype=torch.int64)
+    return cut
+
+
+def adds_begin(tokenizer: Any) -> bool:
+    """Whether a tokenizer of transformers puts the begin token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
 def _file_tokens(file: Path, tokenizer: Any, seed: int) -> Iterator[int]:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in _documents(file, tokenizer, seed):

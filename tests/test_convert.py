@@ -31,9 +31,9 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import find_recipe
 from dbf2gguf.report import Report
 from dbf2gguf.source import load_model, load_tokenizer, open_source
-from dbf2gguf.text import rows_from_files
+from dbf2gguf.text import first_rows, rows_from_files
 from dbf2gguf.write import verify, write_dense
-from runtime import Sampler, ggml_tokenizer
+from runtime import Sampler, ggml_tokenizer, perplexity
 from runtime.errors import FormatError, OptionError
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
@@ -405,14 +405,20 @@ def test_tokenizer(make: Callable[[str], Case]) -> None:
         assert len(file.metadata["tokenizer.ggml.merges"]) == len(theirs) - 3 - 256
 
 
-def test_receipt_is_of_the_file(tmp_path: Path) -> None:
-    """The quality in the metadata is what the file's own dense twin scores on the same text."""
+@pytest.mark.parametrize("begins", [False, True])
+def test_receipt_is_of_the_file(tmp_path: Path, begins: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quality in the metadata is what the file's own dense twin scores on the same text, and what
+    runtime.perplexity measures, in 16-bit arithmetic."""
     folder = tiny_hf.write_folder(tmp_path / "model")
+    if begins:
+        tiny_hf.begin_texts(folder)
     text = tiny_hf.write_text(tmp_path / "held_out.txt")
     out = tmp_path / "out.gguf"
     report = convert(folder, out, eval_text=text, seed=3, **tiny_hf.QUICK)
     source = open_source(folder, tmp_path / "scratch")
-    rows = rows_from_files([text], load_tokenizer(source), 2, 24, 3)
+    tokenizer = load_tokenizer(source)
+    rows = first_rows(text, tokenizer, 2, 24, 3)
+    assert bool((rows[:, 0] == tokenizer.bos_token_id).all()) == begins
     twin = tiny_hf.dense_twin(out, folder, "q8_0", tmp_path / "scratch")
     got = measure(load_model(source), twin, rows, Stage("measure", 2, quiet=True)).describe()
     assert report.quality is not None
@@ -420,6 +426,20 @@ def test_receipt_is_of_the_file(tmp_path: Path) -> None:
         for key, value in got.items():
             assert file.metadata[f"dbf.quality.{key}"] == pytest.approx(value, rel=1e-3), key
             assert getattr(report.quality, key) == pytest.approx(value, rel=1e-3)
+    capsys.readouterr()
+    assert perplexity.main([str(out), str(text), "--ctx", "24", "--chunks", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ppl"] == pytest.approx(report.quality.ppl, rel=5e-3)
+
+
+def test_text_of_the_receipt_changes_nothing_else(make: Callable[[str], Case], tmp_path: Path) -> None:
+    case, out = make("gqa-tied"), tmp_path / "out.gguf"
+    text = tiny_hf.write_text(tmp_path / "held_out.txt")
+    convert(case.folder, out, embed_type="f16", eval_text=text, **tiny_hf.QUICK)
+    with GgufFile(out) as file, GgufFile(case.out) as other:
+        assert file.metadata["dbf.recipe.text_sha256"] == other.metadata["dbf.recipe.text_sha256"]
+        assert file.tensors.keys() == other.tensors.keys()
+        for name in file.tensors:
+            assert np.array_equal(file.data(name), other.data(name)), name
 
 
 # Determinism, sources -------------------------------------------------------------------------------------

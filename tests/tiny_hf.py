@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 from make_gguf import CHAT_TEMPLATE, tokenizer_json
+from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -84,8 +85,6 @@ def model(seed: int = 0, model_type: str = "llama", **changes: Any) -> Any:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json(N_VOCAB)),
         bos_token="<|im_start|>",
@@ -101,6 +100,16 @@ def write_folder(path: Path, seed: int = 0, **changes: Any) -> Path:
     model(seed, **changes).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
+
+
+def begin_texts(folder: Path) -> None:
+    """Let the tokenizer in `folder` put its begin token before every text."""
+    file = folder / "tokenizer.json"
+    changed = Tokenizer.from_file(str(file))
+    changed.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    changed.save(str(file))
 
 
 def write_text(path: Path, lines: int = 120) -> Path:
