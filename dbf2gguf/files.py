@@ -1,7 +1,9 @@
-"""The file that a command writes: its place is checked before the work, its name given when complete."""
+"""Files: the one that a command writes, whose place is checked before the work and whose name is given when
+it is complete; those that a checkpoint is split into."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import OptionError
+from runtime.errors import FormatError, OptionError
 
 
 @contextmanager
@@ -55,3 +57,19 @@ def check_space(out: Path, size: int) -> None:
         raise OptionError(
             f"{out}: the disk has {free / 2**20:.1f} MiB free; the file needs {size / 2**20:.1f} MiB"
         )
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files of a sharded checkpoint, sorted, by its index of weights (`weight_map`: name -> file beside
+    it). Raises FormatError if it is no such index or a file is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("files must lie in the same folder")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"{index}: not an index of checkpoint files: {error!r}") from None
+    files = [index.parent / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise FormatError(f"{file}: named in {index.name} but missing")
+    return files

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dbf2gguf.files import files_of_index
 from dbf2gguf.hub import FILES
 from runtime.errors import BackendError, FormatError, first_line
 
@@ -39,7 +40,8 @@ def bin_to_safetensors(folder: Path, out: Path) -> None:
             f"{folder}: torch {torch.__version__} cannot be trusted with pickles; run: pip install "
             "'torch>=2.6', or take safetensors"
         )
-    files = _files(folder)
+    index = folder / INDEX
+    files = files_of_index(index) if index.is_file() else [folder / NAME]
     out.mkdir(parents=True)
     for pattern in FILES:
         for file in folder.glob(pattern):
@@ -52,24 +54,8 @@ def bin_to_safetensors(folder: Path, out: Path) -> None:
         places |= dict.fromkeys(part, name)
     if not places:
         raise FormatError(f"{folder}: its {NAME} holds no tensors")
-    index = {"metadata": {}, "weight_map": places}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.is_file():
-        return [folder / NAME]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not all(Path(name).name == name for name in names):
-            raise ValueError("files must lie in the same folder")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"{index}: not an index of checkpoint files: {error!r}") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder / name}: named in {INDEX} but missing")
-    return [folder / name for name in names]
+    written = json.dumps({"metadata": {}, "weight_map": places})
+    (out / "model.safetensors.index.json").write_text(written, encoding="utf-8")
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

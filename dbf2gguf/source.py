@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dbf2gguf import hub
 from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
+from dbf2gguf.files import files_of_index
 from dbf2gguf.legacy import bin_to_safetensors, is_legacy
 from runtime.errors import FormatError, UnsupportedModelError, first_line
 
@@ -80,23 +81,12 @@ def open_source(model: str | Path, scratch: Path) -> Source:
 def _check_safetensors(path: Path) -> None:
     """Every weight file is whole: its header is readable and its size is what the header says."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not all(isinstance(name, str) for name in files):
-                raise TypeError("names of files must be strings")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FormatError(f"{index}: not a safetensors index: {error!r}") from None
-    else:
-        files = sorted(p.name for p in path.glob("*.safetensors"))
+    files = files_of_index(index) if index.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise FormatError(f"{path}: no .safetensors file in it, and no pytorch_model.bin")
     from safetensors import SafetensorError, safe_open
 
-    for name in files:
-        file = path / name
-        if not file.is_file():
-            raise FormatError(f"{file}: named in {index.name} but missing")
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
