@@ -1,0 +1,46 @@
+"""The table of docs/MODELS.md: how far the runtime's logits are from transformers' in float32, family by family.
+
+python tests/logit_table.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from test_convert import IDS, MODELS, NUMBA, ROUTED, Case
+
+import runtime
+
+EMBED_TYPES = ("f16", "q8_0")
+
+
+def differences(case: Case, routed: bool) -> tuple[float, float]:
+    """Largest difference of a logit, and that over the logits' standard deviation; of models with experts
+    without the quarter of the tokens that differ most (see test_convert.assert_close)."""
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32) as model:
+        got, wanted = model.logits(IDS), case.twin_logits(IDS)
+    worst = np.sort(np.abs(got - wanted).max(-1))
+    most = float(worst[: len(worst) * 3 // 4 if routed else None].max())
+    return most, most / float(wanted.std())
+
+
+def main() -> None:
+    print("| model | " + " | ".join(f"{kind}: largest difference, of the deviation" for kind in EMBED_TYPES) + " |")
+    print("|---|" + "---|" * len(EMBED_TYPES))
+    for name in NUMBA:
+        cells = []
+        for kind in EMBED_TYPES:
+            width = MODELS[name].get("hidden_size", 32)
+            if kind == "q8_0" and width % 32:
+                cells.append("")
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                most, share = differences(Case(Path(folder), MODELS[name], kind), name in ROUTED)
+            cells.append(f"{most:.1e}, {share:.1e}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
