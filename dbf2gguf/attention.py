@@ -14,11 +14,11 @@ CAUSAL = "dbf2gguf_causal"
 """Its name, as `attn_implementation`."""
 
 
-def suits(config: Any) -> bool:
-    """Whether all attention of a model of this (transformers') config is plain: no soft-caps, no window."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    special = ("attn_logit_softcapping", "sliding_window")
-    return kinds == {"full_attention"} and not any(getattr(config, name, None) for name in special)
+def suits(config: Any, tokens: int) -> bool:
+    """Whether all attention of a model of this (transformers') config is plain in texts of so many tokens: no
+    soft-caps, no window that is shorter."""
+    window = getattr(config, "sliding_window", None)
+    return not getattr(config, "attn_logit_softcapping", None) and not (window and window < tokens)
 
 
 def attend(

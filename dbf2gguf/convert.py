@@ -30,7 +30,7 @@ from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.executors import Executor, open_executor
 from dbf2gguf.factorize import Factors, balance, relative_error
 from dbf2gguf.files import check_output, check_space, replacing
-from dbf2gguf.follow import LOAD, Write, call_to_distil, follow
+from dbf2gguf.follow import Load, Write, call_to_distil, follow
 from dbf2gguf.html_report import command_line, page_path, write_page
 from dbf2gguf.memory_need import choose_streamed, find_need
 from dbf2gguf.options import Options, check_options, describe_device, find_device, parse_size
@@ -334,12 +334,15 @@ def _prepare(
     recipe, work, team, scratch = options.recipe, means.work, means.team, means.scratch
     torch.manual_seed(options.seed)
     with stages("load", 1):
-        model = load_model(source, options.device) if scratch is None else stream_model(source, scratch)
+        length = _row_tokens(skeleton, recipe)
+        model = (
+            load_model(source, options.device, length) if scratch is None else stream_model(source, scratch)
+        )
         tokenizer = load_tokenizer(source)
-    team.share(LOAD)
+    team.share(Load(length))
     names = linear_names(model, source.arch)
     wanted = recipe.text_rows + recipe.eval_rows
-    with stages("text", wanted * _row_tokens(model, recipe)) as progress:
+    with stages("text", wanted * length) as progress:
         rows, held_out, written = work.keep(
             "text", lambda: _text(model, tokenizer, options, wanted, progress, means.key, team)
         )

@@ -18,8 +18,12 @@ from dbf2gguf.text import self_written_rows
 from dbf2gguf.work import Work
 from runtime.cli import INTERRUPTED
 
-LOAD = "load"
-"""The first process has checked and loaded the model: the others may do so, too."""
+
+@dataclass(frozen=True)
+class Load:
+    """The first process has checked and loaded the model: the others may do so, too."""
+
+    row_tokens: int
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def follow(team: Team, model: str | Path, scratch: Path, device: str) -> Any:
     """
     try:
         order = team.share()
-        if order == LOAD:
+        if isinstance(order, Load):
             source = open_source(model, scratch)
-            loaded = load_model(source, device)
+            loaded = load_model(source, device, order.row_tokens)
             tokenizer = load_tokenizer(source)
             names = linear_names(loaded, source.arch)
             while isinstance(order := team.share(), (Write, Distil)):

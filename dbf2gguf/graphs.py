@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from runtime.errors import first_line
+
 Result = TypeVar("Result")
 
 
@@ -46,7 +48,8 @@ class Recorder:
                         result = function()
                 except RuntimeError as error:
                     graph, self.fails = None, True
-                    print(f"note: no CUDA graph of this model: {str(error).splitlines()[0]}", file=sys.stderr)
+                    first = error.__context__ or error  # the end of a recording that has failed fails, too
+                    print(f"note: no CUDA graph of this model: {first_line(first)}", file=sys.stderr)
             if graph is not None:
                 graph.replay()
                 return result

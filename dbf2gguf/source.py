@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,11 @@ def _check_safetensors(path: Path) -> None:
             raise FormatError(f"{file}: broken or truncated safetensors file: {error}") from None
 
 
-def load_model(source: Source, device: str = "cpu") -> nn.Module:
-    """The reference model, float32, in evaluation mode, without gradients. Raises FormatError."""
+def load_model(source: Source, device: str = "cpu", tokens: int = sys.maxsize) -> nn.Module:
+    """The reference model, float32, in evaluation mode, without gradients. Raises FormatError.
+
+    tokens  of the longest text that it will see: where no window is shorter, a GPU needs no masks
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -132,7 +136,7 @@ def load_model(source: Source, device: str = "cpu") -> nn.Module:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
-    if device != "cpu" and attention.suits(model.config):
+    if device != "cpu" and attention.suits(model.config, tokens):
         model.set_attn_implementation(attention.CAUSAL)
     return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
 

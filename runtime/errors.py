@@ -37,6 +37,6 @@ class QualityError(DbfError):
     """A conversion came out too far from the original to be written."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of an error's message, for a message of ours; what kind of error it is if it has none."""
     return (str(error).strip().splitlines() or [repr(error)])[0]

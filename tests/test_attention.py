@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import tiny_hf
@@ -12,12 +13,18 @@ from transformers import AutoConfig
 from dbf2gguf import attention
 from dbf2gguf.kvcache import GrowingCache
 
+GEMMA = {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 20, "num_hidden_layers": 6}
+"""Layers with a window, which is as long as the text, and without."""
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "qwen3"}, GEMMA], ids=lambda c: c.get("model_type", "llama")
+)
 @torch.no_grad()
-def test_same_logits(model_type: str) -> None:
+def test_same_logits(changes: dict[str, Any]) -> None:
     """Of whole rows, and token by token with a cache; queries share keys two by two."""
-    reference = tiny_hf.model(model_type=model_type)
+    reference = tiny_hf.model(**changes)
+    assert attention.suits(reference.config, 20)
     model = copy.deepcopy(reference)
     model.set_attn_implementation(attention.CAUSAL)
     tokens = torch.randint(0, tiny_hf.N_VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -45,14 +52,14 @@ def test_a_cropped_cache_goes_on_from_there() -> None:
     ("changes", "suits"),
     [
         ({}, True),
-        ({"sliding_window": 64}, False),
+        ({"sliding_window": 63}, False),
+        ({"sliding_window": 64}, True),
         ({"attn_logit_softcapping": 50.0}, False),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
-        ({"layer_types": ["full_attention", "full_attention"]}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, False),
     ],
 )
 def test_which_models_it_suits(changes: dict[str, object], suits: bool) -> None:
     config = AutoConfig.for_model("llama", **tiny_hf.SIZES)
     for name, value in changes.items():
         setattr(config, name, value)
-    assert attention.suits(config) == suits
+    assert attention.suits(config, 64) == suits
