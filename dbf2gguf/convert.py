@@ -445,7 +445,7 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
         "eval_text": _text_digest(options.eval_text) if options.eval_text else None,
         "seed": options.seed,
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
         "processes": team.size,
         "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
     }
