@@ -30,7 +30,7 @@ from dbf2gguf.distill import HEAD_TOKENS, _kl_gradient, with_linears
 from dbf2gguf.factorize import Factors, factorize, signs
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
-from dbf2gguf.recipe import ALLOCATIONS, Recipe
+from dbf2gguf.recipe import ALLOCATIONS, CHANNELS_BELOW, Recipe
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 from dbf2gguf.write import dequantized, ggml_type, head_is_tied
@@ -44,6 +44,9 @@ iterations: it holds within 0.2 for all kinds of layers, also where the rank exc
 
 LEAST_SHARE, MOST_SHARE = 0.4, 2.5
 """Bits per weight of a layer, relative to the model's: the second-order estimate is not believed beyond."""
+
+CLOSE_SHARES = 0.7, 1.75
+"""The same for channels from CHANNELS_BELOW bits on; farther from uniform did worse: docs/ABLATIONS.md."""
 
 CHANNELS_MORE = 1.5
 """Bits per weight of the model whose channels are pruned, relative to those wanted."""
@@ -95,7 +98,8 @@ def allocate(
     uniform      `plan` as it is
     sensitivity  plan_by_sensitivity by what each layer's error alone costs the original model
     attribution  plan_by_sensitivity by the shares of the KL in the model factorized with `plan`
-    channels     plan_by_channels of the model factorized with CHANNELS_MORE times the bits
+    channels     plan_by_channels of the model factorized with CHANNELS_MORE times the bits; nearer to uniform
+                 from CHANNELS_BELOW bits per weight on
 
     The last two factorize the model once more, with PROBE_SHARE of the ADMM iterations. `stage` gets one step
     for each block, `work` the plan. Raises OptionError for another allocation; `Recipe.at` says what auto is.
@@ -123,9 +127,9 @@ def allocate(
             found = Sensitivities(shrunk(shares), plan.ranks)
             return plan_by_sensitivity(shapes, plan.target, found, strength=STRENGTH).ranks
         more = plan_uniform(shapes, min(CHANNELS_MORE * plan.target, MAX_BPW))
-        return plan_by_channels(
-            shapes, plan.target, channel_scores(model, names, factorized(more), probe)
-        ).ranks
+        scores = channel_scores(model, names, factorized(more), probe)
+        least, most = (LEAST_SHARE, MOST_SHARE) if plan.target < CHANNELS_BELOW else CLOSE_SHARES
+        return plan_by_channels(shapes, plan.target, scores, least=least, most=most).ranks
 
     if kind == "uniform":
         return plan

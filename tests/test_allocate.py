@@ -15,6 +15,7 @@ from test_budget import SMOLLM2
 from torch import Tensor
 
 from dbf2gguf.allocate import (
+    CLOSE_SHARES,
     LEAST_SHARE,
     MOST_SHARE,
     Sensitivities,
@@ -314,6 +315,16 @@ def test_allocate(setup: Setup, kind: str, tmp_path: Path) -> None:
     parts = work.parts()
     assert setup.allocated(kind, work) == plan
     assert work.parts() == parts
+
+
+def test_channels_stay_near_uniform_where_bits_are_many(setup: Setup) -> None:
+    """Within steps of 8, of which a tiny model's sizes are few."""
+    plan, (least, most) = setup.allocated("channels", Work(None)), CLOSE_SHARES
+    assert plan.ranks != setup.plan.ranks
+    for name, (rows, cols) in plan.shapes.items():
+        bits = linear_bits(rows, cols, plan.ranks[name])
+        step = linear_bits(rows, cols, 8) - linear_bits(rows, cols, 0)
+        assert least * plan.target * rows * cols - step < bits <= most * plan.target * rows * cols
 
 
 def test_uniform_is_the_plan_itself(setup: Setup) -> None:
