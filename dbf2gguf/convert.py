@@ -645,7 +645,7 @@ def _notes(made: _Prepared, tried: _Try) -> dict[str, Any]:
         "dbf.quality.text_sha256": _tokens_digest(made.held_out),
         "dbf.quality.context": made.held_out.shape[1],
     }
-    notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.describe().items()}
+    notes |= {f"dbf.recipe.{key}": value for key, value in options.recipe.at(plan.target).describe().items()}
     notes |= {f"dbf.quality.{key}": value for key, value in tried.quality.describe().items()}
     notes |= {
         f"dbf.recipe.version.{name}": _version(name) for name in ("torch", "transformers", "gguf", "numpy")

@@ -284,6 +284,7 @@ def test_bits_per_weight(make: Callable[[str], Case], name: str) -> None:
         assert 0.9 * 4.0 <= plan.bpw <= 4.0  # tiny layers: one step is a lot
         assert file.metadata["dbf.bits_per_weight"] == pytest.approx(plan.bpw)
         assert file.metadata["dbf.recipe.bpw"] == 4.0
+        assert file.metadata["dbf.recipe.sign_rate"] == find_recipe("balanced").at(4.0).sign_rate
         assert max(map(len, file.tensors)) < 64
     assert case.report.file_bytes == case.out.stat().st_size
     assert case.report.model_weights == load_model(open_source(case.folder, case.scratch)).num_parameters()
