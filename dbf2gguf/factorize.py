@@ -53,16 +53,25 @@ def signs(x: Tensor) -> Tensor:
 
 
 def factorize(
-    weight: Tensor, rank: int, importance_in: Tensor, importance_out: Tensor, *, iterations: int, seed: int
+    weight: Tensor,
+    rank: int,
+    importance_in: Tensor,
+    importance_out: Tensor,
+    *,
+    iterations: int,
+    seed: int,
+    overwrite: bool = False,
 ) -> Factors:
     """Factorize a batch of matrices, minimizing the error weighted by the importances.
 
-    weight          (batch, rows, cols)  float32
+    weight          (batch, rows, cols)  float32; overwritten, if it may be, to save its memory
     importance_in   (batch, cols)  float32 > 0, weight of an input's error (root of its second moment)
     importance_out  (batch, rows)  float32 > 0, weight of an output's error (root of its gradient's)
     iterations      ADMM rounds; seed: of the random start
     """
-    weighted = weight * importance_out[:, :, None] * importance_in[:, None, :]
+    weighted = weight if overwrite else weight.clone()
+    weighted *= importance_out[:, :, None]
+    weighted *= importance_in[:, None, :]
     size = weighted.square().mean((1, 2)).sqrt().clamp(min=TINY)
     weighted /= size[:, None, None]
     factors = _refit(weighted, _admm(weighted, rank, iterations, seed))
