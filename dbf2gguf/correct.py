@@ -35,6 +35,7 @@ from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 
 BATCH_ROWS = 8
+PRODUCT_ROWS = 1024  # of a weight that are multiplied out at a time
 BATCH_MATRICES = 32  # that are factorized together on a GPU, at most
 TOKENS_PER_INPUT = 4  # an expert that sees fewer is not corrected: on random models, 2 were worse, 8 better
 LARGE = 2**24
@@ -83,7 +84,7 @@ def factorize_model(
     """
     result = {} if result is None else result
     scale = features(model.config).residual_scale
-    walk = _Walk(plan, importance_out, recipe, scale, executor, work, result, errors, targets)
+    walk = _Walk(plan, importance_out, recipe, scale, executor, work, keep, result, errors, targets)
     layers = decoder_layers(model, source.arch)
     first, arguments_of = _embed(model, layers, rows)
     states, student_states = keep(first), keep(first)
@@ -136,6 +137,7 @@ class _Walk:
     scale: float  # that the residual stream gives to outputs
     executor: Executor
     work: Work
+    keep: Keep[Any]
     result: MutableMapping[str, Factors]
     errors: dict[str, float] | None
     targets: dict[str, Tensor] | None
@@ -152,10 +154,10 @@ def _factorize_group(
     seed: int,
 ) -> None:
     """Correct and factorize the layers of one group and put them in place of the originals."""
-    solve, importance_in = _normal_equations(wanted, inputs, walk.recipe.damping, walk.scale)
     modules = {prefix + name: layer.get_submodule(arch.linears[name]) for name in group.linears}
-    targets = {name: (solve(module.weight), importance_in) for name, module in modules.items()}
-    del solve  # and its matrices
+    weights = (module.weight for module in modules.values())
+    corrected, importance_in = _corrected(weights, wanted, inputs, walk.recipe.damping, walk.scale)
+    targets = walk.keep((weight, importance_in) for weight in corrected)
     large = max(prod(walk.plan.shapes[name]) for name in modules) >= LARGE
     executor = one_by_one if large else walk.executor
     _factorize_targets(walk, targets, modules, seed + arch.groups.index(group), executor)
@@ -163,32 +165,36 @@ def _factorize_group(
 
 def _factorize_targets(
     walk: _Walk,
-    targets: dict[str, tuple[Tensor, Tensor]],
+    targets: Sequence[tuple[Tensor, Tensor]],
     modules: dict[str, nn.Module],
     seed: int,
     executor: Executor,
 ) -> None:
     """Factorize matrices that do not depend on each other, and put what the factors give into the modules.
 
-    targets   GGUF name -> the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
+    targets   of each module: the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
+    modules   GGUF name -> module
     executor  who does it on a CPU
     """
+    target_of = dict(zip(modules, range(len(targets)), strict=True))
 
     def task(names: list[str]) -> Callable[[], Factors]:
+        weights, importances_in = zip(*(targets[target_of[name]] for name in names), strict=True)
         return partial(
             factorize,
-            torch.stack([targets[name][0] for name in names]),
+            torch.stack(weights),
             walk.plan.ranks[names[0]],
-            torch.stack([targets[name][1] for name in names]),
+            torch.stack(importances_in),
             torch.stack([walk.importance_out[name] for name in names]),
             iterations=walk.recipe.admm_iterations,
             seed=seed,
+            overwrite=True,
         )
 
-    device = next(iter(targets.values()))[0].device
+    device = walk.importance_out[next(iter(modules))].device
     if device.type != "cpu":
         executor = one_by_one
-    together = _equal_shapes(list(targets), walk.plan, 1 if device.type == "cpu" else BATCH_MATRICES)
+    together = _equal_shapes(list(modules), walk.plan, 1 if device.type == "cpu" else BATCH_MATRICES)
     missing = []
     for names in together:  # what shares a batch is made together again, so that it comes out the same
         kept = {name: walk.work.load(name) for name in names}
@@ -197,12 +203,14 @@ def _factorize_targets(
             continue
         for name, part in kept.items():
             walk.result[name] = Factors(**part).to(device)
-    for names, factors in zip(missing, executor(map(task, missing), len(together) == 1), strict=True):
-        for place, name in enumerate(names):
+    whose = iter(missing)
+    for factors in executor(map(task, missing), len(together) == 1):
+        for place, name in enumerate(next(whose)):
             made = factors[place : place + 1]
             walk.work.save(name, {k: v.clone() for k, v in vars(made).items()})
             walk.result[name] = made
-    for name, (target, importance_in) in targets.items():
+        del factors, made  # before the next are made
+    for name, (target, importance_in) in zip(modules, targets, strict=True):
         weight = walk.result[name].dense()[0]
         if walk.errors is not None:
             walk.errors[name] = relative_error(target, weight, walk.importance_out[name], importance_in)
@@ -269,24 +277,24 @@ def _factorize_experts(
             [(c[None] * branch.shares, None if lack is None else lack[None])]
             for c, lack in zip((a, b), streams, strict=True)
         ]
-        solve, importance = _normal_equations(*pairs, walk.recipe.damping, walk.scale)
-        return solve(module.weight), importance
+        corrected, importance = _corrected([module.weight], *pairs, walk.recipe.damping, walk.scale)
+        return next(corrected), importance
 
-    targets, modules = {}, {}
+    targets, modules = [], {}
     for end, branch in branches.items():
         a, b = (x[branch.tokens], x_now[branch.tokens]) if branch.corrected else (x, x_now)
         if branch.corrected:
             hidden[end] = activations(branch.module, a)
         for name in ("ffn_gate", "ffn_up"):
             module = branch.module.get_submodule(EXPERT_LINEARS[name])
-            targets[prefix + name + end] = target(branch, module, a, b, residual=False)
+            targets.append(target(branch, module, a, b, residual=False))
             modules[prefix + name + end] = module
     _factorize_targets(walk, targets, modules, seed, walk.executor)
-    targets, modules = {}, {}
+    targets, modules = [], {}
     for end, branch in branches.items():
         b = activations(branch.module, x_now[branch.tokens] if branch.corrected else x_now)
         module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
-        targets[prefix + "ffn_down" + end] = target(branch, module, hidden.pop(end, b), b, residual=True)
+        targets.append(target(branch, module, hidden.pop(end, b), b, residual=True))
         modules[prefix + "ffn_down" + end] = module
     _factorize_targets(walk, targets, modules, seed + 1, walk.executor)
     return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
@@ -314,38 +322,64 @@ def _branches(layer: nn.Module, experts: Experts, x: Tensor) -> tuple[dict[str, 
     return branches, total
 
 
-def _normal_equations(
+def _corrected(
+    weights: Iterable[Tensor],
     wanted: Iterable[tuple[Tensor, Tensor | None]],
     inputs: Iterable[tuple[Tensor, Tensor | None]],
     damping: float,
     scale: float,
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The solver W -> W' of the module's head, and the root of H's diagonal, mean square 1."""
+) -> tuple[Iterator[Tensor], Tensor]:
+    """The W' of the module's head for each W, and the root of H's diagonal, mean square 1. Each W' is solved
+    when it is asked for; if anything is lacking, there is one."""
+    gram, cross, missing = _moments(wanted, inputs, scale)
+    diagonal = gram.diagonal()
+    importance = importance_of(diagonal)
+    ridge = damping * diagonal.mean() + 1e-12
+    diagonal += ridge
+    cross.diagonal().add_(ridge)
+    if missing is None:
+        products = [weight @ cross for weight in weights]
+    else:
+        (weight,) = weights
+        for start in range(0, len(weight), PRODUCT_ROWS):
+            part = slice(start, start + PRODUCT_ROWS)
+            missing[part] += weight[part] @ cross
+        products = [missing]
+        del weight
+    del cross
+    factor = torch.linalg.cholesky(gram.mT, out=gram.mT)  # transposed, as LAPACK has it: makes no copies
+    return (_solved(product.mT, factor).mT for product in products), importance
+
+
+def _solved(product: Tensor, factor: Tensor) -> Tensor:
+    """cholesky_solve in place, which copies both."""
+    torch.linalg.solve_triangular(factor, product, upper=False, out=product)
+    return torch.linalg.solve_triangular(factor.mT, product, upper=True, out=product)
+
+
+def _moments(
+    wanted: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """H, C and R."""
     gram, cross = torch.empty(0), torch.empty(0)
     missing: Tensor | None = None
-    for (x, residual), (x_now, residual_now) in zip(wanted, inputs, strict=True):
+    present = iter(inputs)
+    for x, residual in wanted:
+        x_now, residual_now = next(present)
         x_now = x_now.flatten(0, 1)
         if not len(gram):
             gram, cross = x_now.new_zeros(2, x_now.shape[1], x_now.shape[1])
         gram.addmm_(x_now.mT, x_now)
         cross.addmm_(x.flatten(0, 1).mT, x_now)
         if residual is not None and residual_now is not None:
-            lack = (residual - residual_now).flatten(0, 1).mT @ x_now / scale
-            missing = lack if missing is None else missing + lack
-    diagonal = gram.diagonal()
-    importance = importance_of(diagonal)
-    ridge = damping * diagonal.mean() + 1e-12
-    diagonal += ridge
-    cross.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram, out=gram)
-
-    def solve(weight: Tensor) -> Tensor:
-        target = weight @ cross
-        if missing is not None:
-            target += missing
-        return torch.cholesky_solve(target.mT, factor).mT
-
-    return solve, importance
+            lack = ((residual - residual_now).flatten(0, 1).mT @ x_now).div_(scale)
+            missing = lack if missing is None else missing.add_(lack)
+            del lack
+        del x, residual, x_now, residual_now  # before the next are made
+    assert next(present, None) is None
+    return gram, cross, missing
 
 
 # --------------------------------------------------------------------------------------------------

@@ -53,16 +53,25 @@ def signs(x: Tensor) -> Tensor:
 
 
 def factorize(
-    weight: Tensor, rank: int, importance_in: Tensor, importance_out: Tensor, *, iterations: int, seed: int
+    weight: Tensor,
+    rank: int,
+    importance_in: Tensor,
+    importance_out: Tensor,
+    *,
+    iterations: int,
+    seed: int,
+    overwrite: bool = False,
 ) -> Factors:
     """Factorize a batch of matrices, minimizing the error weighted by the importances.
 
-    weight          (batch, rows, cols)  float32
+    weight          (batch, rows, cols)  float32; overwritten, if it may be, to save its memory
     importance_in   (batch, cols)  float32 > 0, weight of an input's error (root of its second moment)
     importance_out  (batch, rows)  float32 > 0, weight of an output's error (root of its gradient's)
     iterations      ADMM rounds; seed: of the random start
     """
-    weighted = weight * importance_out[:, :, None] * importance_in[:, None, :]
+    weighted = weight if overwrite else weight.clone()
+    weighted *= importance_out[:, :, None]
+    weighted *= importance_in[:, None, :]
     size = weighted.square().mean((1, 2)).sqrt().clamp(min=TINY)
     weighted /= size[:, None, None]
     factors = _refit(weighted, _admm(weighted, rank, iterations, seed))
@@ -81,9 +90,10 @@ class _Factor:
 
     def project(self, point: Tensor) -> None:
         """x = SVID(point): its signs times the best rank-1 approximation of its magnitudes; dual = the rest.
-        `point` is overwritten."""
-        rows, self.cols = _rank_one(point.abs(), self.cols, 1)
-        self.x = torch.copysign(rows[:, :, None] * self.cols[:, None, :], point)
+        No matrix is made: `point` becomes dual, and x is overwritten."""
+        magnitudes = torch.abs(point, out=self.x.as_strided(point.shape, point.stride()))
+        rows, self.cols = _rank_one(magnitudes, self.cols, 1)
+        torch.mul(rows[:, :, None], self.cols[:, None, :], out=self.x).copysign_(point)
         self.dual = point.sub_(self.x)
 
 
@@ -93,7 +103,7 @@ def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
 
     def random_factor(width: int) -> _Factor:
         """The same start for every matrix, so that none depends on what shares its batch."""
-        x = torch.randn(rank, width, generator=generator).to(weight.device).expand(batch, -1, -1)
+        x = torch.randn(rank, width, generator=generator).to(weight.device).repeat(batch, 1, 1)
         return _Factor(x, torch.zeros_like(x), torch.ones_like(x[:, 0]))
 
     # A is held transposed, (batch, rank, rows), so that both sides are the same problem.
@@ -125,9 +135,11 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> No
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal.mean(1, keepdim=True) + TINY
     target = other @ weight
+    del other
     free = torch.sub(factor.x, factor.dual).mul_(rho).add_(target)
     free = torch.cholesky_solve(free, _cholesky(gram, rho))
     inverse = torch.cholesky_inverse(_cholesky(gram, 1.0))
+    del gram
     for _ in range(INNER_STEPS - 1):
         factor.project(free.add_(factor.dual))
         free = inverse @ torch.sub(factor.x, factor.dual).add_(target)

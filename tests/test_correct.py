@@ -10,11 +10,12 @@ import tiny_hf
 import torch
 from torch import Tensor, nn
 
+import dbf2gguf.correct
 from dbf2gguf.archs import ARCHS, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.convert import make_plan
-from dbf2gguf.correct import _branches, _embed, _record, factorize_model
+from dbf2gguf.correct import _branches, _corrected, _embed, _record, factorize_model
 from dbf2gguf.distill import Student
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
@@ -73,6 +74,31 @@ def test_correction_beats_plain_factorization(setup: Setup) -> None:
     """At equal bits and iterations."""
     corrected, plain = setup.error(setup.corrected()), setup.error(setup.plain())
     assert corrected < 0.85 * plain
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3])
+@torch.no_grad()
+def test_the_equations(monkeypatch: pytest.MonkeyPatch, scale: float | None) -> None:
+    """Against the formula in float64; scale None: the output is not added to anything."""
+    monkeypatch.setattr(dbf2gguf.correct, "PRODUCT_ROWS", 4)
+    generator = torch.Generator().manual_seed(7)
+
+    def batches(size: int) -> Tensor:
+        return torch.randn(3, 2, 40, size, generator=generator)  # three of 2 rows
+
+    x, x_now, stream, stream_now = batches(20), batches(20), batches(9), batches(9)
+    weights = [torch.randn(9, 20, generator=generator) for _ in range(2 if scale is None else 1)]
+    lacks = [None] * 3 if scale is None else stream, [None] * 3 if scale is None else stream_now
+    pairs = [zip(a, b, strict=True) for a, b in zip((x, x_now), lacks, strict=True)]
+    found, importance = _corrected(weights, *pairs, 0.1, scale or 1.0)
+    a, b, r = (t.double().flatten(0, 2) for t in (x, x_now, stream - stream_now))
+    h, c = b.T @ b, a.T @ b
+    assert torch.allclose(importance, (h.diagonal() / h.diagonal().mean()).sqrt().float(), rtol=1e-4)
+    ridge = 0.1 * h.diagonal().mean() * torch.eye(20)
+    lacking = 0 if scale is None else r.T @ b / scale
+    for weight, got in zip(weights, found, strict=True):
+        wanted = (weight.double() @ (c + ridge) + lacking) @ torch.linalg.inv(h + ridge)
+        assert torch.allclose(got.double(), wanted, atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(setup: Setup) -> None:

@@ -123,6 +123,16 @@ def test_seeds() -> None:
     )
 
 
+def test_the_weight_is_overwritten_only_if_it_may_be() -> None:
+    weight, ones_in, ones_out = gaussian(2, 24, 40), torch.ones(2, 40), torch.ones(2, 24)
+    before = weight.clone()
+    one = factorize(weight, 16, ones_in, ones_out, iterations=3, seed=0)
+    assert torch.equal(weight, before)
+    other = factorize(weight, 16, ones_in, ones_out, iterations=3, seed=0, overwrite=True)
+    assert not torch.equal(weight, before), "it is what takes the memory of the weighted one"
+    assert all(torch.equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+
+
 def test_seeding_leaves_torch_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
