@@ -46,6 +46,7 @@ from dbf2gguf.source import (
     load_tokenizer,
     open_source,
     split_fused,
+    weight_files,
 )
 from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
 from dbf2gguf.stream import output_importance as streamed_importance
@@ -435,7 +436,7 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
 def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
     Those of SAME_TEXT decide what the model writes."""
-    weights = [source.gguf] if source.gguf else sorted(source.path.glob("*.safetensors"))
+    weights = [source.gguf] if source.gguf else weight_files(source.path)
     described = [path for path in sorted(source.path.glob("*.json")) if not source.gguf]
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,15 @@ def open_source(model: str | Path, scratch: Path) -> Source:
     return Source(path, config, arch, name, gguf)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors of a model's folder: those that its index names, or else all. Raises FormatError."""
+    index = path / "model.safetensors.index.json"
+    return files_of_index(index) if index.is_file() else sorted(path.glob("*.safetensors"))
+
+
 def _check_safetensors(path: Path) -> None:
     """Every weight file is whole: its header is readable and its size is what the header says."""
-    index = path / "model.safetensors.index.json"
-    files = files_of_index(index) if index.is_file() else sorted(path.glob("*.safetensors"))
+    files = weight_files(path)
     if not files:
         raise FormatError(f"{path}: no .safetensors file in it, and no pytorch_model.bin")
     from safetensors import SafetensorError, safe_open
@@ -108,11 +114,11 @@ def load_model(source: Source, device: str = "cpu", tokens: int = sys.maxsize) -
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        capped = features(AutoConfig.from_pretrained(source.path, local_files_only=True)).attn_softcap
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=torch.float32,
-            attn_implementation="eager" if capped else "sdpa",  # which knows no soft caps
+            attn_implementation=attention_of(config),
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below
@@ -123,22 +129,45 @@ def load_model(source: Source, device: str = "cpu", tokens: int = sys.maxsize) -
     if missing:
         raise FormatError(f"{source.path}: {len(missing)} tensors are missing, first {missing[0]!r}")
     for name, got, wanted in sorted(info["mismatched_keys"]):
+        check_shape(source, name, got, wanted)
+    check_no_others(source, model.config, info["unexpected_keys"])
+    for name, parameter in model.named_parameters():
+        check_finite(source, name, parameter)
+    if device != "cpu" and attention.suits(model.config, tokens):
+        model.set_attn_implementation(attention.CAUSAL)
+    return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
+
+
+def attention_of(config: Any) -> str:
+    """The attention that transformers is to take for a model of this config: its SDPA knows no soft caps."""
+    return "eager" if features(config).attn_softcap else "sdpa"
+
+
+def check_shape(source: Source, name: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises FormatError if a tensor of the checkpoint has another shape than the model that config.json
+    describes."""
+    if tuple(got) != tuple(wanted):
         raise FormatError(
             f"{source.path}: shapes contradict config.json: {name!r} is {tuple(got)}; wanted {tuple(wanted)}"
         )
-    tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
-    unknown = sorted(k for k in info["unexpected_keys"] if k != tied and not k.endswith(CONSTANTS))
+
+
+def check_no_others(source: Source, config: Any, names: Iterable[str]) -> None:
+    """Raises FormatError if one of the tensors that the model has no place for is more than a copy of a tied
+    head, or a constant that old checkpoints hold."""
+    tied = source.arch.head + ".weight" if config.tie_word_embeddings else None
+    unknown = sorted(name for name in names if name != tied and not name.endswith(CONSTANTS))
     if unknown:
         raise FormatError(
             f"{source.path}: {len(unknown)} tensors have no place in the model that config.json describes, "
             f"first {unknown[0]!r}"
         )
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
-    if device != "cpu" and attention.suits(model.config, tokens):
-        model.set_attn_implementation(attention.CAUSAL)
-    return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
+
+
+def check_finite(source: Source, name: str, tensor: Tensor) -> None:
+    """Raises FormatError if a tensor holds NaN or infinity. Makes no copies."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise FormatError(f"{source.path}: tensor {name!r} holds NaN or infinity")
 
 
 class Expert(nn.Module):

@@ -21,12 +21,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import ArchSpec, features
+from dbf2gguf.archs import ArchSpec
 from dbf2gguf.calibrate import _loss_gradient, weighing_outputs
 from dbf2gguf.correct import Arguments, _call, _embed
 from dbf2gguf.factorize import Factors
 from dbf2gguf.progress import Stage
-from dbf2gguf.source import CONSTANTS, Source, decoder_layers, linear_names, split_fused
+from dbf2gguf.source import (
+    Source,
+    attention_of,
+    check_finite,
+    check_no_others,
+    check_shape,
+    decoder_layers,
+    linear_names,
+    split_fused,
+    weight_files,
+)
 from dbf2gguf.work import Work
 from runtime.errors import FormatError
 from runtime.format import pack, unpack
@@ -197,10 +207,9 @@ def stream_model(source: Source, scratch: Scratch) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-    implementation = "eager" if features(config).attn_softcap else "sdpa"
     with _without_weights():
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=implementation, dtype=torch.float32
+            config, attn_implementation=attention_of(config), dtype=torch.float32
         )
     model.eval().requires_grad_(False)
     arch = source.arch
@@ -255,7 +264,7 @@ class _Checkpoint:
         self._finite: set[str] = set()
         self._places: dict[str, tuple[Path, str]] = {}  # parameter -> file, name in it
         found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        for file in sorted(source.path.glob("*.safetensors")):
+        for file in weight_files(source.path):
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     found[name] = file, tuple(tensors.get_slice(name).get_shape())
@@ -269,19 +278,9 @@ class _Checkpoint:
                     "of transformers' parameters can be streamed"
                 )
             file, shape = found.pop(stored)
-            if shape != tuple(parameter.shape):
-                raise FormatError(
-                    f"{source.path}: shapes contradict config.json: {name!r} is {shape}; wanted "
-                    f"{tuple(parameter.shape)}"
-                )
+            check_shape(source, name, shape, parameter.shape)
             self._places[name] = file, stored
-        tied = source.arch.head + ".weight" if model.config.tie_word_embeddings else None
-        unknown = sorted(name for name in found if name != tied and not name.endswith(CONSTANTS))
-        if unknown:
-            raise FormatError(
-                f"{source.path}: {len(unknown)} tensors have no place in the model that config.json "
-                f"describes, first {unknown[0]!r}"
-            )
+        check_no_others(source, model.config, found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Checkpoint:
         return self  # copies of a module read what it does
@@ -299,8 +298,7 @@ class _Checkpoint:
         """A copy in float32. Raises FormatError if it is not finite."""
         value = mapped.to(torch.float32, copy=True)
         if name not in self._finite:
-            if not torch.stack(value.aminmax()).isfinite().all():  # makes no copies
-                raise FormatError(f"{self._source.path}: tensor {name!r} holds NaN or infinity")
+            check_finite(self._source, name, value)
             self._finite.add(name)
         return value
 

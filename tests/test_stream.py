@@ -89,6 +89,18 @@ def test_same_bytes_from_16_bits(
     assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
+def test_what_no_index_names_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    """The same weights in another layout, say, beside those of the index."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64}
+    write_checkpoint(tmp_path / "model", "tiny", **sizes)
+    save_file({"tok_embeddings.weight": torch.zeros(2)}, tmp_path / "model" / "consolidated.safetensors")
+    options = OPTIONS | {"calib": [text], "correct_rows": 8}
+    convert(tmp_path / "model", tmp_path / "whole.gguf", **options)
+    streaming(monkeypatch)
+    convert(tmp_path / "model", tmp_path / "streamed.gguf", **options)
+    assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
 def test_a_search_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     """Tries share the streamed model, which none may change."""
     model = tiny_hf.write_folder(tmp_path / "model")
