@@ -23,6 +23,7 @@ from dbf2gguf.prompts import chat_questions, openings
 from dbf2gguf.tables import entries, is_table
 from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
+from runtime.perplexity import chunks
 from runtime.tokenizer import END_TOKENS
 
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
@@ -75,13 +76,12 @@ def first_rows(file: Path, tokenizer: Any, rows: int, row_tokens: int, seed: int
 
     Raises FormatError for a file that cannot be read.
     """
-    begin = [tokenizer.bos_token_id] if adds_begin(tokenizer) else []
-    tokens = itertools.chain(begin, _file_tokens(file, tokenizer, seed))
-    ids = torch.tensor(list(itertools.islice(tokens, rows * row_tokens)), dtype=torch.int64)
-    count = len(ids) // row_tokens
-    cut = ids[: count * row_tokens].view(count, row_tokens)
-    cut[:, : len(begin)] = torch.tensor(begin, dtype=torch.int64)
-    return cut
+    begin = tokenizer.bos_token_id if adds_begin(tokenizer) else None
+    tokens = itertools.chain([] if begin is None else [begin], _file_tokens(file, tokenizer, seed))
+    ids = list(itertools.islice(tokens, rows * row_tokens))
+    if len(ids) < row_tokens:
+        return torch.empty(0, row_tokens, dtype=torch.int64)
+    return torch.tensor(chunks(ids, row_tokens, rows, begin), dtype=torch.int64)
 
 
 def adds_begin(tokenizer: Any) -> bool:
