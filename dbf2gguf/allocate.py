@@ -31,7 +31,7 @@ from dbf2gguf.factorize import Factors, factorize, signs
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import ALLOCATIONS, CHANNELS_BELOW, Recipe
-from dbf2gguf.source import Source, decoder_layers
+from dbf2gguf.source import Source, as_linear, decoder_layers
 from dbf2gguf.work import Work
 from dbf2gguf.write import dequantized, ggml_type, head_is_tied
 from runtime.errors import OptionError
@@ -561,12 +561,7 @@ def _kl_backward(
 ) -> None:
     """As _backward, in the model with other weights, the loss being the summed KL from the original.
     Calls on_row() before the gradients of every row."""
-    linears = {}
-    for name, path in names.items():
-        bias = model.get_submodule(path).bias
-        linear = nn.Linear(weights[name].shape[1], weights[name].shape[0], bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weights[name], requires_grad=False), bias
-        linears[path] = linear
+    linears = {path: as_linear(weights[name], model.get_submodule(path).bias) for name, path in names.items()}
     student = with_linears(model, linears)
     f, head = features(model.config), model.get_output_embeddings().weight
 
