@@ -8,8 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from test_convert import IDS, MODELS, NUMBA, ROUTED, Case
+from test_convert import IDS, MODELS, NUMBA, ROUTED, Case, largest_difference
 
 import runtime
 
@@ -17,12 +16,11 @@ EMBED_TYPES = ("f16", "q8_0")
 
 
 def differences(case: Case, routed: bool) -> tuple[float, float]:
-    """Largest difference of a logit, and that over the logits' standard deviation; of models with experts
-    without the quarter of the tokens that differ most (see test_convert.assert_close)."""
+    """Largest difference of a logit, and that over the logits' standard deviation; see
+    test_convert.largest_difference."""
     with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32) as model:
         got, wanted = model.logits(IDS), case.twin_logits(IDS)
-    worst = np.sort(np.abs(got - wanted).max(-1))
-    most = float(worst[: len(worst) * 3 // 4 if routed else None].max())
+    most = largest_difference(got, wanted, routed)
     return most, most / float(wanted.std())
 
 

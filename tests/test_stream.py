@@ -17,6 +17,7 @@ import pytest
 import tiny_hf
 import torch
 from safetensors.torch import load_file, save_file
+from stops import FragileWork, Stop
 from test_convert import MODELS
 
 import dbf2gguf.convert
@@ -129,28 +130,15 @@ def test_with_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, 
     assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-class Stop(Exception):
-    """What ends a conversion in the middle."""
-
-
 def test_stopped_and_gone_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     """One time streamed, another time not: they share what is finished."""
     model = tiny_hf.write_folder(tmp_path / "model")
     options = OPTIONS | {"calib": [text]}
     convert(model, tmp_path / "wanted.gguf", **options)
-    generator, save, left, stops = random.Random(0), Work.save, 0, 0
-
-    def fragile(self: Work, name: str, part: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Stop
-        save(self, name, part)
-
-    monkeypatch.setattr(Work, "save", fragile)
+    generator, stops, work = random.Random(0), 0, FragileWork(monkeypatch)
     out = tmp_path / "out.gguf"
     while not out.exists():
-        left = generator.randint(2, 6)
+        work.left = generator.randint(2, 6)
         monkeypatch.setattr(dbf2gguf.convert, "choose_streamed", lambda *_, even=stops % 2 == 0: even)
         try:
             convert(model, out, **options)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_hf
 import torch
+from stops import FragileWork, Stop
 
 import dbf2gguf.convert
 import dbf2gguf.distill
@@ -71,10 +72,6 @@ def test_without_a_folder_nothing_is_kept() -> None:
     assert work.keep("a", lambda: 2) == 2
 
 
-class Stop(Exception):
-    """What ends a conversion in the middle."""
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_stopped_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Stopped before or after a part is written, again and again; every step of distillation is one."""
@@ -85,19 +82,10 @@ def test_stopped_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed:
     assert not (tmp_path / "wanted.gguf.work").exists()
 
     monkeypatch.setattr(dbf2gguf.distill, "SAVE_SECONDS", 0)
-    generator, save, left = random.Random(seed), Work.save, 0
-
-    def fragile(self: Work, name: str, part: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Stop
-        save(self, name, part)
-
-    monkeypatch.setattr(Work, "save", fragile)
+    generator, work = random.Random(seed), FragileWork(monkeypatch)
     out, stops = tmp_path / "out.gguf", 0
     while True:
-        left = generator.randint(2, 9)
+        work.left = generator.randint(2, 9)
         try:
             convert(model, out, **options)
             break
