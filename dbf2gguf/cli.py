@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dbf2gguf.archs import ARCHS
-from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, DEFAULT_PRESET, EMBED_TYPES, PRESETS
+from dbf2gguf.recipe import (
+    ALLOCATIONS,
+    CARRIERS,
+    CHECKPOINTING,
+    DEFAULT_PRESET,
+    DTYPES,
+    EMBED_TYPES,
+    PRESETS,
+)
 from dbf2gguf.search import COLLAPSED_KL
 from runtime.cli import INTERRUPTED, run
 from runtime.cli import parser as make_parser
@@ -113,6 +121,12 @@ def convert_parser() -> argparse.ArgumentParser:
         "--allocation",
         choices=ALLOCATIONS,
         help="how the bits are spread over the linear layers, always as many in all (default: the preset's)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="arithmetic of the distillation's products; auto: bfloat16 on a GPU and on a CPU that has "
+        "instructions for it, else float32 (default: the preset's)",
     )
     add(
         "--checkpointing",
