@@ -560,15 +560,14 @@ def as_read(
             linears[path] = as_linear(torch.empty(shape, device="meta"), old.bias)
             put_on_disk(linears[path], partial(_dense, factors, name), scratch)
     twin = with_linears(model, linears)
-    embedding = nn.Parameter(
-        dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False
-    )
-    head = embedding
+
+    def stored(module: nn.Module) -> nn.Parameter:
+        return nn.Parameter(dequantized(module.weight, embed_type), requires_grad=False)
+
+    twin.get_input_embeddings().weight = head = stored(model.get_input_embeddings())
     if not head_is_tied(model):
-        head = nn.Parameter(
-            dequantized(model.get_output_embeddings().weight, embed_type), requires_grad=False
-        )
-    twin.get_input_embeddings().weight = embedding
+        del head  # before there is another one
+        head = stored(model.get_output_embeddings())
     twin.get_output_embeddings().weight = head
     return twin
 

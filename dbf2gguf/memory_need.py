@@ -22,6 +22,8 @@ from dbf2gguf.team import torchrun_size
 from runtime.errors import OptionError
 
 FLOAT = 4
+BESIDES = 2**26
+"""Bytes of what comes with the work and is not counted: buffers of libraries, pages of files."""
 
 
 def describe_size(size: int) -> str:
@@ -52,6 +54,7 @@ def find_need(
     skeleton  the model's modules and shapes
     base      bytes that the process has already
     """
+    base += BESIDES
     recipe, f, config = options.recipe, features(skeleton.config), skeleton.config
     width, vocabulary, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
