@@ -10,7 +10,8 @@ Bytes on the GPU for S signs, W weights of linear layers, D parameters of norms,
 
 S is about W times the bits per weight less 0.03. Activations are bounded twice: as many rows pass together as
 fit, and where not even LEAST_TOKENS of them do, every decoder layer keeps its input alone and runs again in
-the backward pass (checkpointing): a third more time, the same gradients.
+the backward pass (checkpointing): a third more time, the same gradients. With --dtype float32, what is
+bfloat16 here takes twice as much, and activations, some of which are float32 anyway, half as much more.
 
 GB by this arithmetic. Of a token a layer of width d holds about 53 d bytes (counted in bfloat16, all
 parameters trained, feed-forwards of 2.7 d; `token_bytes` is an upper bound), checkpointed 4 d and what one
@@ -43,6 +44,8 @@ from torch.utils.checkpoint import checkpoint
 from dbf2gguf.archs import features, head_dim
 
 LEAST_TOKENS = 4096  # that must pass at a time, or else layers are checkpointed
+PASS_BYTES = 2**28  # of activations in one layer, where rows are not distilled on
+BACKWARD = 3
 SLACK = 0.85  # of the free memory, for what is not counted
 
 
@@ -77,12 +80,31 @@ def plan_passes(
     return Passes(rows(few), True)
 
 
-def token_bytes(config: Any) -> int:
-    """Bytes that all layers of a model keep for the backward pass of one token, under bfloat16 autocast: an
-    upper bound for the families that there are (tests count them)."""
+def token_bytes(config: Any, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that all layers of a model keep for the backward pass of one token, under autocast to bfloat16 or
+    in float32: an upper bound for the families that there are (tests count them)."""
     f = features(config)
     heads = (config.num_attention_heads + f.n_kv_heads) * head_dim(config)
-    return config.num_hidden_layers * (44 * config.hidden_size + 8 * f.d_ff + 13 * heads)
+    rounded = 44 * config.hidden_size + 8 * f.d_ff + 13 * heads
+    return config.num_hidden_layers * (rounded if dtype == torch.bfloat16 else rounded * 3 // 2)
+
+
+def row_bytes(config: Any, tokens: int) -> int:
+    """Bytes that pass through one decoder layer with a row of so many tokens, in float32, without a backward
+    pass; that holds about BACKWARD times as many."""
+    f = features(config)
+    d_ff = f.d_shared + f.n_experts_used * f.d_expert if f.n_experts else f.d_ff
+    scores = 2 * config.num_attention_heads * tokens if f.attn_softcap else 0  # all of them, twice
+    return 4 * tokens * (6 * config.hidden_size + 3 * d_ff + scores)
+
+
+def rows_together(config: Any, tokens: int, most: int, times: int = 1) -> int:
+    """How many rows of text pass through a model together, at least one and at most `most`, without their
+    activations taking more than PASS_BYTES.
+
+    times  as many bytes as row_bytes says: BACKWARD for a backward pass
+    """
+    return max(1, min(most, PASS_BYTES // (times * row_bytes(config, tokens))))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dbf2gguf.archs import features
 from dbf2gguf.budget import MAX_BPW, RANK_STEP, Plan, Shape, linear_bits, plan_uniform
 from dbf2gguf.calibrate import _loss_gradient, hidden_states, input_importance
-from dbf2gguf.correct import _call, _embed, factorize_model
+from dbf2gguf.correct import _call, _embed, batches_of, factorize_model
 from dbf2gguf.distill import HEAD_TOKENS, _kl_gradient, with_linears
 from dbf2gguf.factorize import Factors, factorize, signs
 from dbf2gguf.parallel import map_on_cores
@@ -409,7 +409,7 @@ def measure_kl(
     """KL, nats a token, that each error costs alone: added to its layer, the rest of the model is run again
     from that block on. Holds the states between blocks."""
     layers = decoder_layers(model, source.arch)
-    states, arguments = _embed(model, layers, rows)
+    states, arguments = _embed(model, layers, batches_of(rows, model.config))
     between = [list(states)]
     for layer, its in zip(layers, arguments, strict=True):
         between.append([_call(layer, state, its) for state in between[-1]])

@@ -14,6 +14,7 @@ from dbf2gguf.progress import Stage
 
 TINY = 1e-30  # a layer whose outputs change nothing has no gradients
 TINY_INPUT = 1e-12
+GRADIENT_BATCH = 4  # rows that pass together for output_importance, at most
 HEAD_TOKENS = 512  # tokens whose logits are held at a time
 
 

@@ -14,6 +14,7 @@ from dbf2gguf.recipe import (
     CHANNELS_BELOW,
     CHECKPOINTING,
     DEFAULT_PRESET,
+    DTYPES,
     EMBED_TYPES,
     PRESETS,
 )
@@ -123,6 +124,12 @@ def convert_parser() -> argparse.ArgumentParser:
         choices=ALLOCATIONS,
         help="how the bits are spread over the linear layers, always as many in all; auto: channels below "
         f"{CHANNELS_BELOW:g} bits if distillation follows, else uniform (default: the preset's)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="arithmetic of the distillation's products; auto: bfloat16 on a GPU and on a CPU that has "
+        "instructions for it, else float32 (default: the preset's)",
     )
     add(
         "--checkpointing",

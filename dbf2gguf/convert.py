@@ -19,11 +19,12 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.activations import BACKWARD, rows_together
 from dbf2gguf.allocate import allocate
 from dbf2gguf.archs import context_length
 from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
 from dbf2gguf.cache import cached_text
-from dbf2gguf.calibrate import output_importance
+from dbf2gguf.calibrate import GRADIENT_BATCH, output_importance
 from dbf2gguf.correct import factorize_model
 from dbf2gguf.distill import Student, distill, with_linears
 from dbf2gguf.evaluate import Quality, measure
@@ -64,8 +65,9 @@ from dbf2gguf.write import (
 from runtime.cli import peak_rss
 from runtime.errors import FormatError, OptionError, QualityError
 
-GRADIENT_BATCH = 4
 DEFAULT_BPW = 1.2
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+RETURNED_BYTES = 1 << 17  # glibc's own, until it learns of larger blocks
 SAME_TEXT = ("model", "device", "threads", "versions")
 
 
@@ -333,6 +335,7 @@ def _prepare(
     source: Source, skeleton: nn.Module, options: Options, stages: _Stages, means: _Means
 ) -> _Prepared:
     recipe, work, team, scratch = options.recipe, means.work, means.team, means.scratch
+    _return_freed_memory(from_now_on=scratch is not None)
     torch.manual_seed(options.seed)
     with stages("load", 1):
         length = _row_tokens(skeleton, recipe)
@@ -352,7 +355,8 @@ def _prepare(
     with stages("gradients", steps) as progress:
 
         def gradients() -> dict[str, Tensor]:
-            how = names, some, GRADIENT_BATCH, progress
+            together = rows_together(model.config, rows.shape[1], GRADIENT_BATCH, BACKWARD)
+            how = names, some, together, progress
             if scratch is None:
                 return output_importance(model, *how)
             return streamed_importance(model, source.arch, *how, scratch)
@@ -457,10 +461,16 @@ def _text_digest(text: Path) -> str:
     return str(text) if dataset_of(text) else digest_of([text])
 
 
-def _return_freed_memory() -> None:
-    """To the system: glibc keeps what threads have freed, gigabytes after some stages."""
+def _return_freed_memory(from_now_on: bool = False) -> None:
+    """To the system: glibc keeps what threads have freed, gigabytes after some stages.
+
+    from_now_on  at once what has RETURNED_BYTES or more, until the process ends
+    """
     with suppress(AttributeError, OSError, TypeError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        if from_now_on:
+            libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+        libc.malloc_trim(0)
 
 
 def _text(
@@ -555,15 +565,14 @@ def as_read(
             linears[path] = as_linear(torch.empty(shape, device="meta"), old.bias)
             put_on_disk(linears[path], partial(_dense, factors, name), scratch)
     twin = with_linears(model, linears)
-    embedding = nn.Parameter(
-        dequantized(model.get_input_embeddings().weight, embed_type), requires_grad=False
-    )
-    head = embedding
+
+    def stored(module: nn.Module) -> nn.Parameter:
+        return nn.Parameter(dequantized(module.weight, embed_type), requires_grad=False)
+
+    twin.get_input_embeddings().weight = head = stored(model.get_input_embeddings())
     if not head_is_tied(model):
-        head = nn.Parameter(
-            dequantized(model.get_output_embeddings().weight, embed_type), requires_grad=False
-        )
-    twin.get_input_embeddings().weight = embedding
+        del head  # before there is another one
+        head = stored(model.get_output_embeddings())
     twin.get_output_embeddings().weight = head
     return twin
 

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequen
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.activations import rows_together
 from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import importance_of
@@ -34,7 +36,7 @@ from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.work import Work
 
-BATCH_ROWS = 8
+BATCH_ROWS = 8  # that pass together, at most
 PRODUCT_ROWS = 1024  # of a weight that are multiplied out at a time
 BATCH_MATRICES = 32  # that are factorized together on a GPU, at most
 TOKENS_PER_INPUT = 4  # an expert that sees fewer is not corrected: on random models, 2 were worse, 8 better
@@ -86,9 +88,8 @@ def factorize_model(
     scale = features(model.config).residual_scale
     walk = _Walk(plan, importance_out, recipe, scale, executor, work, keep, result, errors, targets)
     layers = decoder_layers(model, source.arch)
-    first, arguments_of = _embed(model, layers, rows)
-    states, student_states = keep(first), keep(first)
-    del first
+    first, arguments_of = _embed(model, layers, batches_of(rows, model.config))
+    states = student_states = keep(first)
     for index, (layer, arguments) in enumerate(zip(layers, arguments_of, strict=True)):
         records = keep(_record(layer, source.arch, s, arguments) for s in states)
         student = with_linears(layer, {})
@@ -413,42 +414,53 @@ class _Record:
     output: Tensor
 
 
-def _embed(model: nn.Module, layers: nn.ModuleList, rows: Tensor) -> tuple[list[Tensor], list[Arguments]]:
-    """The first layer's inputs, in batches, and the other arguments that each layer is called with."""
-    states: list[Tensor] = []
+def batches_of(rows: Tensor, config: Any) -> Sequence[Tensor]:
+    """Rows of text that pass through a model of this config together: as many in each, because what layers
+    are called with beside their input is made for one size."""
+    most = rows_together(config, rows.shape[1], BATCH_ROWS)
+    return rows.split(next(n for n in range(min(most, len(rows)), 0, -1) if len(rows) % n == 0))
+
+
+def _embed(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]
+) -> tuple[Iterator[Tensor], list[Arguments]]:
+    """The first layer's inputs, each made when it is asked for, and the other arguments that each layer is
+    called with.
+
+    batches  (n, tokens) int64, of one size
+    """
     arguments: dict[nn.Module, Arguments] = {}
-
-    def in_place_of(layer: nn.Module) -> Callable[..., Tensor]:
-        """A forward pass that notes what it is called with and computes nothing."""
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if layer is layers[0]:
-                states.append(hidden_states)
-                if arguments:
-                    raise _Stop  # the first batch has told those of every layer
-            arguments[layer] = args, kwargs
-            if layer is layers[-1]:
-                raise _Stop
-            return hidden_states
-
-        return forward
-
     device = next(model.parameters()).device
-    try:
-        for layer in layers:
-            layer.forward = in_place_of(layer)
-        for chunk in rows.split(_even_batch(len(rows))):
+
+    def embedded(batch: Tensor) -> Tensor:
+        states: list[Tensor] = []
+
+        def in_place_of(layer: nn.Module) -> Callable[..., Tensor]:
+            """A forward pass that notes what it is called with and computes nothing."""
+
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                states.append(hidden_states)
+                if layer in arguments:
+                    raise _Stop  # the first batch has told those of every layer
+                arguments[layer] = args, kwargs
+                if layer is layers[-1]:
+                    raise _Stop
+                return hidden_states
+
+            return forward
+
+        try:
+            for layer in layers:
+                layer.forward = in_place_of(layer)
             with suppress(_Stop):
-                model.get_decoder()(chunk.to(device), use_cache=False)
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-    return states, [arguments[layer] for layer in layers]
+                model.get_decoder()(batch.to(device), use_cache=False)
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+        return states[0]
 
-
-def _even_batch(rows: int) -> int:
-    """The largest batch size <= BATCH_ROWS that divides `rows`: arguments are made for one size."""
-    return next(size for size in range(min(BATCH_ROWS, rows), 0, -1) if rows % size == 0)
+    first = embedded(batches[0])
+    return chain([first], map(embedded, batches[1:])), [arguments[layer] for layer in layers]
 
 
 def _call(layer: nn.Module, state: Tensor, arguments: Arguments) -> Tensor:

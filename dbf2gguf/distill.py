@@ -225,6 +225,7 @@ def distill(
     if steps == 0:
         return []
     device = next(teacher.parameters()).device
+    dtype = dtype_on(device, recipe.dtype)
     stacks = student.stacks
     groups = [
         {"params": [p for s in stacks for p in (s.s_out, s.s_mid, s.s_in)], "peak": recipe.scale_rate},
@@ -257,7 +258,9 @@ def distill(
     def find_gradients() -> Tensor:
         """Those that `tokens` have in the whole batch's; the KL likewise."""
         optimizer.zero_grad(set_to_none=True)
-        return _gradients(teacher, student, tokens, kl_gradient, size * rows.shape[1], rows=passes.rows)
+        return _gradients(
+            teacher, student, tokens, kl_gradient, size * rows.shape[1], rows=passes.rows, dtype=dtype
+        )
 
     def update() -> None:
         optimizer.step()
@@ -270,9 +273,9 @@ def distill(
         return kl
 
     with ExitStack() as modes:
-        if device.type == "cuda":
+        if device.type == "cuda" and dtype == torch.bfloat16:
             modes.enter_context(in_bfloat16(_linears_of(teacher, student.model)))
-        passes = _passes(student, tokens, trained, recipe.checkpointing)
+        passes = _passes(student, tokens, trained, recipe.checkpointing, dtype)
         if compiled:
             modes.enter_context(_compiled(teacher, student.model))
         if passes.checkpointed:
@@ -300,6 +303,12 @@ def distill(
                 last_saved = time.monotonic()
     student.requires_grad_(False)
     return history
+
+
+def dtype_on(device: torch.device, kind: str) -> torch.dtype:
+    """What one of recipe.DTYPES stands for on a device."""
+    rounded = has_bfloat16(device) if kind == "auto" else kind == "bfloat16"
+    return torch.bfloat16 if rounded else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -330,20 +339,23 @@ def _linears_of(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
     return [m for m in teacher.modules() if isinstance(m, nn.Linear) and id(m.weight) not in shared]
 
 
-def _passes(student: Student, batch: Tensor, trained: list[Tensor], checkpointing: str) -> Passes:
+def _passes(
+    student: Student, batch: Tensor, trained: list[Tensor], checkpointing: str, dtype: torch.dtype
+) -> Passes:
     """How a batch (rows, tokens) goes through the student; on a GPU, by its free memory."""
     rows, tokens = batch.shape
     if not batch.is_cuda:
         return Passes(max(1, PASS_TOKENS // tokens), checkpointing == "on")
     signs_of = {id(p) for stack in student.stacks for p in (stack.a, stack.b)}
     weights = sum(len(s.names) * s.a.shape[1] * s.b.shape[2] for s in student.stacks)
-    later = 8 * sum(p.numel() for p in trained) + 4 * weights  # Adam, weights in bfloat16 with gradients
+    later = 8 * sum(p.numel() for p in trained)  # Adam
+    later += 2 * dtype.itemsize * weights  # with gradients
     later += 4 * sum(p.numel() for p in trained if id(p) not in signs_of)  # the others' gradients
     later += 5 * 4 * GPU_HEAD_LOGITS
     free = torch.cuda.mem_get_info(batch.device)[0]
     free += torch.cuda.memory_reserved(batch.device) - torch.cuda.memory_allocated(batch.device)
     config = student.model.config
-    plain, kept = tokens * token_bytes(config), 4 * tokens * config.hidden_size
+    plain, kept = tokens * token_bytes(config, dtype), 4 * tokens * config.hidden_size
     layers = config.num_hidden_layers
     return plan_passes(rows, tokens, layers, plain, kept, SLACK * free - later, checkpointing)
 
@@ -356,16 +368,17 @@ def _gradients(
     count: int | None = None,
     *,
     rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Gradients of the KL summed over tokens (batch, tokens), `rows` or all at a time, over `count`: their
-    number, unless they are a part of a batch. Returns it, on the model's device."""
+    number, unless they are a part of a batch; products are of `dtype`. Returns it, on the model's device."""
     f = features(teacher.config)
     count = count or tokens.numel()
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
     size = min(HEAD_TOKENS * 8, GPU_HEAD_LOGITS // len(head)) if tokens.is_cuda else HEAD_TOKENS
     total = torch.zeros((), device=tokens.device)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=has_bfloat16(tokens.device)):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         student.multiply_out()
         for some in tokens.split(rows or len(tokens)):
             with torch.no_grad():

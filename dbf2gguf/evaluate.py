@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf.activations import rows_together
 from dbf2gguf.archs import context_length
 from dbf2gguf.calibrate import hidden_states, logits
 from dbf2gguf.progress import Stage
@@ -18,7 +19,7 @@ from runtime.errors import ContextError
 from runtime.tokenizer import Tokenizer
 from runtime.zeroshot import Choice
 
-BATCH_ROWS = 8
+BATCH_ROWS = 8  # that pass together, at most
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
     device = next(reference.parameters()).device
     losses, reference_losses, divergences, agreements = [], [], [], []
     half = rows.shape[1] // 2
-    for chunk in rows.split(BATCH_ROWS):  # every pass reads all weights
+    together = rows_together(reference.config, rows.shape[1], BATCH_ROWS)
+    for chunk in rows.split(together):  # every pass reads all weights
         tokens = chunk.to(device)
         both = (hidden_states(m, input_ids=tokens)[:, half:-1] for m in (reference, model))
         for wanted_hidden, hidden, target in zip(*both, tokens[:, half + 1 :, None], strict=True):

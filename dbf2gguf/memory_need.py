@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dbf2gguf import correct, evaluate
+from dbf2gguf import correct
+from dbf2gguf.activations import BACKWARD, row_bytes, rows_together
 from dbf2gguf.archs import features
 from dbf2gguf.budget import Plan
-from dbf2gguf.calibrate import HEAD_TOKENS
+from dbf2gguf.calibrate import GRADIENT_BATCH, HEAD_TOKENS
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.source import Source, decoder_layers
@@ -21,8 +22,8 @@ from dbf2gguf.team import torchrun_size
 from runtime.errors import OptionError
 
 FLOAT = 4
-EXPERT_GROUPS = (("ffn_gate", "ffn_up"), ("ffn_down",))
-"""Of all experts, what is corrected together."""
+BESIDES = 2**26
+"""Bytes of what comes with the work and is not counted: buffers of libraries, pages of files."""
 
 
 def describe_size(size: int) -> str:
@@ -53,37 +54,37 @@ def find_need(
     skeleton  the model's modules and shapes
     base      bytes that the process has already
     """
+    base += BESIDES
     recipe, f, config = options.recipe.at(plan.target), features(skeleton.config), skeleton.config
     width, vocabulary, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
     ends = vocabulary * width * FLOAT
     block = max(*layers, ends // FLOAT) * FLOAT
-    d_ff = f.d_shared + f.n_experts_used * f.d_expert if f.n_experts else f.d_ff
-    heads = config.num_attention_heads * row_tokens * FLOAT if f.attn_softcap else 0  # all scores of a token
-    token = (6 * width + 3 * d_ff) * FLOAT + 2 * heads  # activations of a block
     head = ends + 4 * HEAD_TOKENS * vocabulary * FLOAT
     state = row_tokens * width * FLOAT  # of one row
+    row = row_bytes(config, row_tokens)
     rows = min(recipe.correct_rows, recipe.text_rows)
 
-    batch = min(correct.BATCH_ROWS, rows) * row_tokens
+    passing = rows_together(config, row_tokens, min(correct.BATCH_ROWS, rows)) * row
+    backward = rows_together(config, row_tokens, GRADIENT_BATCH, BACKWARD) * row * BACKWARD
     largest = max(r * c for r, c in plan.shapes.values()) * FLOAT
-    gradients = max(layers) * FLOAT + 4 * row_tokens * 3 * token
-    correction = max(_correction(plan, group) for group in _groups(source, f.n_experts)) + batch * token
-    measuring = max(evaluate.BATCH_ROWS * row_tokens * token + largest, 2 * head)
+    gradients = max(layers) * FLOAT + backward
+    correction = max(_correction(plan, group, passing) for group in _corrected(source, f.n_experts))
+    measuring = max(passing + 3 * largest, ends + head)
     streamed = base + max(gradients, head, correction, measuring, 2 * ends + largest)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
     linears = plan.weights * FLOAT
-    records = rows * (7 * state + row_tokens * d_ff * FLOAT)  # of one block, for its correction
+    records = rows * (row + state)  # of one block, for its correction: no more than that
     kept = latents if recipe.distill_steps else 0  # otherwise they are in files
-    stages = [kept + records + correction, kept + linears + 2 * ends + measuring]
+    stages = [kept + records + 3 * largest + correction, kept + linears + 2 * ends + measuring]
     if recipe.allocation != "uniform":
         stages.append(2 * linears + 2 * latents)
     if recipe.distill_steps:
-        passing = PASS_TOKENS * n_layers * (width * FLOAT if recipe.checkpointing == "on" else 2 * token)
+        held = width * FLOAT if recipe.checkpointing == "on" else 2 * row // row_tokens
         dense = 4 * (weights - linears) if recipe.dense_rate else 0
-        stages.append(5 * latents + 2 * linears + dense + passing)
+        stages.append(5 * latents + 2 * linears + dense + PASS_TOKENS * n_layers * held)
     whole = base + weights + max(stages)
     disk = 2 * rows * state + records + n_layers * min(recipe.gradient_rows, recipe.text_rows) * state
     return Need(base, whole, streamed, block, disk + max(layers) * FLOAT + 2 * ends)
@@ -93,27 +94,43 @@ def _weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _groups(source: Source, n_experts: int) -> list[list[str]]:
-    """The layers of the first block that are corrected together."""
-    groups = [list(group.linears) for group in source.arch.groups]
+@dataclass(frozen=True)
+class _Corrected:
+    """Layers that are corrected together."""
+
+    names: list[str]  # of the first block
+    residual: bool  # whether they make up for what the residual stream lacks
+    experts: bool
+
+
+def _corrected(source: Source, n_experts: int) -> Iterator[_Corrected]:
+    for group in source.arch.groups:
+        yield _Corrected([f"blk.0.{name}" for name in group.linears], group.residual is not None, False)
     if source.arch.experts is not None:
         ends = source.arch.experts.branches(n_experts)
-        groups += [[name + end for end in ends for name in names] for names in EXPERT_GROUPS]
-    return [[f"blk.0.{name}" for name in group] for group in groups]
+        for names in (("ffn_gate", "ffn_up"), ("ffn_down",)):
+            yield _Corrected([f"blk.0.{name}{end}" for end in ends for name in names], False, True)
 
 
-def _correction(plan: Plan, names: list[str]) -> int:
-    """Bytes that the correction of a group takes, whatever comes after what."""
-    shapes = [plan.shapes[name] for name in names]
-    targets = sum(rows * cols for rows, cols in shapes)
-    largest = max(rows * cols for rows, cols in shapes)
-    moments = 3 * shapes[0][1] ** 2 + targets + 5 * largest  # the solver copies what it is given
-    admm = [
-        4 * rows * cols + rank * (2 * (rows + cols) + 3 * max(rows, cols)) + 4 * rank**2
-        for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in names), strict=True)
-    ]
-    at_a_time = 1 if largest >= correct.LARGE else torch.get_num_threads()
-    return max(moments, targets + sum(sorted(admm)[-at_a_time:])) * FLOAT
+def _correction(plan: Plan, group: _Corrected, passing: int) -> int:
+    """Bytes that correcting and factorizing a group takes, whatever comes after what.
+
+    passing  bytes of activations
+    """
+    shapes = [plan.shapes[name] for name in group.names]
+    sizes = [rows * cols for rows, cols in shapes]
+    largest, moments = max(sizes), 2 * shapes[0][1] ** 2
+    admm = sorted(
+        rows * cols + rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
+        for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in group.names), strict=True)
+    )
+    alone = largest >= correct.LARGE and not group.experts
+    return max(
+        FLOAT * (moments + largest * (1 + group.residual)) + passing,  # a weight is read for the pass
+        FLOAT * (moments + sum(sizes) + largest),  # W C
+        FLOAT * (admm[-1] if alone else sum(sizes) + sum(admm[-torch.get_num_threads() :])),
+        FLOAT * 6 * largest,  # the error of the factors
+    )
 
 
 def choose_streamed(need: Need, source: Source, options: Options) -> bool:

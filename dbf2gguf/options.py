@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, EMBED_TYPES, Recipe
+from dbf2gguf.recipe import ALLOCATIONS, CARRIERS, CHECKPOINTING, DTYPES, EMBED_TYPES, Recipe
 from dbf2gguf.search import COLLAPSED_KL
 from dbf2gguf.tables import check_readable
 from dbf2gguf.team import local_rank, torchrun_size
@@ -75,7 +75,7 @@ def check_options(options: Options, threads: int | None) -> None:
         raise OptionError(
             f"torchrun: {processes} processes cannot share batches of {batch} rows; start fewer"
         )
-    for name, known in (("allocation", ALLOCATIONS), ("checkpointing", CHECKPOINTING)):
+    for name, known in (("allocation", ALLOCATIONS), ("dtype", DTYPES), ("checkpointing", CHECKPOINTING)):
         if (value := getattr(recipe, name)) not in known:
             raise OptionError(f"--{name} {value!r} is unknown; there are {', '.join(known)}")
     for name in ("written_share", "chat_share"):

@@ -27,6 +27,10 @@ CHECKPOINTING = ("auto", "on", "off")
 """Whether distillation holds each layer's input alone and runs the layer again in the backward pass."""
 
 
+DTYPES = ("auto", "float32", "bfloat16")
+"""Arithmetic of the distillation's products; auto: bfloat16 where the device has instructions for it."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
@@ -46,6 +50,7 @@ class Recipe:
     sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
+    dtype: str = "auto"  # of the distillation's products, one of DTYPES
     checkpointing: str = "auto"  # whether layers run twice to save memory, one of CHECKPOINTING
     allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
 

@@ -133,7 +133,6 @@ class KeptFactors(MutableMapping[str, Factors]):
         """
         self._work, self._device, self._finish = work, device, finish
         self._names: dict[str, None] = {}
-        self._last: tuple[str, Factors] | None = None  # a layer's tensors are asked for one after the other
 
     def finished(self, finish: Callable[[Factors], Factors]) -> KeptFactors:
         """The same factors, each as `finish` makes it."""
@@ -144,10 +143,7 @@ class KeptFactors(MutableMapping[str, Factors]):
     def __getitem__(self, name: str) -> Factors:
         if name not in self._names:
             raise KeyError(name)
-        if self._last is None or self._last[0] != name:
-            self._last = None
-            self._last = name, self._finish(Factors(**self._work.load(name)).to(self._device))
-        return self._last[1]
+        return self._finish(Factors(**self._work.load(name)).to(self._device))
 
     def __setitem__(self, name: str, factors: Factors) -> None:
         self._names[name] = None
@@ -370,8 +366,8 @@ def output_importance(
 
     def embedded() -> Iterator[Tensor]:
         for chunk in chunks:
-            first, arguments[len(chunk)] = _embed(model, layers, chunk)
-            yield from first
+            states_of, arguments[len(chunk)] = _embed(model, layers, [chunk])
+            yield from states_of
 
     def arguments_of(index: int) -> list[Arguments]:
         return [arguments[len(chunk)][index] for chunk in chunks]

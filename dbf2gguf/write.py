@@ -39,7 +39,7 @@ from runtime.model import load_model_file
 from runtime.pretokenizers import find_pre
 
 ADDED_SCORE = -1000.0
-ROWS_AT_ONCE = 4096  # of an embedding, to be quantized and read back
+WEIGHTS_AT_ONCE = 2**22  # of an embedding, to be quantized and read back
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 """Added tokens that llama.cpp's converter takes for control tokens, whatever the tokenizer says."""
 
@@ -149,14 +149,15 @@ def verify(path: Path, source: Source, factors: Mapping[str, Factors]) -> None:
                 name = f"blk.{index}.{kind}"
                 if name not in factors:
                     raise FormatError(f"{path}: {name} was not written, but is there")
-                a, s_out = factors[name].a[0].cpu(), factors[name].s_out[0].cpu()
+                wanted = factors[name]
+                a, s_out = wanted.a[0].cpu(), wanted.s_out[0].cpu()
                 if kind in heads and source.arch.rope_pairing == "adjacent":
                     a, s_out = permute_rope(a, heads[kind]), permute_rope(s_out, heads[kind])
                 _compare(f"{path}: {name}.dbf_a", unpack(linear.a), signs(a))
-                _compare(f"{path}: {name}.dbf_b", unpack(linear.b, linear.cols), signs(factors[name].b[0]))
+                _compare(f"{path}: {name}.dbf_b", unpack(linear.b, linear.cols), signs(wanted.b[0]))
                 _compare(f"{path}: {name}.dbf_out", linear.s_out, s_out)
-                _compare(f"{path}: {name}.dbf_mid", linear.s_mid, factors[name].s_mid[0])
-                _compare(f"{path}: {name}.dbf_in", linear.s_in, factors[name].s_in[0])
+                _compare(f"{path}: {name}.dbf_mid", linear.s_mid, wanted.s_mid[0])
+                _compare(f"{path}: {name}.dbf_in", linear.s_in, wanted.s_in[0])
             file.file.release()
         count = sum(len(layer.gguf_linears) for layer in file.weights.layers)
         if count != len(factors):
@@ -185,8 +186,8 @@ def quantized(weight: Tensor, embed_type: str) -> tuple[NDArray[Any], gguf.GGMLQ
 
 def dequantized(weight: Tensor, embed_type: str) -> Tensor:
     """What a reader of the file gets for `quantized(weight, embed_type)`."""
-    read = torch.empty_like(weight)
-    for wanted, part in zip(weight.split(ROWS_AT_ONCE), read.split(ROWS_AT_ONCE), strict=True):
+    read, rows = torch.empty_like(weight), max(1, WEIGHTS_AT_ONCE // weight.shape[1])
+    for wanted, part in zip(weight.split(rows), read.split(rows), strict=True):
         data, kind = quantized(wanted, embed_type)
         part.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(data, kind), dtype=np.float32)))
     return read

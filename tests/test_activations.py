@@ -18,7 +18,16 @@ from torch._dynamo import lookup_backend
 from torch.autograd.graph import saved_tensors_hooks
 
 import dbf2gguf.distill
-from dbf2gguf.activations import LEAST_TOKENS, Passes, checkpointed, in_bfloat16, plan_passes, token_bytes
+from dbf2gguf.activations import (
+    LEAST_TOKENS,
+    Passes,
+    checkpointed,
+    in_bfloat16,
+    plan_passes,
+    row_bytes,
+    rows_together,
+    token_bytes,
+)
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.distill import _gradients, _kl_gradient, _linears_of
@@ -57,21 +66,42 @@ def saved_bytes(hidden: Callable[[], Any], known: Iterator[Tensor]) -> int:
     return total
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "gpt2"])
-def test_what_a_token_keeps(model_type: str) -> None:
+def test_what_a_token_keeps(model_type: str, dtype: torch.dtype) -> None:
     """The bound is one, and no more than twice what is kept."""
     rows, kept = torch.zeros(1, 128, dtype=torch.int64), []
     for layers in (1, 3):
         model = tiny_hf.model(0, model_type, num_hidden_layers=layers, max_position_embeddings=256)
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.to(torch.bfloat16)
+                module.weight.data = module.weight.data.to(dtype)
         model.requires_grad_(True)
         known = iter([*model.parameters(), *model.buffers()])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             kept.append(saved_bytes(lambda model=model: hidden_states(model, input_ids=rows), known))
     counted = (kept[1] - kept[0]) / 2 / rows.numel()
-    assert counted <= token_bytes(model.config) / 3 < 2.2 * counted
+    assert counted <= token_bytes(model.config, dtype) / 3 < 2.2 * counted
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+def test_what_passes_through_a_layer(model_type: str) -> None:
+    """It grows with the tokens, and with their square where all scores of attention are there."""
+    changes = {**tiny_hf.EXPERTS["qwen3-moe"]} if model_type == "qwen3_moe" else {"model_type": model_type}
+    config = tiny_hf.model(0, **changes).config
+    few, many = row_bytes(config, 8), row_bytes(config, 16)
+    assert many >= 2 * few > 2 * 8 * 4 * 6 * config.hidden_size
+    assert (many > 2 * few) == (model_type == "gemma2")
+
+
+def test_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_hf.model().config
+    row = row_bytes(config, 16)
+    monkeypatch.setattr(dbf2gguf.activations, "PASS_BYTES", 3 * row + 1)
+    assert rows_together(config, 16, 8) == 3
+    assert rows_together(config, 16, 2) == 2
+    assert rows_together(config, 16, 8, times=2) == 1
+    assert rows_together(config, 1600, 8) == 1, "fewer than one there cannot be"
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -25,7 +25,7 @@ from dbf2gguf.distill import (
 )
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
-from dbf2gguf.recipe import Recipe
+from dbf2gguf.recipe import DTYPES, Recipe
 from dbf2gguf.source import decoder_layers, linear_names, split_fused
 from dbf2gguf.work import Work
 
@@ -314,14 +314,17 @@ def test_batches() -> None:
     assert len(next(_batches(rows[:3], 8, 0))) == 3  # fewer rows than a batch
 
 
-def test_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes the same way, as nearly as 8 bits of mantissa allow; what is kept stays float32."""
-    plain = Setup()
-    wanted = plain.train(plain.student())
-    monkeypatch.setattr(dbf2gguf.distill, "has_bfloat16", lambda _: True)
-    setup = Setup()
-    student = setup.student()
-    got = setup.train(student)
-    assert got != wanted
-    assert got == pytest.approx(wanted, rel=0.1)
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
+@pytest.mark.parametrize("fast", [False, True])
+def test_dtypes(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """Rounded to bfloat16, training goes the same way, as nearly as 8 bits of mantissa allow; what is kept
+    stays float32. Which it is if nothing is said depends on the machine."""
+    monkeypatch.setattr(dbf2gguf.distill, "has_bfloat16", lambda _: fast)
+    losses = {}
+    for dtype in DTYPES:
+        setup = Setup()
+        student = setup.student()
+        losses[dtype] = setup.train(student, replace(RECIPE, dtype=dtype))
+        assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+    assert losses["auto"] == losses["bfloat16" if fast else "float32"]

@@ -334,7 +334,7 @@ def test_bpw_out_of_range(place: Place, bpw: str) -> None:
     "options",
     [
         ("--bpw", "much"), ("--preset", "fastest"), ("--embed-type", "q2"), ("--seed", "x"), ("--fast",),
-        ("--text-rows", "many"), ("a", "third", "argument"),
+        ("--dtype", "int8"), ("--text-rows", "many"), ("a", "third", "argument"),
     ],
 )  # fmt: skip
 def test_usage(place: Place, options: tuple[str, ...]) -> None:
@@ -357,6 +357,8 @@ def test_unknown_preset_in_python(place: Place) -> None:
         convert.convert(place.model, place.out, preset="fastest")
     with pytest.raises(convert.OptionError, match="--embed-type 'q2' is unknown"):
         convert.convert(place.model, place.out, embed_type="q2")
+    with pytest.raises(convert.OptionError, match="--dtype 'int8' is unknown; there are auto, float32, bf"):
+        convert.convert(place.model, place.out, dtype="int8")
     place.untouched()
 
 

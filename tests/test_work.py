@@ -19,6 +19,7 @@ import dbf2gguf.distill
 from dbf2gguf.convert import convert
 from dbf2gguf.work import Work
 from runtime.errors import QualityError
+from runtime.gguf import GgufFile
 
 PART = {"rows": torch.arange(6).view(2, 3), "n": 3, "history": [0.5, 0.25]}
 
@@ -95,6 +96,34 @@ def test_stopped_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed:
     assert stops > 1
     assert out.read_bytes() == wanted.read_bytes()
     assert not (tmp_path / "out.gguf.work").exists()
+
+
+def test_another_dtype_is_another_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What float32 has begun is of no use to bfloat16; the file says which it was."""
+    model, save = tiny_hf.write_folder(tmp_path / "model"), Work.save
+    options = tiny_hf.QUICK | {"distill_steps": 4}
+    for dtype in ("float32", "bfloat16"):
+        convert(model, tmp_path / f"{dtype}.gguf", dtype=dtype, **options)
+        with GgufFile(tmp_path / f"{dtype}.gguf") as file:
+            assert file.metadata["dbf.recipe.dtype"] == dtype
+
+    def fragile(self: Work, name: str, part: Any) -> None:
+        save(self, name, part)
+        if name == "distilled":
+            raise Stop
+
+    monkeypatch.setattr(Work, "save", fragile)
+    with pytest.raises(Stop):
+        convert(model, tmp_path / "out.gguf", dtype="float32", **options)
+    monkeypatch.setattr(Work, "save", save)
+    convert(model, tmp_path / "out.gguf", dtype="bfloat16", **options | {"quiet": False})
+    assert "of another conversion (recipe changed); starting afresh" in capsys.readouterr().err
+    made, other, wanted = (
+        (tmp_path / f"{name}.gguf").read_bytes() for name in ("out", "float32", "bfloat16")
+    )
+    assert made == wanted != other
 
 
 def test_killed(tmp_path: Path) -> None:

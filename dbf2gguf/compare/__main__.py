@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dbf2gguf.calibrate import input_importance, output_importance
+from dbf2gguf.calibrate import GRADIENT_BATCH, input_importance, output_importance
 from dbf2gguf.compare import llama_cpp, onecomp, plot, published
 from dbf2gguf.compare.comparison import Comparison, comparison_parser
 from dbf2gguf.compare.llama_cpp import F16, MissingPeerError
@@ -39,7 +39,7 @@ from dbf2gguf.compare.rows import (
     write_rows,
 )
 from dbf2gguf.compare.score import logits_of
-from dbf2gguf.convert import GRADIENT_BATCH, as_stored, make_plan
+from dbf2gguf.convert import as_stored, make_plan
 from dbf2gguf.files import check_output, replacing
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import linear_names, load_model, open_source
