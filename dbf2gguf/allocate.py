@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import features
 from dbf2gguf.budget import MAX_BPW, RANK_STEP, Plan, Shape, linear_bits, plan_uniform
-from dbf2gguf.calibrate import _loss_gradient, hidden_states, input_importance
-from dbf2gguf.correct import _call, _embed, batches_of, factorize_model
-from dbf2gguf.distill import HEAD_TOKENS, _kl_gradient, with_linears
+from dbf2gguf.calibrate import hidden_states, input_importance, loss_gradient
+from dbf2gguf.correct import batches_of, call_layer, embed_rows, factorize_model
+from dbf2gguf.distill import HEAD_TOKENS, kl_and_gradient, with_linears
 from dbf2gguf.factorize import Factors, factorize, signs
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
@@ -357,7 +357,7 @@ def estimate_kl(
         change = ((gradient @ errors[name]) * inputs.pop(name)).sum(-1)
         found[name] += float(change.square().sum())
 
-    _backward(model, names, rows, inputs, on_gradient, lambda row, hidden: _loss_gradient(model, hidden, row))
+    _backward(model, names, rows, inputs, on_gradient, lambda row, hidden: loss_gradient(model, hidden, row))
     return {name: 0.5 * total / rows[:, 1:].numel() for name, total in found.items()}
 
 
@@ -409,10 +409,10 @@ def measure_kl(
     """KL, nats a token, that each error costs alone: added to its layer, the rest of the model is run again
     from that block on. Holds the states between blocks."""
     layers = decoder_layers(model, source.arch)
-    states, arguments = _embed(model, layers, batches_of(rows, model.config))
+    states, arguments = embed_rows(model, layers, batches_of(rows, model.config))
     between = [list(states)]
     for layer, its in zip(layers, arguments, strict=True):
-        between.append([_call(layer, state, its) for state in between[-1]])
+        between.append([call_layer(layer, state, its) for state in between[-1]])
     norm = model.get_submodule(source.arch.out_norm)
     f, head = features(model.config), model.get_output_embeddings().weight
     wanted = [norm(state).flatten(0, 1) for state in between[-1]]
@@ -421,11 +421,11 @@ def measure_kl(
         total = 0.0
         for place, state in enumerate(between[index]):
             for layer, its in zip(layers[index:], arguments[index:], strict=True):
-                state = _call(layer, state, its)
+                state = call_layer(layer, state, its)
             hidden = norm(state).flatten(0, 1)
             for start in range(0, len(hidden), HEAD_TOKENS):
                 part = slice(start, start + HEAD_TOKENS)
-                total += float(_kl_gradient(hidden[part], wanted[place][part], head, head, f)[0])
+                total += float(kl_and_gradient(hidden[part], wanted[place][part], head, head, f)[0])
         return total / rows.numel()
 
     found = {}
@@ -467,7 +467,7 @@ def embedding_costs(model: nn.Module, rows: Tensor, types: Sequence[str]) -> dic
             hidden = hidden_states(other, input_ids=row.to(device))[0]
             for start in range(0, len(hidden), HEAD_TOKENS):
                 part = slice(start, start + HEAD_TOKENS)
-                total += float(_kl_gradient(hidden[part], reference[part], stored_head, head, f)[0])
+                total += float(kl_and_gradient(hidden[part], reference[part], stored_head, head, f)[0])
         weights = embedding.numel() + (0 if head_is_tied(model) else head.numel())
         found[kind] = (weights // block * nbytes * 8, total / rows.numel())
     return found
@@ -573,7 +573,7 @@ def _kl_backward(
         parts = []
         for start in range(0, len(flat), HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS)
-            parts.append(_kl_gradient(flat[part], wanted[part], head, head, f)[1] @ head)
+            parts.append(kl_and_gradient(flat[part], wanted[part], head, head, f)[1] @ head)
         return torch.cat(parts).view_as(hidden)
 
     _backward(student, names, rows, inputs, on_gradient, loss_gradient)

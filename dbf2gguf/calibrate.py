@@ -38,7 +38,7 @@ def output_importance(
             with torch.enable_grad():
                 embedded = model.get_input_embeddings()(chunk).requires_grad_(True)
                 hidden = hidden_states(model, inputs_embeds=embedded)
-                hidden.backward(_loss_gradient(model, hidden.detach(), chunk))
+                hidden.backward(loss_gradient(model, hidden.detach(), chunk))
             stage.step(n=len(chunk))
     return found
 
@@ -128,7 +128,7 @@ def finished(raw: Tensor, f: Features) -> Tensor:
     return f.logit_softcap * torch.tanh(raw / f.logit_softcap) if f.logit_softcap else raw
 
 
-def _loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+def loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Gradient of the summed cross-entropy of `tokens` at the head's input, (batch, tokens, d_model); a few
     logits at a time."""
     inputs = hidden[:, :-1].flatten(0, 1)

@@ -88,7 +88,7 @@ def factorize_model(
     scale = features(model.config).residual_scale
     walk = _Walk(plan, importance_out, recipe, scale, executor, work, keep, result, errors, targets)
     layers = decoder_layers(model, source.arch)
-    first, arguments_of = _embed(model, layers, batches_of(rows, model.config))
+    first, arguments_of = embed_rows(model, layers, batches_of(rows, model.config))
     states = student_states = keep(first)
     for index, (layer, arguments) in enumerate(zip(layers, arguments_of, strict=True)):
         records = keep(_record(layer, source.arch, s, arguments) for s in states)
@@ -120,7 +120,7 @@ def factorize_model(
                     f"blk.{index}: {len(few)} of {features(model.config).n_experts} experts saw too few "
                     f"tokens to be corrected (number {few[0]} first); more text helps"
                 )
-        student_states = keep(_call(student, s, arguments) for s in student_states)
+        student_states = keep(call_layer(student, s, arguments) for s in student_states)
         states = keep(record.output for record in records)
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
@@ -421,7 +421,7 @@ def batches_of(rows: Tensor, config: Any) -> Sequence[Tensor]:
     return rows.split(next(n for n in range(min(most, len(rows)), 0, -1) if len(rows) % n == 0))
 
 
-def _embed(
+def embed_rows(
     model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]
 ) -> tuple[Iterator[Tensor], list[Arguments]]:
     """The first layer's inputs, each made when it is asked for, and the other arguments that each layer is
@@ -463,7 +463,7 @@ def _embed(
     return chain([first], map(embedded, batches[1:])), [arguments[layer] for layer in layers]
 
 
-def _call(layer: nn.Module, state: Tensor, arguments: Arguments) -> Tensor:
+def call_layer(layer: nn.Module, state: Tensor, arguments: Arguments) -> Tensor:
     positional, named = arguments
     output = layer(state, *positional, **named)
     return output[0] if isinstance(output, tuple) else output
@@ -473,7 +473,7 @@ def _record(layer: nn.Module, arch: ArchSpec, state: Tensor, arguments: Argument
     seen: dict[str, Tensor] = {}
     places = _places(arch)
     with _watching(layer, _watched(places), seen.__setitem__):
-        output = _call(layer, state, arguments)
+        output = call_layer(layer, state, arguments)
     return _Record(
         [seen[place.module] for place in places],
         [_residual(place, state, seen) for place in places],
@@ -494,7 +494,7 @@ def _inputs(
                 raise _Stop
 
         with _watching(layer, _watched([place]), on_input), suppress(_Stop):
-            _call(layer, state, arguments)
+            call_layer(layer, state, arguments)
         yield seen[place.module], _residual(place, state, seen)
 
 

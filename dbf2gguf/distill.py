@@ -253,7 +253,7 @@ def distill(
     part = team.part(size)
     tokens = torch.empty(part.stop - part.start, rows.shape[1], dtype=rows.dtype, device=device)
     batches = itertools.islice(_batches(rows, size, seed), len(history), steps)
-    kl_gradient = torch.compile(_kl_gradient) if compiled else _kl_gradient
+    kl_gradient = torch.compile(kl_and_gradient) if compiled else kl_and_gradient
 
     def find_gradients() -> Tensor:
         """Those that `tokens` have in the whole batch's; the KL likewise."""
@@ -402,7 +402,7 @@ def _gradients(
 
 
 @torch.no_grad()
-def _kl_gradient(
+def kl_and_gradient(
     hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor, f: Features
 ) -> tuple[Tensor, Tensor]:
     """Summed KL(wanted || hidden) of the heads' distributions, and its gradient at the head's products."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.team import torchrun_size
+from runtime.bench import machine
 from runtime.errors import OptionError
 
 FLOAT = 4
@@ -141,7 +141,7 @@ def choose_streamed(need: Need, source: Source, options: Options) -> bool:
     """
     limit, obstacles = options.max_memory, list(_obstacles(source, options))
     if limit is None:
-        return need.whole > _physical() and not obstacles
+        return need.whole > (machine.memory() or sys.maxsize) and not obstacles
     if need.whole <= limit:
         return False
     wanted = f"--max-memory is {describe_size(limit)}"
@@ -173,11 +173,3 @@ def _obstacles(source: Source, options: Options) -> Iterator[str]:
         yield f"that is for --device cpu, not {options.device}"
     if torchrun_size() > 1:
         yield "torchrun's other processes hold all weights"
-
-
-def _physical() -> int:
-    """Bytes of the machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # a system that does not tell
-        return sys.maxsize

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.archs import ArchSpec
-from dbf2gguf.calibrate import _loss_gradient, weighing_outputs
-from dbf2gguf.correct import Arguments, _call, _embed
+from dbf2gguf.calibrate import loss_gradient, weighing_outputs
+from dbf2gguf.correct import Arguments, call_layer, embed_rows
 from dbf2gguf.factorize import Factors
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import (
@@ -366,7 +366,7 @@ def output_importance(
 
     def embedded() -> Iterator[Tensor]:
         for chunk in chunks:
-            states_of, arguments[len(chunk)] = _embed(model, layers, [chunk])
+            states_of, arguments[len(chunk)] = embed_rows(model, layers, [chunk])
             yield from states_of
 
     def arguments_of(index: int) -> list[Arguments]:
@@ -376,7 +376,7 @@ def output_importance(
         states.append(scratch.keep(embedded()))
         for index, layer in enumerate(layers):
             pairs = zip(states[-1], arguments_of(index), strict=True)
-            states.append(scratch.keep(_call(layer, state, a) for state, a in pairs))
+            states.append(scratch.keep(call_layer(layer, state, a) for state, a in pairs))
             stage.step()
 
     def from_head(state: Tensor, chunk: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ def output_importance(
             normed: Tensor = model.get_submodule(arch.out_norm)(x)
             return normed
 
-        return _back(run, state, lambda hidden: _loss_gradient(model, hidden, chunk))
+        return _back(run, state, lambda hidden: loss_gradient(model, hidden, chunk))
 
     gradients = scratch.keep(map(from_head, states.pop(), chunks))
     found: dict[str, Tensor] = {}
@@ -392,7 +392,7 @@ def output_importance(
         here = {name: path for name, path in names.items() if path.startswith(f"{arch.layers}.{index}.")}
         with weighing_outputs(model, here, found):
             gradients = scratch.keep(
-                _back(partial(_call, layers[index], arguments=a), state, lambda _, g=gradient: g)
+                _back(partial(call_layer, layers[index], arguments=a), state, lambda _, g=gradient: g)
                 for state, a, gradient in zip(states.pop(), arguments_of(index), gradients, strict=True)
             )
         stage.step()

@@ -30,7 +30,7 @@ from dbf2gguf.activations import (
 )
 from dbf2gguf.archs import ARCHS
 from dbf2gguf.calibrate import hidden_states
-from dbf2gguf.distill import _gradients, _kl_gradient, _linears_of
+from dbf2gguf.distill import _gradients, _linears_of, kl_and_gradient
 from dbf2gguf.recipe import CHECKPOINTING
 from dbf2gguf.source import decoder_layers
 
@@ -154,13 +154,13 @@ def test_compiled_layers_stay_compiled(setup: Setup, name: str) -> None:
     calls: list[int] = []
     plain, again = setup.student(), setup.student()
     tokens = setup.rows[:4]
-    wanted = _gradients(setup.model, plain, tokens, _kl_gradient)
+    wanted = _gradients(setup.model, plain, tokens, kl_and_gradient)
     layers = layers_of(again.model)
     for layer in layers:
         layer.compile(backend=counting(lookup_backend(name), calls))
     before = [layer._compiled_call_impl for layer in layers]
     with checkpointed(layers):
-        found = _gradients(setup.model, again, tokens, _kl_gradient)
+        found = _gradients(setup.model, again, tokens, kl_and_gradient)
     assert len(calls) >= 2 * len(layers)
     assert [layer._compiled_call_impl for layer in layers] == before
     assert torch.allclose(found, wanted, rtol=1e-5)
@@ -175,7 +175,7 @@ def test_rows_at_a_time_are_one_batch(setup: Setup, rows: int | None) -> None:
     students = setup.student(), setup.student()
     tokens = setup.rows[:6]
     kls = [
-        float(_gradients(setup.model, student, tokens, _kl_gradient, rows=some))
+        float(_gradients(setup.model, student, tokens, kl_and_gradient, rows=some))
         for student, some in zip(students, (6, rows), strict=True)
     ]
     assert kls[0] == pytest.approx(kls[1], rel=1e-5)

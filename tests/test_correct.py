@@ -15,7 +15,7 @@ from dbf2gguf.archs import ARCHS, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import hidden_states
 from dbf2gguf.convert import make_plan
-from dbf2gguf.correct import _branches, _corrected, _embed, _record, batches_of, factorize_model
+from dbf2gguf.correct import _branches, _corrected, _record, batches_of, embed_rows, factorize_model
 from dbf2gguf.distill import Student
 from dbf2gguf.factorize import Factors, factorize
 from dbf2gguf.progress import Stage
@@ -175,7 +175,7 @@ def test_layers_one_by_one(name: str) -> None:
     scale = features(model.config).residual_scale
     rows = torch.randint(0, tiny_hf.N_VOCAB, (6, 24), generator=torch.Generator().manual_seed(2))
     layers = decoder_layers(model, arch)
-    embedded, arguments = _embed(model, layers, batches_of(rows, model.config))
+    embedded, arguments = embed_rows(model, layers, batches_of(rows, model.config))
     states = list(embedded)
     for layer, own in zip(layers, arguments, strict=True):
         records = [_record(layer, arch, state, own) for state in states]

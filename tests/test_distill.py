@@ -18,9 +18,9 @@ from dbf2gguf.distill import (
     Student,
     _batches,
     _gradients,
-    _kl_gradient,
     _schedule,
     distill,
+    kl_and_gradient,
     with_linears,
 )
 from dbf2gguf.factorize import Factors, factorize
@@ -253,7 +253,7 @@ def test_kl_gradient_is_autograds(scale: float, cap: float) -> None:
         return torch.randn(*shape, generator=generator)
 
     hidden, wanted, head = normal(7, 12).requires_grad_(), normal(7, 12), normal(30, 12)
-    kl, error = _kl_gradient(hidden.detach(), wanted, head, head, f)
+    kl, error = kl_and_gradient(hidden.detach(), wanted, head, head, f)
     scaled = [h @ head.mT * scale for h in (hidden, wanted)]
     capped = [cap * torch.tanh(x / cap) if cap else x for x in scaled]
     log_q, log_p = (torch.log_softmax(x, -1) for x in capped)
@@ -261,7 +261,7 @@ def test_kl_gradient_is_autograds(scale: float, cap: float) -> None:
     expected.backward()
     assert float(kl) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert torch.allclose(error @ head, hidden.grad, rtol=1e-4, atol=1e-5)
-    assert float(_kl_gradient(wanted, wanted, head, head, f)[0]) == pytest.approx(0, abs=1e-5)
+    assert float(kl_and_gradient(wanted, wanted, head, head, f)[0]) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -275,7 +275,7 @@ def test_gradient_of_a_step_is_autograds(
     by_hand, by_torch = setup.student(dense), setup.student(dense)
     if dense:
         by_hand.requires_grad_(True), by_torch.requires_grad_(True)
-    value = float(_gradients(setup.model, by_hand, tokens, _kl_gradient))
+    value = float(_gradients(setup.model, by_hand, tokens, kl_and_gradient))
     with torch.no_grad():
         log_p = torch.log_softmax(setup.model(tokens).logits, -1).flatten(0, 1)
     log_q = torch.log_softmax(logits_of(by_torch, tokens), -1).flatten(0, 1)

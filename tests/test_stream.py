@@ -430,7 +430,6 @@ def test_peak_memory(tmp_path: Path, text: Path) -> None:
     (block, promised, few), (_, _, many) = found
     assert block == 4 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768)
     assert max(few, many) <= promised, found
-    assert max(few, many) <= 2 * block + (8 << 20), (
-        found
-    )  # of what is not weights and does not grow with them
+    others = 8 << 20  # what is not weights and does not grow with them
+    assert max(few, many) <= 2 * block + others, found
     assert many - few < block / 4, "all weights of the others are four blocks"
