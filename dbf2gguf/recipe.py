@@ -98,7 +98,6 @@ PRESETS = {
         sign_rate=2.5e-2,
         dense_rate=3e-3,
         warmup_steps=20,
-        allocation="auto",
     ),
 }
 DEFAULT_PRESET = "balanced"
