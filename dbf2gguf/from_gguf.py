@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,6 @@ import numpy as np
 import torch
 from gguf import dequantize
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import processors
 
 from dbf2gguf.archs import (
@@ -35,11 +37,13 @@ from runtime.gguf import GgufFile, type_name
 from runtime.model import EPSILONS, NORM_KINDS, check_features
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROWS_AT_ONCE = 1024  # of a tensor, to be dequantized
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and
-    tokenizer_config.json into `target`, which is created.
+    tokenizer_config.json into `target`, which is created. One tensor at a time is in memory.
 
     Raises FormatError for a broken file, UnsupportedModelError for an architecture or tokenizer that has
     no way back yet.
@@ -54,12 +58,11 @@ def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) 
         }
         _write_json(target / "generation_config.json", ids)
         _write_tokenizer(file, source, target)
-        tensors = _tensors(file, arch, config, dtype)
+        weights = target / "model.safetensors"
         try:
-            save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, most of all
-            raise FormatError(f"{target / 'model.safetensors'}: cannot be written: {error}") from error
-    (target / "model.safetensors").chmod(0o644)
+            _write_safetensors(weights, _tensors(file, arch, config), dtype)
+        except OSError as error:  # a full disk, most of all
+            raise FormatError(f"{weights}: cannot be written: {error}") from error
 
 
 def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
@@ -217,9 +220,15 @@ def _rope_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
     return scaling
 
 
-def _tensors(
-    file: GgufFile, arch: ArchSpec, config: dict[str, Any], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the model, dequantized when it is asked for."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[np.float32]]
+
+
+def _tensors(file: GgufFile, arch: ArchSpec, config: dict[str, Any]) -> dict[str, _Tensor]:
     parts = {part for fused in arch.fused.values() for part in fused.parts}
     inner = {name: path for name, path in (arch.linears | arch.norms).items() if name not in parts}
     inner |= {name: fused.module for name, fused in arch.fused.items()}
@@ -236,36 +245,73 @@ def _tensors(
     for name, info in file.tensors.items():
         if name.startswith("rope_f"):
             continue  # part of config.json
-        try:
-            array: NDArray[Any] = np.array(dequantize(file.data(name), info.type), dtype=np.float32)
-        except NotImplementedError as error:
-            raise UnsupportedModelError(
-                f"{file.path}: {name} is of type {type_name(info.type)}, which gguf cannot dequantize"
-            ) from error
-        array = array.reshape(info.shape)
+        change: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+        shape = info.shape
         if name in outer:
             target = outer[name]
-            if name == "output_norm.weight":
-                array = array - arch.norm_offset
+            offset = arch.norm_offset if name == "output_norm.weight" else 0
         else:
             match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
             if match is None or match[2] not in inner:
                 raise UnsupportedModelError(f"{file.path}: no place for tensor {name!r} in {arch.model_type}")
             target = f"{arch.layers}.{match[1]}.{inner[match[2]]}.{match[3]}"
+            offset = arch.norm_offset if match[2] in arch.norms else 0
             if name.endswith("_exps.weight"):
                 target = target.removesuffix(".weight")
             if name.endswith("_inp_shexp.weight"):
-                array = array.reshape(1, -1)
-            if match[2] in arch.norms:
-                array = array - arch.norm_offset
-            if arch.positions and array.ndim == 2:
-                array = array.T  # GPT-2's Conv1D
+                shape = (1, *shape)
+            if arch.positions and len(shape) == 2:
+                shape, change = shape[::-1], np.transpose  # GPT-2's Conv1D
             if match[2] in heads and arch.rope_pairing == "adjacent":
-                array = unpermute_rope(array, heads[match[2]])
-        result[target] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+                change = partial(unpermute_rope, n_heads=heads[match[2]])
+        result[target] = _Tensor(shape, partial(_read, file, name, shape, offset, change))
     if arch.experts is not None:
         _join_gate_up(file, f".{arch.experts.module}.", result)
     return result
+
+
+def _read(
+    file: GgufFile,
+    name: str,
+    shape: tuple[int, ...],
+    offset: float,
+    change: Callable[[NDArray[Any]], NDArray[Any]] | None,
+) -> NDArray[np.float32]:
+    """A tensor in float32: a few rows are dequantized at a time."""
+    kind, data = file.tensors[name].type, file.data(name)
+    array = np.empty(file.tensors[name].shape, dtype=np.float32)
+    stored, rows = data.reshape(-1, data.shape[-1]), array.reshape(-1, array.shape[-1])
+    try:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            rows[part] = dequantize(stored[part], kind)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"{file.path}: {name} is of type {type_name(kind)}, which gguf cannot dequantize"
+        ) from error
+    file.release()
+    array -= np.float32(offset)
+    array = array if change is None else change(array)
+    return np.ascontiguousarray(array.reshape(shape))
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, _Tensor], dtype: torch.dtype) -> None:
+    """A safetensors file (its header is a table of contents in JSON), tensor by tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + prod(tensor.shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_TYPES[dtype],
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
+    table = json.dumps(header).encode()
+    table += b" " * (-len(table) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(table)) + table)
+        for tensor in tensors.values():
+            out.write(torch.from_numpy(tensor.read()).to(dtype).flatten().view(torch.uint8).numpy().data)
 
 
 def _expert_places(arch: ArchSpec) -> dict[str, str]:
@@ -283,15 +329,21 @@ def _expert_places(arch: ArchSpec) -> dict[str, str]:
     return places
 
 
-def _join_gate_up(file: GgufFile, module: str, tensors: dict[str, torch.Tensor]) -> None:
+def _join_gate_up(file: GgufFile, module: str, tensors: dict[str, _Tensor]) -> None:
     """transformers holds gate and up of all experts in one tensor, (n_experts, 2 * d_expert, d_model)."""
     for gate in [name for name in tensors if name.endswith(f"{module}gate_proj")]:
         up = gate.replace("gate_proj", "up_proj")
         shape = tensors[gate].shape
         if up not in tensors or tensors[up].shape != shape or len(shape) != 3:
             raise FormatError(f"{file.path}: ffn_up_exps is missing or not like ffn_gate_exps in a layer")
-        joined = torch.cat([tensors.pop(gate), tensors.pop(up)], 1)
-        tensors[gate.replace("gate_proj", "gate_up_proj")] = joined
+        halves = tensors.pop(gate), tensors.pop(up)
+        tensors[gate.replace("gate_proj", "gate_up_proj")] = _Tensor(
+            (shape[0], 2 * shape[1], shape[2]), partial(_joined, halves)
+        )
+
+
+def _joined(halves: tuple[_Tensor, ...]) -> NDArray[np.float32]:
+    return np.concatenate([half.read() for half in halves], axis=1)
 
 
 def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:

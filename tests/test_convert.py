@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from gguf import GGUFReader
 
 import runtime
+from dbf2gguf import from_gguf
 from dbf2gguf.convert import SAME_TEXT, _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.export import export
@@ -569,6 +571,28 @@ def test_write_dense_with_experts(make: Callable[[str], Case], tmp_path: Path, n
         router = key.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
         rounded = weight if weight.ndim == 1 or router else weight.half().float()
         assert torch.equal(back[key], rounded), key
+
+
+def test_gguf_tensor_by_tensor(
+    make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two tensors of a GGUF file are in memory at a time; how many rows are read at once does not matter."""
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", make("gqa-tied").folder)
+    gguf_to_hf(plain, tmp_path / "whole")
+    read, known = from_gguf._read, []
+
+    def watched(*args: Any) -> Any:
+        assert not any(array() is not None for array in known), "the last one is still there"
+        array = read(*args)
+        known.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(from_gguf, "_read", watched)
+    monkeypatch.setattr(from_gguf, "ROWS_AT_ONCE", 3)
+    gguf_to_hf(plain, tmp_path / "parts")
+    assert len(known) > 10
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == other
 
 
 def test_gguf_input_without_some_experts(make: Callable[[str], Case], tmp_path: Path) -> None:
