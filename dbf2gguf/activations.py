@@ -45,7 +45,7 @@ from dbf2gguf.archs import features, head_dim
 
 LEAST_TOKENS = 4096  # that must pass at a time, or else layers are checkpointed
 PASS_BYTES = 2**28  # of activations in one layer, where rows are not distilled on
-BACKWARD = 3
+BACKWARD = 3  # times as many bytes as a pass forward takes, where nothing is kept for a pass back
 SLACK = 0.85  # of the free memory, for what is not counted
 
 

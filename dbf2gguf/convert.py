@@ -26,7 +26,7 @@ from dbf2gguf.budget import MAX_BPW, Plan, Shape, least_bpw, plan_uniform
 from dbf2gguf.cache import cached_text
 from dbf2gguf.calibrate import GRADIENT_BATCH, output_importance
 from dbf2gguf.correct import factorize_model
-from dbf2gguf.distill import Student, distill, with_linears
+from dbf2gguf.distill import Student, distill, dtype_on, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.executors import Executor, open_executor
 from dbf2gguf.factorize import Factors, balance, relative_error
@@ -164,7 +164,7 @@ def convert(
                 check_output(page_path(out), inputs)
         source = open_source(model, Path(scratch))
         skeleton = _skeleton(source)
-        options = replace(options, embed_type=_fit_embed_type(skeleton, embed_type))
+        options = _settled(options, skeleton)
         if max_kl is None:
             grid = [DEFAULT_BPW if bpw is None else bpw]
         else:
@@ -599,6 +599,15 @@ def _skeleton(source: Source) -> nn.Module:
         line = " ".join(str(error).split()) or repr(error)
         raise FormatError(f"{source.path / 'config.json'}: transformers cannot use it: {line}") from error
     return split_fused(model.requires_grad_(False), source.arch)
+
+
+def _settled(options: Options, skeleton: nn.Module) -> Options:
+    """The options with what depends on the model and the machine decided, so that the file says it."""
+    recipe = options.recipe
+    if recipe.distill_steps:
+        kind = str(dtype_on(torch.device(options.device), recipe.dtype)).removeprefix("torch.")
+        recipe = replace(recipe, dtype=kind)
+    return replace(options, recipe=recipe, embed_type=_fit_embed_type(skeleton, options.embed_type))
 
 
 def _fit_embed_type(skeleton: nn.Module, embed_type: str) -> str:

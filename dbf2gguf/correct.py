@@ -122,6 +122,7 @@ def factorize_model(
                 )
         student_states = keep(call_layer(student, s, arguments) for s in student_states)
         states = keep(record.output for record in records)
+        del records  # before those of the next block come
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dbf2gguf import correct
+from dbf2gguf import correct, evaluate
 from dbf2gguf.activations import BACKWARD, row_bytes, rows_together
-from dbf2gguf.archs import features
+from dbf2gguf.archs import features, head_dim
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import GRADIENT_BATCH, HEAD_TOKENS
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.team import torchrun_size
-from runtime.bench import machine
+from dbf2gguf.text import BATCH_TOKENS, CONTEXT
+from runtime.cli import machine_memory
 from runtime.errors import OptionError
 
 FLOAT = 4
@@ -60,25 +61,35 @@ def find_need(
     layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
     ends = vocabulary * width * FLOAT
     block = max(*layers, ends // FLOAT) * FLOAT
-    head = ends + 4 * HEAD_TOKENS * vocabulary * FLOAT
+    logits = 4 * HEAD_TOKENS * vocabulary * FLOAT  # of the text's loss
+    predictions = 5 * (row_tokens // 2) * vocabulary * FLOAT  # of one row, by both models
     state = row_tokens * width * FLOAT  # of one row
     row = row_bytes(config, row_tokens)
     rows = min(recipe.correct_rows, recipe.text_rows)
 
     passing = rows_together(config, row_tokens, min(correct.BATCH_ROWS, rows)) * row
+    scored = rows_together(config, row_tokens, min(evaluate.BATCH_ROWS, recipe.eval_rows)) * row
     backward = rows_together(config, row_tokens, GRADIENT_BATCH, BACKWARD) * row * BACKWARD
     largest = max(r * c for r, c in plan.shapes.values()) * FLOAT
     gradients = max(layers) * FLOAT + backward
     correction = max(_correction(plan, group, passing) for group in _corrected(source, f.n_experts))
-    measuring = max(passing + 3 * largest, ends + head)
-    streamed = base + max(gradients, head, correction, measuring, 2 * ends + largest)
+    measuring = max(scored + 3 * largest, ends + predictions)
+    streamed = base + max(gradients, ends + logits, correction, measuring, 2 * ends + largest)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
     linears = plan.weights * FLOAT
-    records = rows * (row + state)  # of one block, for its correction: no more than that
+    records = rows * (7 * state + row_tokens * f.d_ff * FLOAT)  # of one block, for its correction
     kept = latents if recipe.distill_steps else 0  # otherwise they are in files
-    stages = [kept + records + 3 * largest + correction, kept + linears + 2 * ends + measuring]
+    stages = [
+        n_layers * backward // 2 + backward + logits,  # about half of it waits for the pass back
+        kept + records + 3 * largest + correction,
+        kept + linears + 2 * ends + measuring,
+    ]
+    if options.device == "cpu" and (not options.calib or recipe.written_share):
+        cache = 2 * n_layers * f.n_kv_heads * head_dim(config) * FLOAT  # of one token
+        one_core = BATCH_TOKENS * cache + 5 * BATCH_TOKENS // CONTEXT * vocabulary * FLOAT
+        stages.append(torch.get_num_threads() * one_core)
     if recipe.allocation != "uniform":
         stages.append(2 * linears + 2 * latents)
     if recipe.distill_steps:
@@ -141,7 +152,7 @@ def choose_streamed(need: Need, source: Source, options: Options) -> bool:
     """
     limit, obstacles = options.max_memory, list(_obstacles(source, options))
     if limit is None:
-        return need.whole > (machine.memory() or sys.maxsize) and not obstacles
+        return need.whole > (machine_memory() or sys.maxsize) and not obstacles
     if need.whole <= limit:
         return False
     wanted = f"--max-memory is {describe_size(limit)}"

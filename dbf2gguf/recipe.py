@@ -20,7 +20,8 @@ ALLOCATIONS = ("auto", "uniform", "sensitivity", "attribution", "channels")
 """How bits are spread over linear layers: see `allocate.allocate`, and for auto `Recipe.at`."""
 
 CHANNELS_BELOW = 1.6
-"""Bits per weight up to which `channels` was measured to do better than `uniform`: docs/ABLATIONS.md."""
+"""Bits per weight up to which `channels` was measured to do better than `uniform`, before and after a short
+distillation: docs/ABLATIONS.md."""
 
 
 CHECKPOINTING = ("auto", "on", "off")

@@ -247,11 +247,10 @@ class _Writer:
         self.prompt, self.place, self.ids = torch.zeros(3, self.count, dtype=torch.int64, device=device)
         self.taken = torch.zeros((), dtype=torch.int64, device=device)  # prompts of the pool, so far
         self.out = torch.zeros(self.count, self.length, dtype=torch.int64, device=device)
-        self.steps: list[Callable[[], None]] = [
-            partial(self._step, position) for position in range(self.length)
-        ]
+        self.recorded: list[Callable[[], None]] = []  # steps; a circle of references to this
         if device.type == "cuda":
-            self.steps = list(map(Recorder(warm_up=1), self.steps))
+            record = Recorder(warm_up=1)
+            self.recorded = [record(partial(self._step, position)) for position in range(self.length)]
 
     def write(self, prompts: Iterator[list[int]], generator: torch.Generator, stage: Stage) -> Tensor:
         """The next block of texts, (count, length) int64 on the CPU. `stage` gets a step for each token."""
@@ -263,9 +262,12 @@ class _Writer:
         self.ids.copy_(self.pool[: self.count, 0])
         self.place.fill_(1)
         self.taken.fill_(self.count)
-        for step in self.steps:
+        for position in range(self.length):
             stop_if_unwanted()
-            step()
+            if self.recorded:
+                self.recorded[position]()
+            else:
+                self._step(position)
             stage.step(n=self.count)
         return self.out.cpu()
 

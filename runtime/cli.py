@@ -75,6 +75,14 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def machine_memory() -> int | None:
+    """Bytes of the machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Call command(args) and turn its exceptions into one line on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):

@@ -576,7 +576,7 @@ def test_write_dense_with_experts(make: Callable[[str], Case], tmp_path: Path, n
 def test_gguf_tensor_by_tensor(
     make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No two tensors of a GGUF file are in memory at a time; how many rows are read at once does not matter."""
+    """No two tensors of a GGUF file are in memory at a time; rows may be read in parts."""
     plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", make("gqa-tied").folder)
     gguf_to_hf(plain, tmp_path / "whole")
     read, known = from_gguf._read, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import tiny_hf
 import torch
 from torch import Tensor, nn
 
+import dbf2gguf.activations
 import dbf2gguf.correct
+from dbf2gguf.activations import row_bytes
 from dbf2gguf.archs import ARCHS, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import hidden_states
@@ -99,6 +102,30 @@ def test_the_equations(monkeypatch: pytest.MonkeyPatch, scale: float | None) -> 
     for weight, got in zip(weights, found, strict=True):
         wanted = (weight.double() @ (c + ridge) + lacking) @ torch.linalg.inv(h + ridge)
         assert torch.allclose(got.double(), wanted, atol=1e-4)
+
+
+def test_one_block_is_recorded_at_a_time(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, known, most = dbf2gguf.correct._record, [], 0
+
+    def watched(*args: Any) -> Any:
+        nonlocal most
+        made = record(*args)
+        known.append(weakref.ref(made))
+        most = max(most, sum(other() is not None for other in known))
+        return made
+
+    monkeypatch.setattr(dbf2gguf.correct, "_record", watched)
+    setup.corrected()
+    layers = setup.model.config.num_hidden_layers
+    assert layers > 1
+    assert most == len(known) // layers
+
+
+def test_as_many_rows_as_their_activations_allow(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.zeros(24, 16, dtype=torch.int64)
+    for together, sizes in ((1, [1] * 24), (5, [4] * 6), (100, [8] * 3)):
+        monkeypatch.setattr(dbf2gguf.activations, "PASS_BYTES", together * row_bytes(setup.model.config, 16))
+        assert [len(batch) for batch in batches_of(rows, setup.model.config)] == sizes
 
 
 def test_the_model_is_left_as_it_was(setup: Setup) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import tiny_hf
 import torch
 
+import dbf2gguf.text
+from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.progress import Stage
 from dbf2gguf.text import (
     SPAN,
@@ -190,6 +194,25 @@ def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> 
         tokenizer.chat_template = None
     stage = Stage("text", rows, quiet=True)
     return self_written_rows(tiny_hf.model(), tokenizer, rows, length, 0.5, seed, stage)
+
+
+def test_no_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys and values of a block are freed with it, not when Python's collector comes."""
+    made: list[weakref.ref[GrowingCache]] = []
+
+    def watched(capacity: int) -> GrowingCache:
+        cache = GrowingCache(capacity)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(dbf2gguf.text, "GrowingCache", watched)
+    monkeypatch.setattr(dbf2gguf.text, "BATCH_TOKENS", 40)
+    gc.disable()
+    try:
+        write_rows(3, 40)
+        assert [cache() for cache in made] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("template", [True, False])

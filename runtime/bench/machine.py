@@ -60,7 +60,7 @@ def machine() -> Machine:
         logical_cpus=os.cpu_count() or 1,
         usable_cpus=usable,
         caches=caches(),
-        memory=memory(),
+        memory=cli.machine_memory(),
         default_threads=core.default_threads if core else usable,
         backend=forced if forced in ("c", "numba") else "c" if core else numba,
         isas=core.isas if core else (),
@@ -147,14 +147,6 @@ def _read(path: Path) -> str:
         return ""
 
 
-def memory() -> int | None:
-    """Bytes of the machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 # ---- measurements ------------------------------------------------------------------------------------------
 
 
@@ -168,7 +160,7 @@ def last_level_cache() -> int:
 def streaming_bytes() -> int:
     """How much to read so that the caches cannot help: 8 times the last-level caches, if memory allows it."""
     wanted = max(8 * max(caches().values(), default=DEFAULT_CACHE), 64 * MIB)
-    return min(wanted, max((memory() or 8 * wanted) // 8, 4 * MIB))
+    return min(wanted, max((cli.machine_memory() or 8 * wanted) // 8, 4 * MIB))
 
 
 def read_bandwidth(n_threads: int, seconds: float = 0.5, nbytes: int | None = None) -> float:
