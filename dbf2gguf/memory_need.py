@@ -161,8 +161,6 @@ def choose_streamed(need: Need, source: Source, options: Options) -> bool:
 def _obstacles(source: Source, options: Options) -> Iterator[str]:
     """Why the model cannot be streamed."""
     recipe = options.recipe
-    if source.arch.experts is not None:
-        yield f"a model with experts ({source.arch.model_type}) is converted with all weights in memory"
     if recipe.distill_steps:
         yield "distillation needs all weights: add --distill-steps 0"
     if recipe.allocation not in ("auto", "uniform"):  # auto is uniform without distillation

@@ -41,9 +41,10 @@ HUGE = Need(base=0, whole=9 << 60, streamed=2, block=1, disk=0)  # no machine ha
 
 FAMILIES = [
     "mha-separate-head", "biases", "odd-sizes", "qwen3", "gemma3-scales", "gemma2", "gpt2", "granite",
-    "olmo2", "smollm3", "phi3-longrope",
+    "olmo2", "smollm3", "phi3-longrope", *tiny_hf.EXPERTS,
 ]  # fmt: skip
-"""Those of MODELS between which something differs here: fused and transposed weights, ties, windows, caps."""
+"""Those of MODELS between which something differs here: fused and transposed weights, ties, windows, caps,
+experts."""
 
 
 def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +76,19 @@ def test_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path,
     assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "streamed.gguf.work").exists()
     assert report.quality is not None
+
+
+@pytest.mark.parametrize("name", tiny_hf.EXPERTS)
+def test_same_bytes_from_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, name: str
+) -> None:
+    """The folder that is made of it has all experts of a layer in one tensor."""
+    folder = tiny_hf.write_folder(tmp_path / "model", **tiny_hf.EXPERTS[name])
+    model = tiny_hf.write_standard_gguf(tmp_path / "model.gguf", folder)
+    convert(model, tmp_path / "whole.gguf", calib=[text], **OPTIONS)
+    streaming(monkeypatch)
+    convert(model, tmp_path / "streamed.gguf", calib=[text], **OPTIONS)
+    assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
