@@ -79,9 +79,7 @@ def test_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path,
 
 
 @pytest.mark.parametrize("name", tiny_hf.EXPERTS)
-def test_same_bytes_from_gguf(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, name: str
-) -> None:
+def test_same_bytes_from_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, name: str) -> None:
     """The folder that is made of it has all experts of a layer in one tensor."""
     folder = tiny_hf.write_folder(tmp_path / "model", **tiny_hf.EXPERTS[name])
     model = tiny_hf.write_standard_gguf(tmp_path / "model.gguf", folder)
