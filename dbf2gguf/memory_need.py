@@ -16,12 +16,16 @@ from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import GRADIENT_BATCH, HEAD_TOKENS
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
+from dbf2gguf.parallel import AHEAD
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.team import torchrun_size
 from runtime.bench import machine
 from runtime.errors import OptionError
 
 FLOAT = 4
+LINEAR = 20 << 10
+"""Bytes that a linear layer takes beside weights and vectors: modules, names, what the file says of it."""
+
 BESIDES = 2**26
 """Bytes of what comes with the work and is not counted: buffers of libraries, pages of files."""
 
@@ -71,14 +75,17 @@ def find_need(
     gradients = max(layers) * FLOAT + backward
     correction = max(_correction(plan, group, passing) for group in _corrected(source, f.n_experts))
     measuring = max(passing + 3 * largest, ends + head)
-    streamed = base + max(gradients, head, correction, measuring, 2 * ends + largest)
+    vectors = sum(plan.ranks[name] + sum(shape) for name, shape in plan.shapes.items()) * FLOAT
+    always = base + len(plan.shapes) * LINEAR + vectors
+    streamed = always + max(gradients, head, correction, measuring, 2 * ends + largest)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
     linears = plan.weights * FLOAT
-    records = rows * (row + state)  # of one block, for its correction: no more than that
+    records = rows * (row + state * (3 if f.n_experts else 1))  # of one block, for its correction, at most
     kept = latents if recipe.distill_steps else 0  # otherwise they are in files
-    stages = [kept + records + 3 * largest + correction, kept + linears + 2 * ends + measuring]
+    held = 2 * max(layers) * FLOAT if f.n_experts else 3 * largest  # targets, what factors give
+    stages = [kept + records + held + correction, kept + linears + 2 * ends + measuring]
     if recipe.allocation != "uniform":
         stages.append(2 * linears + 2 * latents)
     if recipe.distill_steps:
@@ -87,7 +94,7 @@ def find_need(
         stages.append(5 * latents + 2 * linears + dense + PASS_TOKENS * n_layers * held)
     whole = base + weights + max(stages)
     disk = 2 * rows * state + records + n_layers * min(recipe.gradient_rows, recipe.text_rows) * state
-    return Need(base, whole, streamed, block, disk + max(layers) * FLOAT + 2 * ends)
+    return Need(base, whole, streamed, block, disk + 2 * max(layers) * FLOAT + 2 * ends)
 
 
 def _weights(module: nn.Module) -> int:
@@ -119,18 +126,26 @@ def _correction(plan: Plan, group: _Corrected, passing: int) -> int:
     """
     shapes = [plan.shapes[name] for name in group.names]
     sizes = [rows * cols for rows, cols in shapes]
-    largest, moments = max(sizes), 2 * shapes[0][1] ** 2
-    admm = sorted(
-        rows * cols + rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
-        for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in group.names), strict=True)
-    )
-    alone = largest >= correct.LARGE and not group.experts
-    return max(
-        FLOAT * (moments + largest * (1 + group.residual)) + passing,  # a weight is read for the pass
-        FLOAT * (moments + sum(sizes) + largest),  # W C
-        FLOAT * (admm[-1] if alone else sum(sizes) + sum(admm[-torch.get_num_threads() :])),
-        FLOAT * 6 * largest,  # the error of the factors
-    )
+    largest, moments = max(sizes), 2 * max(cols for _, cols in shapes) ** 2
+    if group.experts:
+        correcting = FLOAT * (moments + 6 * largest) + 2 * passing  # gate and up, then and now
+    else:
+        correcting = max(
+            FLOAT * (moments + largest * (1 + group.residual)) + passing,  # a weight is read for the pass
+            FLOAT * (moments + sum(sizes) + largest),  # W C
+        )
+    alone, taken, admm = 0, [], []
+    for name, (rows, cols) in zip(group.names, shapes, strict=True):
+        rank = plan.ranks[name]
+        work = rows * cols + rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
+        if (rows * cols if group.experts else largest) >= correct.LARGE:
+            alone = max(alone, work)
+        else:
+            taken.append(max(rows * cols, rank * (rows + cols)))
+            admm.append(work)
+    threads = torch.get_num_threads()
+    together = sum(sorted(taken)[-AHEAD * threads :]) + sum(sorted(admm)[-threads:])
+    return max(correcting, FLOAT * max(alone, together), FLOAT * 6 * largest)  # the error of the factors
 
 
 def choose_streamed(need: Need, source: Source, options: Options) -> bool:
