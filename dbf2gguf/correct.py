@@ -161,9 +161,9 @@ def _factorize_group(
     weights = (module.weight for module in modules.values())
     corrected, importance_in = _corrected(weights, wanted, inputs, walk.recipe.damping, walk.scale)
     targets = walk.keep((weight, importance_in) for weight in corrected)
-    large = any(prod(walk.plan.shapes[name]) >= LARGE for name in modules)
-    alone = set(modules if large else ())
-    _factorize_targets(walk, targets, modules, seed + arch.groups.index(group), alone)
+    large = max(prod(walk.plan.shapes[name]) for name in modules) >= LARGE
+    executor = one_by_one if large else walk.executor
+    _factorize_targets(walk, targets, modules, seed + arch.groups.index(group), executor)
 
 
 def _factorize_targets(
@@ -171,13 +171,13 @@ def _factorize_targets(
     targets: Sequence[tuple[Tensor, Tensor]],
     modules: dict[str, nn.Module],
     seed: int,
-    large: set[str],
+    executor: Executor,
 ) -> None:
     """Factorize matrices that do not depend on each other, and put what the factors give into the modules.
 
-    targets  of each module: the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
-    modules  GGUF name -> module
-    large    those of them that have all cores of this process, one after the other
+    targets   of each module: the matrix (rows, cols) that they are to give, importances of its inputs (cols,)
+    modules   GGUF name -> module
+    executor  who does it on a CPU
     """
     target_of = dict(zip(modules, range(len(targets)), strict=True))
 
@@ -196,7 +196,7 @@ def _factorize_targets(
 
     device = walk.importance_out[next(iter(modules))].device
     if device.type != "cpu":
-        large = set(modules)
+        executor = one_by_one
     together = _equal_shapes(list(modules), walk.plan, 1 if device.type == "cpu" else BATCH_MATRICES)
     missing = []
     for names in together:  # what shares a batch is made together again, so that it comes out the same
@@ -206,16 +206,13 @@ def _factorize_targets(
             continue
         for name, part in kept.items():
             walk.result[name] = Factors(**part).to(device)
-    alone = [names for names in missing if names[0] in large]
-    others = [names for names in missing if names[0] not in large]
-    for executor, batches in ((one_by_one, alone), (walk.executor, others)):
-        whose = iter(batches)
-        for factors in executor(map(task, batches), len(together) == 1):
-            for place, name in enumerate(next(whose)):
-                made = factors[place : place + 1]
-                walk.work.save(name, {k: v.clone() for k, v in vars(made).items()})
-                walk.result[name] = made
-            del factors, made  # before the next are made
+    whose = iter(missing)
+    for factors in executor(map(task, missing), len(together) == 1):
+        for place, name in enumerate(next(whose)):
+            made = factors[place : place + 1]
+            walk.work.save(name, {k: v.clone() for k, v in vars(made).items()})
+            walk.result[name] = made
+        del factors, made  # before the next are made
     for name, (target, importance_in) in zip(modules, targets, strict=True):
         weight = walk.result[name].dense()[0]
         if walk.errors is not None:
@@ -328,8 +325,7 @@ def _factorize_experts(
             for name in names
         }
         targets = walk.keep(targets_of(*names))
-        large = {name for name in modules if prod(walk.plan.shapes[name]) >= LARGE}
-        _factorize_targets(walk, targets, modules, seed + place, large)
+        _factorize_targets(walk, targets, modules, seed + place, walk.executor)
     return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
 
 

@@ -23,7 +23,7 @@ from runtime.bench import machine
 from runtime.errors import OptionError
 
 FLOAT = 4
-LINEAR = 20 << 10
+LINEAR = 24 << 10
 """Bytes that a linear layer takes beside weights and vectors: modules, names, what the file says of it."""
 
 BESIDES = 2**26
@@ -134,18 +134,19 @@ def _correction(plan: Plan, group: _Corrected, passing: int) -> int:
             FLOAT * (moments + largest * (1 + group.residual)) + passing,  # a weight is read for the pass
             FLOAT * (moments + sum(sizes) + largest),  # W C
         )
-    alone, taken, admm = 0, [], []
+    taken, admm = [], []  # by a layer that waits or is done, and by one that is at work
     for name, (rows, cols) in zip(group.names, shapes, strict=True):
         rank = plan.ranks[name]
-        work = rows * cols + rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
-        if (rows * cols if group.experts else largest) >= correct.LARGE:
-            alone = max(alone, work)
-        else:
-            taken.append(max(rows * cols, rank * (rows + cols)))
-            admm.append(work)
+        taken.append(max(rows * cols, rank * (rows + cols)))
+        work = rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
+        admm.append(rows * cols + work)
     threads = torch.get_num_threads()
-    together = sum(sorted(taken)[-AHEAD * threads :]) + sum(sorted(admm)[-threads:])
-    return max(correcting, FLOAT * max(alone, together), FLOAT * 6 * largest)  # the error of the factors
+    alone = largest >= correct.LARGE and not group.experts
+    return max(
+        correcting,
+        FLOAT * (max(admm) if alone else sum(sorted(taken)[-AHEAD * threads :] + sorted(admm)[-threads:])),
+        FLOAT * 6 * largest,  # the error of the factors
+    )
 
 
 def choose_streamed(need: Need, source: Source, options: Options) -> bool:

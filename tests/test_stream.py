@@ -475,16 +475,17 @@ def test_peak_memory(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
-def test_peak_memory_of_experts(tmp_path: Path, text: Path) -> None:
+def test_peak_memory_of_experts(tmp_path: Path) -> None:
     """The same: no more than the weights of one block, which the gradients need, and what goes with them."""
-    first = tiny_hf.write_folder(tmp_path / "first", **tiny_hf.EXPERTS["qwen2-moe"])
-    sizes = tiny_hf.EXPERTS["qwen2-moe"] | {
-        "hidden_size": 512, "moe_intermediate_size": 768, "shared_expert_intermediate_size": 1024,
-    }  # fmt: skip
-    folders = [
-        tiny_hf.write_folder(tmp_path / f"model-{layers}", num_hidden_layers=layers, **sizes)
-        for layers in (2, 6)
-    ]
+    text = tiny_hf.write_text(tmp_path / "text.txt", lines=400)
+    experts = tiny_hf.EXPERTS["qwen2-moe"]
+
+    def folder(layers: int, d_model: int, d_expert: int, d_shared: int) -> Path:
+        sizes = {"hidden_size": d_model, "moe_intermediate_size": d_expert, "num_hidden_layers": layers}
+        sizes["shared_expert_intermediate_size"] = d_shared
+        return tiny_hf.write_folder(tmp_path / f"{layers}", **experts | sizes)
+
+    first, *folders = folder(1, 128, 128, 128), folder(2, 512, 768, 1024), folder(6, 512, 768, 1024)
     found = list(peaks(first, folders, tmp_path / "out.gguf", text))
     (block, promised, few), (_, _, many) = found
     assert block > 4 * 3 * 512 * (6 * 768 + 1024)
