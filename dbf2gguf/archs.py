@@ -75,6 +75,7 @@ class Experts:
     module: str = "mlp.experts"
     router: str = "mlp.gate"  # (tokens, d_model) -> logits, shares, experts used
     residual: str = "post_attention_layernorm"  # what reads the stream that the output is added to
+    in_files: dict[str, str] = field(default_factory=dict)  # parts of names -> how checkpoints have them
 
     def branches(self, n_experts: int) -> dict[str, str]:
         """End of the GGUF names ("ffn_gate" + it) -> module, of every expert and of the shared one."""
@@ -186,7 +187,16 @@ ARCHS = {
             "adjacent",
             linears=ATTENTION_LINEARS,
             groups=ATTENTION_GROUPS,
-            experts=Experts(norm_shares=True, own_width=False),
+            experts=Experts(
+                norm_shares=True,
+                own_width=False,
+                in_files={
+                    ".mlp.": ".block_sparse_moe.",
+                    ".gate_proj.": ".w1.",
+                    ".up_proj.": ".w3.",
+                    ".down_proj.": ".w2.",
+                },
+            ),
         ),
         ArchSpec(
             "qwen2_moe",

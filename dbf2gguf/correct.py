@@ -33,7 +33,7 @@ from dbf2gguf.executors import Executor, on_cores, one_by_one
 from dbf2gguf.factorize import Factors, factorize, relative_error
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
-from dbf2gguf.source import Source, decoder_layers
+from dbf2gguf.source import Source, as_linear, decoder_layers
 from dbf2gguf.work import Work
 
 BATCH_ROWS = 8  # that pass together, at most
@@ -106,13 +106,15 @@ def factorize_model(
             )
         if source.arch.experts is not None:
             block = _Place(source.arch.experts.block, source.arch.experts.residual)
+            now = keep(_inputs(student, block, student_states, arguments))
             few = _factorize_experts(
                 walk,
                 f"blk.{index}.",
+                layer,
                 student,
                 source.arch.experts,
-                ((record.inputs[-1], record.residuals[-1]) for record in records),
-                _inputs(student, block, student_states, arguments),
+                _Tokens(len(records), partial(_last_place, records)),
+                _Tokens(len(now), now.__getitem__),
                 seed + index * len(source.arch.linears) + len(source.arch.groups),
             )
             if few:
@@ -230,12 +232,34 @@ def _equal_shapes(linears: list[str], plan: Plan, most: int) -> list[list[str]]:
     return [batches[size][i : i + most] for size in sizes for i in range(0, len(batches[size]), most)]
 
 
+class _Tokens:
+    """What the block of experts reads, x (n, d_model), and the stream that its output is added to, of tokens
+    by their numbers: those of all batches, one after the other."""
+
+    def __init__(self, count: int, batch: Callable[[int], tuple[Tensor, Tensor | None]]) -> None:
+        self._count, self._batch = count, batch
+        self.size = prod(batch(0)[0].shape[:2])  # tokens of a batch
+
+    def inputs(self) -> Iterator[Tensor]:
+        """x of each batch."""
+        return (self._batch(index)[0].flatten(0, 1) for index in range(self._count))
+
+    def take(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """x and stream of tokens in ascending order."""
+        parts = []
+        for index in (tokens // self.size).unique().tolist():
+            here = tokens[tokens // self.size == index] - index * self.size
+            parts.append([part.flatten(0, 1)[here] for part in self._batch(index) if part is not None])
+        x, stream = (torch.cat(some) for some in zip(*parts, strict=True))
+        return x, stream
+
+
 @dataclass
 class _Branch:
     """An expert, and the tokens that the model factorized so far gives it."""
 
     module: nn.Module
-    tokens: Tensor  # (n,) numbers of the tokens
+    tokens: Tensor  # (n,) numbers of the tokens, ascending
     shares: Tensor  # (n, 1) with which its outputs enter the sum
     corrected: bool  # whether these are enough
 
@@ -243,78 +267,104 @@ class _Branch:
 def _factorize_experts(
     walk: _Walk,
     prefix: str,
+    original: nn.Module,
     layer: nn.Module,
     experts: Experts,
-    wanted: Iterable[tuple[Tensor, Tensor | None]],
-    inputs: Iterable[tuple[Tensor, Tensor | None]],
+    wanted: _Tokens,
+    inputs: _Tokens,
     seed: int,
 ) -> list[int]:
     """The same as _factorize_group for the experts of a layer, the shared one among them, gate and up first.
 
-    wanted, inputs  of the block of experts
-    ->              the experts that saw too few tokens to be corrected: their own weights are factorized,
-                    with importances of the inputs that all tokens give
+    original, wanted  the layer, and what its block of experts reads, in the original
+    layer, inputs     in the model factorized so far
+    ->                the experts that saw too few tokens to be corrected: their own weights are factorized,
+                      with importances of the inputs that all tokens give
     """
-    x, stream = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*wanted, strict=True))
-    x_now, stream_now = (
-        torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*inputs, strict=True)
-    )
-    branches, total = _branches(layer, experts, x_now)
-    hidden: dict[str, Tensor] = {}  # what down reads in the original
+    branches, total = _branches(layer, experts, inputs.inputs())
+    paths = experts.branches(len(layer.get_submodule(experts.module)))
 
-    def activations(expert: nn.Module, x: Tensor) -> Tensor:
-        return expert.act_fn(expert.gate_proj(x)) * expert.up_proj(x)
+    def seen(
+        branch: _Branch, tokens: _Tokens, expert: nn.Module | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What gate and up read of a branch's tokens, so many at a time; of an expert, what its down reads,
+        and its part of the stream."""
+        activations = None if expert is None else _activations(expert)
+        for some, shares in zip(
+            branch.tokens.split(tokens.size), branch.shares.split(tokens.size), strict=True
+        ):
+            x, stream = tokens.take(some)
+            if activations is None:
+                yield (x * shares)[None], None
+            else:
+                yield (activations(x) * shares)[None], (stream * (shares / total[some, None]))[None]
 
-    def target(
-        branch: _Branch, module: nn.Module, a: Tensor, b: Tensor, residual: bool
-    ) -> tuple[Tensor, Tensor]:
-        """What the module's factors are to give, from inputs a of the original and b of now."""
-        if not branch.corrected:
-            return module.weight, importance_of(b.square().sum(0))
-        streams: tuple[Tensor | None, Tensor | None] = (None, None)
-        if residual:
-            part = branch.shares / total[branch.tokens, None]
-            streams = stream[branch.tokens] * part, stream_now[branch.tokens] * part
-        pairs = [
-            [(c[None] * branch.shares, None if lack is None else lack[None])]
-            for c, lack in zip((a, b), streams, strict=True)
-        ]
-        corrected, importance = _corrected([module.weight], *pairs, walk.recipe.damping, walk.scale)
-        return next(corrected), importance
+    def targets_of(*names: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the factors of these linears of all branches are to give, and importances of their inputs."""
+        down = "ffn_down" in names
+        of_all = None if down or corrected else _importance(inputs.inputs())
+        for end, branch in branches.items():
+            then, now = (original.get_submodule(paths[end]), branch.module) if down else (None, None)
+            for name in names:
+                linear = branch.module.get_submodule(EXPERT_LINEARS[name])
+                weights = (module.weight for module in [linear])
+                if branch.corrected:
+                    pairs = seen(branch, wanted, then), seen(branch, inputs, now)
+                    found, importance = _corrected(weights, *pairs, walk.recipe.damping, walk.scale)
+                    yield next(found), importance
+                    continue
+                if down:
+                    of_all = _importance(map(_activations(branch.module), inputs.inputs()))
+                assert of_all is not None
+                yield next(weights), of_all
 
-    targets, modules = [], {}
-    for end, branch in branches.items():
-        a, b = (x[branch.tokens], x_now[branch.tokens]) if branch.corrected else (x, x_now)
-        if branch.corrected:
-            hidden[end] = activations(branch.module, a)
-        for name in ("ffn_gate", "ffn_up"):
-            module = branch.module.get_submodule(EXPERT_LINEARS[name])
-            targets.append(target(branch, module, a, b, residual=False))
-            modules[prefix + name + end] = module
-    _factorize_targets(walk, targets, modules, seed, walk.executor)
-    targets, modules = [], {}
-    for end, branch in branches.items():
-        b = activations(branch.module, x_now[branch.tokens] if branch.corrected else x_now)
-        module = branch.module.get_submodule(EXPERT_LINEARS["ffn_down"])
-        targets.append(target(branch, module, hidden.pop(end, b), b, residual=True))
-        modules[prefix + "ffn_down" + end] = module
-    _factorize_targets(walk, targets, modules, seed + 1, walk.executor)
+    corrected = all(branch.corrected for branch in branches.values())
+    for place, names in enumerate((("ffn_gate", "ffn_up"), ("ffn_down",))):
+        modules = {
+            prefix + name + end: branch.module.get_submodule(EXPERT_LINEARS[name])
+            for end, branch in branches.items()
+            for name in names
+        }
+        targets = walk.keep(targets_of(*names))
+        _factorize_targets(walk, targets, modules, seed + place, walk.executor)
     return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
 
 
-def _branches(layer: nn.Module, experts: Experts, x: Tensor) -> tuple[dict[str, _Branch], Tensor]:
-    """End of the GGUF names -> expert, for tokens x (n, d_model); and the sum of each token's shares (n,)."""
-    _, shares, used = layer.get_submodule(experts.router)(x)
+def _activations(expert: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What an expert's down reads, of x; the weights that it takes are in memory."""
+    gate, up = (
+        as_linear(module.weight, module.bias)
+        for module in (expert.get_submodule(EXPERT_LINEARS[name]) for name in ("ffn_gate", "ffn_up"))
+    )
+    return lambda x: expert.act_fn(gate(x)) * up(x)
+
+
+def _importance(inputs: Iterable[Tensor]) -> Tensor:
+    """Of inputs (n, cols) each, as _corrected gives it."""
+    return importance_of(torch.stack([x.square().sum(0) for x in inputs]).sum(0))
+
+
+def _branches(
+    layer: nn.Module, experts: Experts, inputs: Iterable[Tensor]
+) -> tuple[dict[str, _Branch], Tensor]:
+    """End of the GGUF names -> expert, for inputs (n, d_model) each; and the sum of every token's shares,
+    (tokens,)."""
+    routed, shared = [], []
+    for x in inputs:
+        routed.append(layer.get_submodule(experts.router)(x)[1:])
+        share = torch.ones(len(x), 1, device=x.device)
+        if experts.shared_gate is not None:
+            share = torch.sigmoid(layer.get_submodule(experts.shared_gate)(x))
+        shared.append(share)
+    shares, used = (torch.cat(parts) for parts in zip(*routed, strict=True))
     total = shares.sum(1)
     branches = {}
     modules = layer.get_submodule(experts.module)
     for end, path in experts.branches(len(modules)).items():
         module = layer.get_submodule(path)
         if path == experts.shared:
-            tokens = torch.arange(len(x), device=x.device)
-            share = torch.ones(len(x), 1, device=x.device)
-            if experts.shared_gate is not None:
-                share = torch.sigmoid(layer.get_submodule(experts.shared_gate)(x))
+            share = torch.cat(shared)
+            tokens = torch.arange(len(share), device=share.device)
             total = total + share[:, 0]
         else:
             tokens, place = torch.where(used == int(end[1:]))
@@ -413,6 +463,10 @@ class _Record:
     inputs: list[Tensor]
     residuals: list[Tensor | None]
     output: Tensor
+
+
+def _last_place(records: Sequence[_Record], index: int) -> tuple[Tensor, Tensor | None]:
+    return records[index].inputs[-1], records[index].residuals[-1]
 
 
 def batches_of(rows: Tensor, config: Any) -> Sequence[Tensor]:

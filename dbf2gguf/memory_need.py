@@ -16,6 +16,7 @@ from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import GRADIENT_BATCH, HEAD_TOKENS
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
+from dbf2gguf.parallel import AHEAD
 from dbf2gguf.source import Source, decoder_layers
 from dbf2gguf.team import torchrun_size
 from dbf2gguf.text import BATCH_TOKENS, CONTEXT
@@ -23,6 +24,9 @@ from runtime.cli import machine_memory
 from runtime.errors import OptionError
 
 FLOAT = 4
+LINEAR = 24 << 10
+"""Bytes that a linear layer takes beside weights and vectors: modules, names, what the file says of it."""
+
 BESIDES = 2**26
 """Bytes of what comes with the work and is not counted: buffers of libraries, pages of files."""
 
@@ -74,16 +78,21 @@ def find_need(
     gradients = max(layers) * FLOAT + backward
     correction = max(_correction(plan, group, passing) for group in _corrected(source, f.n_experts))
     measuring = max(scored + 3 * largest, ends + predictions)
-    streamed = base + max(gradients, ends + logits, correction, measuring, 2 * ends + largest)
+    vectors = sum(plan.ranks[name] + sum(shape) for name, shape in plan.shapes.items()) * FLOAT
+    always = base + len(plan.shapes) * LINEAR + vectors
+    streamed = always + max(gradients, ends + logits, correction, measuring, 2 * ends + largest)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
     linears = plan.weights * FLOAT
     records = rows * (7 * state + row_tokens * f.d_ff * FLOAT)  # of one block, for its correction
+    waiting = 3 * largest  # targets, what factors give
+    if f.n_experts:
+        records, waiting = rows * (row + 3 * state), 2 * max(layers) * FLOAT
     kept = latents if recipe.distill_steps else 0  # otherwise they are in files
     stages = [
         n_layers * backward // 2 + backward + logits,  # about half of it waits for the pass back
-        kept + records + 3 * largest + correction,
+        kept + records + waiting + correction,
         kept + linears + 2 * ends + measuring,
     ]
     if options.device == "cpu" and (not options.calib or recipe.written_share):
@@ -98,7 +107,7 @@ def find_need(
         stages.append(5 * latents + 2 * linears + dense + PASS_TOKENS * n_layers * held)
     whole = base + weights + max(stages)
     disk = 2 * rows * state + records + n_layers * min(recipe.gradient_rows, recipe.text_rows) * state
-    return Need(base, whole, streamed, block, disk + max(layers) * FLOAT + 2 * ends)
+    return Need(base, whole, streamed, block, disk + 2 * max(layers) * FLOAT + 2 * ends)
 
 
 def _weights(module: nn.Module) -> int:
@@ -130,16 +139,25 @@ def _correction(plan: Plan, group: _Corrected, passing: int) -> int:
     """
     shapes = [plan.shapes[name] for name in group.names]
     sizes = [rows * cols for rows, cols in shapes]
-    largest, moments = max(sizes), 2 * shapes[0][1] ** 2
-    admm = sorted(
-        rows * cols + rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
-        for (rows, cols), rank in zip(shapes, (plan.ranks[name] for name in group.names), strict=True)
-    )
+    largest, moments = max(sizes), 2 * max(cols for _, cols in shapes) ** 2
+    if group.experts:
+        correcting = FLOAT * (moments + 6 * largest) + 2 * passing  # gate and up, then and now
+    else:
+        correcting = max(
+            FLOAT * (moments + largest * (1 + group.residual)) + passing,  # a weight is read for the pass
+            FLOAT * (moments + sum(sizes) + largest),  # W C
+        )
+    taken, admm = [], []  # by a layer that waits or is done, and by one that is at work
+    for name, (rows, cols) in zip(group.names, shapes, strict=True):
+        rank = plan.ranks[name]
+        taken.append(max(rows * cols, rank * (rows + cols)))
+        work = rank * (5 * max(rows, cols) + 3 * min(rows, cols)) + 4 * rank**2
+        admm.append(rows * cols + work)
+    threads = torch.get_num_threads()
     alone = largest >= correct.LARGE and not group.experts
     return max(
-        FLOAT * (moments + largest * (1 + group.residual)) + passing,  # a weight is read for the pass
-        FLOAT * (moments + sum(sizes) + largest),  # W C
-        FLOAT * (admm[-1] if alone else sum(sizes) + sum(admm[-torch.get_num_threads() :])),
+        correcting,
+        FLOAT * (max(admm) if alone else sum(sorted(taken)[-AHEAD * threads :] + sorted(admm)[-threads:])),
         FLOAT * 6 * largest,  # the error of the factors
     )
 
@@ -172,8 +190,6 @@ def choose_streamed(need: Need, source: Source, options: Options) -> bool:
 def _obstacles(source: Source, options: Options) -> Iterator[str]:
     """Why the model cannot be streamed."""
     recipe = options.recipe
-    if source.arch.experts is not None:
-        yield f"a model with experts ({source.arch.model_type}) is converted with all weights in memory"
     if recipe.distill_steps:
         yield "distillation needs all weights: add --distill-steps 0"
     if recipe.allocation not in ("auto", "uniform"):  # auto is uniform without distillation

@@ -207,9 +207,7 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
     says."""
     from transformers.pytorch_utils import Conv1D
 
-    if arch.experts is not None:
-        for layer in decoder_layers(model, arch):
-            layer.set_submodule(arch.experts.module, _split_experts(layer.get_submodule(arch.experts.module)))
+    split_experts(model, arch)
     if not arch.fused:
         return model
     config, f = model.config, features(model.config)
@@ -233,13 +231,19 @@ def split_fused(model: nn.Module, arch: ArchSpec) -> nn.Module:
     return model
 
 
-def _split_experts(fused: nn.Module) -> ExpertList:
-    experts = ExpertList()
-    for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
-        gate, up = gate_up.chunk(2)
-        linears = [as_linear(weight, None) for weight in (gate, up, down)]
-        experts.append(Expert(*linears, fused.act_fn))
-    return experts
+def split_experts(model: nn.Module, arch: ArchSpec) -> None:
+    """Put ExpertList in the place of a family's experts, unless it is there."""
+    if arch.experts is None:
+        return
+    for layer in decoder_layers(model, arch):
+        fused, experts = layer.get_submodule(arch.experts.module), ExpertList()
+        if isinstance(fused, ExpertList):
+            continue
+        for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
+            gate, up = gate_up.chunk(2)
+            linears = [as_linear(weight, None) for weight in (gate, up, down)]
+            experts.append(Expert(*linears, fused.act_fn))
+        layer.set_submodule(arch.experts.module, experts)
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -13,6 +13,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.archs import ArchSpec
+from dbf2gguf.archs import ArchSpec, features
 from dbf2gguf.calibrate import loss_gradient, weighing_outputs
 from dbf2gguf.correct import Arguments, call_layer, embed_rows
 from dbf2gguf.factorize import Factors
@@ -34,6 +35,7 @@ from dbf2gguf.source import (
     check_shape,
     decoder_layers,
     linear_names,
+    split_experts,
     split_fused,
     weight_files,
 )
@@ -198,8 +200,7 @@ def is_streamed(model: nn.Module) -> bool:
 
 def stream_model(source: Source, scratch: Scratch) -> nn.Module:
     """The model of `source.load_model` on a CPU, streamed. Raises FormatError for tensors that are missing,
-    too many, of a wrong shape, or, when they are read, not finite; and for a family whose tensors in the file
-    are not those in memory."""
+    too many, of a wrong shape, or, when they are read, not finite."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source.path, local_files_only=True)
@@ -209,27 +210,27 @@ def stream_model(source: Source, scratch: Scratch) -> nn.Module:
         )
     model.eval().requires_grad_(False)
     arch = source.arch
+    split_experts(model, arch)
     checkpoint = _Checkpoint(source, model)
     layers = decoder_layers(model, arch)
     as_in_file = copy.deepcopy(layers)
     split_fused(model, arch)
 
-    def layer_of(index: int) -> nn.Module:
-        """A layer with its weights, mapped."""
-        return checkpoint.layer(as_in_file[index], index)
+    def part_of(index: int, name: str) -> Tensor:
+        """A parameter of a layer that has to be split for it."""
+        part = checkpoint.layer(as_in_file[index], index).get_parameter(name)
+        return checkpoint.float32(f"{arch.layers}.{index}.{name}", part)
 
-    streamed = {path: f"{path}.weight" for path in linear_names(model, arch).values()}
+    streamed = {f"{path}.weight" for path in linear_names(model, arch).values()}
     for index, layer in enumerate(layers):
-        loaded = layer_of(index)
         for name, _ in list(layer.named_parameters()):
             module, _, kind = name.rpartition(".")
-            path = f"{arch.layers}.{index}.{module}"
-            if path in streamed and kind == "weight":
-                read = partial(_part_of, layer_of, index, module, checkpoint, streamed[path])
+            path = f"{arch.layers}.{index}.{name}"
+            read = partial(part_of, index, name) if arch.fused else partial(checkpoint.read, path)
+            if path in streamed:
                 put_on_disk(layer.get_submodule(module), read, scratch)
             else:
-                value = checkpoint.float32(f"{path}.{kind}", loaded.get_parameter(name))
-                setattr(layer.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+                setattr(layer.get_submodule(module), kind, nn.Parameter(read(), requires_grad=False))
     ends = {arch.embed: model.get_input_embeddings()}
     ends[arch.embed if config.tie_word_embeddings else arch.head] = model.get_output_embeddings()
     for path, module in [(arch.embed, model.get_input_embeddings()), *ends.items()]:
@@ -243,10 +244,17 @@ def stream_model(source: Source, scratch: Scratch) -> nn.Module:
     return model
 
 
-def _part_of(
-    layer_of: Callable[[int], nn.Module], index: int, module: str, checkpoint: _Checkpoint, name: str
-) -> Tensor:
-    return checkpoint.float32(name, layer_of(index).get_submodule(module).weight)
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is: a tensor of a file, or a part of it."""
+
+    file: Path
+    tensor: str
+    part: Any = ...  # an index
+
+    def mapped(self) -> Tensor:
+        with _open(self.file) as tensors:
+            return tensors.get_tensor(self.tensor)[self.part]
 
 
 class _Checkpoint:
@@ -254,38 +262,38 @@ class _Checkpoint:
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         """
-        model  as the file has it; shapes are compared with it
+        model  as the file has it, its experts split; shapes are compared with it
         """
         self._source, self._config = source, model.config
         self._finite: set[str] = set()
-        self._places: dict[str, tuple[Path, str]] = {}  # parameter -> file, name in it
+        self._places: dict[str, _Place] = {}
         found: dict[str, tuple[Path, tuple[int, ...]]] = {}
         for file in weight_files(source.path):
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     found[name] = file, tuple(tensors.get_slice(name).get_shape())
-        prefix = model.base_model_prefix + "."
+        used = set()
         for name, parameter in model.named_parameters():
-            names = (name, name.removeprefix(prefix))  # old checkpoints may be of the decoder alone
-            stored = next((other for other in names if other in found), None)
-            if stored is None:
+            ways = _stored_as(source.arch, model, name, parameter.shape)
+            way = next((way for way in ways if way[0] in found), None)
+            if way is None:
                 raise FormatError(
                     f"{source.path}: tensor {name!r} is missing; only families whose files have the names "
                     "of transformers' parameters can be streamed"
                 )
-            file, shape = found.pop(stored)
-            check_shape(source, name, shape, parameter.shape)
-            self._places[name] = file, stored
-        check_no_others(source, model.config, found)
+            stored, part, wanted = way
+            file, shape = found[stored]
+            check_shape(source, stored, shape, wanted)
+            self._places[name] = _Place(file, stored, part)
+            used.add(stored)
+        check_no_others(source, model.config, found.keys() - used)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Checkpoint:
         return self  # copies of a module read what it does
 
     def mapped(self, name: str) -> Tensor:
         """A parameter as it is in the file."""
-        file, stored = self._places[name]
-        with _open(file) as tensors:
-            return tensors.get_tensor(stored)
+        return self._places[name].mapped()
 
     def read(self, name: str) -> Tensor:
         return self.float32(name, self.mapped(name))
@@ -316,6 +324,31 @@ class _Checkpoint:
             model = outer
         model.config = self._config
         return model
+
+
+def _stored_as(
+    arch: ArchSpec, model: nn.Module, name: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+    """As what a file may have a parameter: the name of a tensor, the index in it, and its shape."""
+    yield name, ..., shape
+    yield name.removeprefix(model.base_model_prefix + "."), ..., shape  # old ones may be of the decoder alone
+    if arch.experts is None:
+        return
+    renamed = name
+    for ours, theirs in arch.experts.in_files.items():
+        renamed = renamed.replace(ours, theirs)
+    yield renamed, ..., shape
+    before, among_experts, linear = name.partition(f".{arch.experts.module}.")
+    if among_experts:  # one tensor may hold those of all experts, and gate and up
+        number, which, _ = linear.split(".")
+        rows, cols = shape
+        start, fused, height = {
+            "gate_proj": (0, "gate_up_proj", 2 * rows),
+            "up_proj": (rows, "gate_up_proj", 2 * rows),
+            "down_proj": (0, "down_proj", rows),
+        }[which]
+        part = int(number), slice(start, start + rows)
+        yield f"{before}{among_experts}{fused}", part, (features(model.config).n_experts, height, cols)
 
 
 def _open(file: Path) -> Any:

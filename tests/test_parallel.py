@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
+from dbf2gguf.parallel import AHEAD, map_on_cores, stop_if_unwanted
 
 
 @pytest.fixture
@@ -29,6 +29,17 @@ def test_in_order_and_side_by_side() -> None:
         return item * item, torch.get_num_threads(), torch.is_grad_enabled()
 
     assert list(map_on_cores(work, range(4))) == [(i * i, 1, False) for i in range(4)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_items_are_taken_late() -> None:
+    """Each may be large: so many are there at a time as two threads are to have, and one that is waiting."""
+    taken: list[int] = []
+    items = (taken.append(item) or item for item in range(20))  # type: ignore[func-returns-value]
+    for done, result in enumerate(map_on_cores(lambda item: item, items)):
+        assert result == done
+        assert len(taken) <= done + AHEAD * 2
+    assert len(taken) == 20
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -7,7 +7,7 @@ import gc
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,10 @@ HUGE = Need(base=0, whole=9 << 60, streamed=2, block=1, disk=0)  # no machine ha
 
 FAMILIES = [
     "mha-separate-head", "biases", "odd-sizes", "qwen3", "gemma3-scales", "gemma2", "gpt2", "granite",
-    "olmo2", "smollm3", "phi3-longrope",
+    "olmo2", "smollm3", "phi3-longrope", *tiny_hf.EXPERTS,
 ]  # fmt: skip
-"""Those of MODELS between which something differs here: fused and transposed weights, ties, windows, caps."""
+"""Those of MODELS between which something differs here: fused and transposed weights, ties, windows, caps,
+experts."""
 
 
 def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +76,23 @@ def test_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path,
     assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "streamed.gguf.work").exists()
     assert report.quality is not None
+
+
+@pytest.mark.parametrize("name", tiny_hf.EXPERTS)
+def test_same_bytes_of_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, name: str
+) -> None:
+    """Some are corrected, by tokens of more than one batch. A folder that is made of a GGUF file has all
+    experts of a layer in one tensor."""
+    folder = tiny_hf.write_folder(tmp_path / "model", **tiny_hf.EXPERTS[name])
+    model = tiny_hf.write_standard_gguf(tmp_path / "model.gguf", folder)
+    monkeypatch.setattr(dbf2gguf.correct, "TOKENS_PER_INPUT", 1)
+    monkeypatch.setattr(dbf2gguf.correct, "BATCH_ROWS", 4)
+    options = OPTIONS | {"calib": [text], "correct_rows": 8}
+    convert(model, tmp_path / "whole.gguf", **options)
+    streaming(monkeypatch)
+    convert(model, tmp_path / "streamed.gguf", **options)
+    assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -171,7 +189,7 @@ def test_leftovers_of_a_killed_one_go(tmp_path: Path, monkeypatch: pytest.Monkey
 # Its parts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gqa-tied", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gqa-tied", "gpt2", "gemma2", "qwen2-moe"])
 def test_gradients_block_after_block(tmp_path: Path, name: str) -> None:
     folder = tiny_hf.write_folder(tmp_path / "model", **MODELS[name])
     source = open_source(folder, tmp_path)
@@ -283,6 +301,44 @@ def test_broken_checkpoints(
         convert(folder, tmp_path / "out.gguf", calib=[text], **OPTIONS)
 
 
+def without_expert(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+
+
+def expert_too_wide(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(48, 33)
+
+
+def one_expert_more(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.block_sparse_moe.experts.4.w1.weight"] = torch.zeros(48, 32)
+
+
+def too_few_in_one(tensors: dict[str, torch.Tensor]) -> None:
+    for index in range(4):
+        del tensors[f"model.layers.0.block_sparse_moe.experts.{index}.w2.weight"]
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_expert, "'model.layers.1.mlp.experts.2.up_proj.weight' is missing"),
+        (expert_too_wide, r"'model.layers.0.\S+.experts.0.w1.weight' is \(48, 33\); wanted \(48, 32\)"),
+        (one_expert_more, "1 tensors have no place .* 'model.layers.0.block_sparse_moe.experts.4.w1.weight'"),
+        (too_few_in_one, r"experts.down_proj' is \(3, 32, 48\); wanted \(4, 32, 48\)"),
+    ],
+)
+def test_broken_experts(
+    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    folder = tiny_hf.write_folder(tmp_path / "model", **tiny_hf.EXPERTS["mixtral"])
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with Scratch(tmp_path / "states") as scratch, pytest.raises(FormatError, match=message):
+        stream_model(open_source(folder, tmp_path), scratch)
+
+
 def test_too_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_hf.write_folder(tmp_path / "model")
     few = tmp_path / "few.txt"
@@ -327,18 +383,6 @@ def test_refused_up_front(
     with pytest.raises(OptionError, match=message):
         convert(folder, tmp_path / "out.gguf", dry_run=True, **options)
     assert not (tmp_path / "out.gguf.work").exists()
-
-
-@pytest.mark.parametrize("name", tiny_hf.EXPERTS)
-def test_experts_are_not_streamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path, name: str
-) -> None:
-    folder = tiny_hf.write_folder(tmp_path / "model", **tiny_hf.EXPERTS[name])
-    options = OPTIONS | {"calib": [text], "dry_run": True}
-    convert(folder, tmp_path / "out.gguf", max_memory="9G", **options)
-    monkeypatch.setattr(dbf2gguf.convert, "find_need", lambda *_: NEED)
-    with pytest.raises(OptionError, match=r"9.0G, .* 2.0G, but a model with experts \(\w+\) "):
-        convert(folder, tmp_path / "out.gguf", max_memory="4G", **options)
 
 
 def test_other_processes_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
@@ -387,6 +431,7 @@ def test_streamed_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch, tmp_pat
 PEAK = """
 import re, sys
 import dbf2gguf.convert
+dbf2gguf.correct.TOKENS_PER_INPUT = 1 / 64  # experts are corrected
 def memory(what):
     return int(re.search(what + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
 needs = []
@@ -403,33 +448,47 @@ print(needs[-1].block, needs[-1].streamed - needs[-1].base, memory("VmHWM") - be
 """
 
 
+def peaks(first: Path, folders: list[Path], out: Path, text: Path) -> Iterator[list[int]]:
+    """Of each conversion: the largest block, what was promised, and what it took."""
+    for folder in folders:
+        run = [sys.executable, "-c", PEAK, *map(str, (first, folder, out, text))]
+        done = subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        yield [int(number) for number in done.stdout.split()]
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 def test_peak_memory(tmp_path: Path, text: Path) -> None:
     """More blocks take no more memory: twice that of one block. And no conversion takes more than it said
     that it would."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2048}
     write_checkpoint(tmp_path / "first", "tiny", num_hidden_layers=1)
-    found = []
-    for layers in (2, 6):
-        folder = tmp_path / f"model-{layers}"
-        sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers}
-        write_checkpoint(folder, "tiny", **sizes)
-        run = [
-            sys.executable,
-            "-c",
-            PEAK,
-            *map(str, (tmp_path / "first", folder, tmp_path / "out.gguf", text)),
-        ]
-        done = subprocess.run(
-            run,
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found.append([int(number) for number in done.stdout.split()])
+    folders = [tmp_path / "few", tmp_path / "many"]
+    for folder, layers in zip(folders, (2, 6), strict=True):
+        write_checkpoint(folder, "tiny", num_hidden_layers=layers, **sizes)
+    found = list(peaks(tmp_path / "first", folders, tmp_path / "out.gguf", text))
     (block, promised, few), (_, _, many) = found
     assert block == 4 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768)
     assert max(few, many) <= promised, found
     others = 8 << 20  # what is not weights and does not grow with them
     assert max(few, many) <= 2 * block + others, found
+    assert many - few < block / 4, "all weights of the others are four blocks"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+def test_peak_memory_of_experts(tmp_path: Path) -> None:
+    """The same: no more than the weights of one block, which the gradients need, and what goes with them."""
+    text = tiny_hf.write_text(tmp_path / "text.txt", lines=400)
+    experts = tiny_hf.EXPERTS["qwen2-moe"]
+
+    def folder(layers: int, d_model: int, d_expert: int, d_shared: int) -> Path:
+        sizes = {"hidden_size": d_model, "moe_intermediate_size": d_expert, "num_hidden_layers": layers}
+        sizes["shared_expert_intermediate_size"] = d_shared
+        return tiny_hf.write_folder(tmp_path / f"{layers}", **experts | sizes)
+
+    first, *folders = folder(1, 128, 128, 128), folder(2, 512, 768, 1024), folder(6, 512, 768, 1024)
+    found = list(peaks(first, folders, tmp_path / "out.gguf", text))
+    (block, promised, few), (_, _, many) = found
+    assert block > 4 * 3 * 512 * (6 * 768 + 1024)
+    assert max(few, many) <= promised, found
+    assert promised < 2 * block
     assert many - few < block / 4, "all weights of the others are four blocks"
