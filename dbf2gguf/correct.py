@@ -117,6 +117,7 @@ def factorize_model(
                 _Tokens(len(now), now.__getitem__),
                 seed + index * len(source.arch.linears) + len(source.arch.groups),
             )
+            del now
             if few:
                 stage.say(
                     f"blk.{index}: {len(few)} of {features(model.config).n_experts} experts saw too few "
