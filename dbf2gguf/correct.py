@@ -117,6 +117,7 @@ def factorize_model(
                 _Tokens(len(now), now.__getitem__),
                 seed + index * len(source.arch.linears) + len(source.arch.groups),
             )
+            del now
             if few:
                 stage.say(
                     f"blk.{index}: {len(few)} of {features(model.config).n_experts} experts saw too few "
@@ -283,6 +284,7 @@ def _factorize_experts(
     """
     branches, total = _branches(layer, experts, inputs.inputs())
     paths = experts.branches(len(layer.get_submodule(experts.module)))
+    few = [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
 
     def seen(
         branch: _Branch, tokens: _Tokens, expert: nn.Module | None
@@ -299,35 +301,36 @@ def _factorize_experts(
             else:
                 yield (activations(x) * shares)[None], (stream * (shares / total[some, None]))[None]
 
-    def targets_of(*names: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the factors of these linears of all branches are to give, and importances of their inputs."""
-        down = "ffn_down" in names
-        of_all = None if down or corrected else _importance(inputs.inputs())
-        for end, branch in branches.items():
-            then, now = (original.get_submodule(paths[end]), branch.module) if down else (None, None)
-            for name in names:
-                linear = branch.module.get_submodule(EXPERT_LINEARS[name])
-                weights = (module.weight for module in [linear])
-                if branch.corrected:
-                    pairs = seen(branch, wanted, then), seen(branch, inputs, now)
-                    found, importance = _corrected(weights, *pairs, walk.recipe.damping, walk.scale)
-                    yield next(found), importance
-                    continue
-                if down:
-                    of_all = _importance(map(_activations(branch.module), inputs.inputs()))
-                assert of_all is not None
-                yield next(weights), of_all
+    of_all = _importance(inputs.inputs()) if few else None  # what gate and up of these read
 
-    corrected = all(branch.corrected for branch in branches.values())
+    def target(end: str, name: str) -> tuple[Tensor, Tensor]:
+        """What the factors of a linear are to give, and the importances of its inputs."""
+        branch, down = branches[end], name == "ffn_down"
+        linear = branch.module.get_submodule(EXPERT_LINEARS[name])
+        if branch.corrected:
+            then, now = (original.get_submodule(paths[end]), branch.module) if down else (None, None)
+            corrected, importance = _corrected(
+                (module.weight for module in [linear]),  # read when it is needed
+                seen(branch, wanted, then),
+                seen(branch, inputs, now),
+                walk.recipe.damping,
+                walk.scale,
+            )
+            return next(corrected), importance
+        if down:
+            return linear.weight, _importance(map(_activations(branch.module), inputs.inputs()))
+        assert of_all is not None
+        return linear.weight, of_all
+
     for place, names in enumerate((("ffn_gate", "ffn_up"), ("ffn_down",))):
+        which = [(end, name) for end in branches for name in names]
         modules = {
-            prefix + name + end: branch.module.get_submodule(EXPERT_LINEARS[name])
-            for end, branch in branches.items()
-            for name in names
+            prefix + name + end: branches[end].module.get_submodule(EXPERT_LINEARS[name])
+            for end, name in which
         }
-        targets = walk.keep(targets_of(*names))
+        targets = walk.keep(target(end, name) for end, name in which)
         _factorize_targets(walk, targets, modules, seed + place, walk.executor)
-    return [int(end[1:]) for end, branch in branches.items() if not branch.corrected]
+    return few
 
 
 def _activations(expert: nn.Module) -> Callable[[Tensor], Tensor]:
