@@ -15,7 +15,8 @@ from dbf2gguf.progress import Stage
 TINY = 1e-30  # a layer whose outputs change nothing has no gradients
 TINY_INPUT = 1e-12
 GRADIENT_BATCH = 4  # rows that pass together for output_importance, at most
-HEAD_TOKENS = 512  # tokens whose logits are held at a time
+HEAD_TOKENS = 512  # whose logits are held at a time, at most
+HEAD_BYTES = 2**27  # of these
 
 
 def output_importance(
@@ -128,15 +129,20 @@ def finished(raw: Tensor, f: Features) -> Tensor:
     return f.logit_softcap * torch.tanh(raw / f.logit_softcap) if f.logit_softcap else raw
 
 
+def head_tokens(vocabulary: int) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(1, min(HEAD_TOKENS, HEAD_BYTES // (4 * vocabulary)))
+
+
 def loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Gradient of the summed cross-entropy of `tokens` at the head's input, (batch, tokens, d_model); a few
     logits at a time."""
     inputs = hidden[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
-    parts = []
-    for start in range(0, len(inputs), HEAD_TOKENS):
-        part = inputs[start : start + HEAD_TOKENS].clone().requires_grad_(True)
-        wanted = targets[start : start + HEAD_TOKENS]
+    parts, size = [], head_tokens(model.config.vocab_size)
+    for start in range(0, len(inputs), size):
+        part = inputs[start : start + size].clone().requires_grad_(True)
+        wanted = targets[start : start + size]
         loss = functional.cross_entropy(logits(model, part), wanted, reduction="sum")
         parts.append(torch.autograd.grad(loss, part)[0])
     gradient = torch.zeros_like(hidden)

@@ -35,6 +35,7 @@ from dbf2gguf.follow import Load, Write, call_to_distil, follow
 from dbf2gguf.html_report import command_line, page_path, write_page
 from dbf2gguf.memory_need import choose_streamed, find_need
 from dbf2gguf.options import Options, check_options, describe_device, find_device, parse_size
+from dbf2gguf.peak_memory import resident
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from dbf2gguf.report import Errors, Report, describe_plan, describe_refusal, describe_report, describe_try
@@ -179,8 +180,8 @@ def convert(
             make_plan(source, skeleton, grid[-1]),
             options,
             _row_tokens(skeleton, options.recipe),
-            peak_rss(),
-        )
+            resident() or peak_rss(),
+        ).at_least(peak_rss())  # reading a GGUF file may have taken more
         streamed = choose_streamed(need, source, options)
         if device == "cpu" and not quiet:
             print(need.describe(streamed), file=sys.stderr)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.activations import rows_together
 from dbf2gguf.archs import context_length
-from dbf2gguf.calibrate import hidden_states, logits
+from dbf2gguf.calibrate import head_tokens, hidden_states, logits
 from dbf2gguf.progress import Stage
 from dbf2gguf.text import adds_begin
 from runtime.errors import ContextError
@@ -45,18 +45,19 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
     """
     device = next(reference.parameters()).device
     losses, reference_losses, divergences, agreements = [], [], [], []
-    half = rows.shape[1] // 2
+    half, size = rows.shape[1] // 2, head_tokens(reference.config.vocab_size)
     together = rows_together(reference.config, rows.shape[1], BATCH_ROWS)
     for chunk in rows.split(together):  # every pass reads all weights
         tokens = chunk.to(device)
         both = (hidden_states(m, input_ids=tokens)[:, half:-1] for m in (reference, model))
-        for wanted_hidden, hidden, target in zip(*both, tokens[:, half + 1 :, None], strict=True):
-            expected = torch.log_softmax(logits(reference, wanted_hidden), -1)
-            got = torch.log_softmax(logits(model, hidden), -1)
-            losses.append(-got.gather(1, target)[:, 0].cpu())
-            reference_losses.append(-expected.gather(1, target)[:, 0].cpu())
-            divergences.append((expected.exp() * (expected - got)).sum(-1).cpu())
-            agreements.append((expected.argmax(-1) == got.argmax(-1)).float().cpu())
+        for row in zip(*both, tokens[:, half + 1 :, None], strict=True):
+            for wanted_hidden, hidden, target in zip(*(part.split(size) for part in row), strict=True):
+                expected = torch.log_softmax(logits(reference, wanted_hidden), -1)
+                got = torch.log_softmax(logits(model, hidden), -1)
+                losses.append(-got.gather(1, target)[:, 0].cpu())
+                reference_losses.append(-expected.gather(1, target)[:, 0].cpu())
+                divergences.append((expected.exp() * (expected - got)).sum(-1).cpu())
+                agreements.append((expected.argmax(-1) == got.argmax(-1)).float().cpu())
             stage.step()
     divergence = torch.cat(divergences)
     return Quality(

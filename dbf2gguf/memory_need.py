@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from dbf2gguf import correct, evaluate
 from dbf2gguf.activations import BACKWARD, row_bytes, rows_together
 from dbf2gguf.archs import features, head_dim
 from dbf2gguf.budget import Plan
-from dbf2gguf.calibrate import GRADIENT_BATCH, HEAD_TOKENS
+from dbf2gguf.calibrate import GRADIENT_BATCH, head_tokens
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.parallel import AHEAD
@@ -45,6 +45,10 @@ class Need:
     block: int  # of these, the weights of the largest block in float32
     disk: int  # of the files
 
+    def at_least(self, peak: int) -> Need:
+        """The same, of a process that has held so much already."""
+        return replace(self, whole=max(self.whole, peak), streamed=max(self.streamed, peak))
+
     def describe(self, streamed: bool) -> str:
         return (
             f"peak memory: about {describe_size(self.streamed if streamed else self.whole)}"
@@ -65,8 +69,8 @@ def find_need(
     layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
     ends = vocabulary * width * FLOAT
     block = max(*layers, ends // FLOAT) * FLOAT
-    logits = 4 * HEAD_TOKENS * vocabulary * FLOAT  # of the text's loss
-    predictions = 5 * (row_tokens // 2) * vocabulary * FLOAT  # of one row, by both models
+    together = head_tokens(vocabulary) * vocabulary * FLOAT
+    logits, predictions = 4 * together, 5 * together  # of the text's loss; of both models, to be compared
     state = row_tokens * width * FLOAT  # of one row
     row = row_bytes(config, row_tokens)
     rows = min(recipe.correct_rows, recipe.text_rows)
