@@ -81,10 +81,11 @@ def find_need(
     largest = max(r * c for r, c in plan.shapes.values()) * FLOAT
     gradients = max(layers) * FLOAT + backward
     correction = max(_correction(plan, group, passing) for group in _corrected(source, f.n_experts))
-    measuring = max(scored + 3 * largest, ends + predictions)
+    reading = 2 * ends  # one of them, mapped and in float32
+    measuring = max(scored + 3 * largest, reading + predictions)
     vectors = sum(plan.ranks[name] + sum(shape) for name, shape in plan.shapes.items()) * FLOAT
     always = base + len(plan.shapes) * LINEAR + vectors
-    streamed = always + max(gradients, ends + logits, correction, measuring, 2 * ends + largest)
+    streamed = always + max(gradients, reading + logits, correction, measuring, reading + largest)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
