@@ -367,12 +367,12 @@ def _backward(
     rows: Tensor,
     inputs: dict[str, Tensor],
     on_gradient: Callable[[str, Tensor], None],
-    loss_gradient: Callable[[Tensor, Tensor], Tensor],
+    gradient_of: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Call on_gradient(name, gradient at the layer's output), while `inputs` holds the layer's input, for one
     row of text after the other.
 
-    loss_gradient  (tokens of the row, what the head reads) -> the loss' gradient at what the head reads
+    gradient_of  (tokens of the row, what the head reads) -> the loss' gradient at what the head reads
     """
     hooks = []
 
@@ -392,7 +392,7 @@ def _backward(
             with torch.enable_grad():
                 embedded = model.get_input_embeddings()(row).requires_grad_(True)
                 hidden = hidden_states(model, inputs_embeds=embedded)
-                hidden.backward(loss_gradient(row, hidden.detach()))
+                hidden.backward(gradient_of(row, hidden.detach()))
     finally:
         for hook in hooks:
             hook.remove()
@@ -565,7 +565,7 @@ def _kl_backward(
     student = with_linears(model, linears)
     f, head = features(model.config), model.get_output_embeddings().weight
 
-    def loss_gradient(row: Tensor, hidden: Tensor) -> Tensor:
+    def gradient_of(row: Tensor, hidden: Tensor) -> Tensor:
         on_row()
         with torch.no_grad():
             wanted = hidden_states(model, input_ids=row).flatten(0, 1)
@@ -576,4 +576,4 @@ def _kl_backward(
             parts.append(kl_and_gradient(flat[part], wanted[part], head, head, f)[1] @ head)
         return torch.cat(parts).view_as(hidden)
 
-    _backward(student, names, rows, inputs, on_gradient, loss_gradient)
+    _backward(student, names, rows, inputs, on_gradient, gradient_of)

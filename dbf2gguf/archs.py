@@ -60,6 +60,9 @@ class Fused:
 EXPERT_LINEARS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 """GGUF names of an expert's linears -> modules within it."""
 
+EXPERT_GROUPS = (("ffn_gate", "ffn_up"), ("ffn_down",))
+"""Those that read the same vector, in the order in which an expert runs."""
+
 
 @dataclass(frozen=True)
 class Experts:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf2gguf.activations import rows_together
-from dbf2gguf.archs import EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
+from dbf2gguf.archs import EXPERT_GROUPS, EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import importance_of
 from dbf2gguf.distill import with_linears
@@ -322,7 +322,7 @@ def _factorize_experts(
         assert of_all is not None
         return linear.weight, of_all
 
-    for place, names in enumerate((("ffn_gate", "ffn_up"), ("ffn_down",))):
+    for place, names in enumerate(EXPERT_GROUPS):
         which = [(end, name) for end in branches for name in names]
         modules = {
             prefix + name + end: branches[end].module.get_submodule(EXPERT_LINEARS[name])

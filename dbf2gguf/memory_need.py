@@ -11,7 +11,7 @@ from torch import nn
 
 from dbf2gguf import correct, evaluate
 from dbf2gguf.activations import BACKWARD, row_bytes, rows_together
-from dbf2gguf.archs import features, head_dim
+from dbf2gguf.archs import EXPERT_GROUPS, features, head_dim
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import GRADIENT_BATCH, head_tokens
 from dbf2gguf.distill import PASS_TOKENS
@@ -133,7 +133,7 @@ def _corrected(source: Source, n_experts: int) -> Iterator[_Corrected]:
         yield _Corrected([f"blk.0.{name}" for name in group.linears], group.residual is not None, False)
     if source.arch.experts is not None:
         ends = source.arch.experts.branches(n_experts)
-        for names in (("ffn_gate", "ffn_up"), ("ffn_down",)):
+        for names in EXPERT_GROUPS:
             yield _Corrected([f"blk.0.{name}{end}" for end in ends for name in names], False, True)
 
 
