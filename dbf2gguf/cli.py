@@ -128,8 +128,8 @@ def convert_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=DTYPES,
-        help="arithmetic of the distillation's products; auto: bfloat16 on a GPU and on a CPU that has "
-        "instructions for it, else float32 (default: the preset's)",
+        help="arithmetic of products while the model writes text and in the distillation; auto: bfloat16 "
+        "on a GPU and on a CPU that has instructions for it, else float32 (default: the preset's)",
     )
     add(
         "--checkpointing",

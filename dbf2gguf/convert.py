@@ -506,7 +506,8 @@ def _text(
     if written:
         known = order[: recipe.text_rows]  # none is held out
         starts = given[known[known < len(given)]]
-        how = written, length, recipe.chat_share, seed
+        rounded = dtype_on(next(model.parameters()).device, recipe.dtype) == torch.bfloat16
+        how = written, length, recipe.chat_share, seed, rounded
 
         def write() -> Tensor:
             team.share(Write(*how, starts))

@@ -34,6 +34,7 @@ class Write:
     row_tokens: int
     chat_share: float
     seed: int
+    rounded: bool
     given: Tensor
 
 
@@ -78,7 +79,7 @@ def follow(team: Team, model: str | Path, scratch: Path, device: str) -> Any:
 
 
 def _write(order: Write, model: nn.Module, tokenizer: Any, team: Team) -> None:
-    how = order.rows, order.row_tokens, order.chat_share, order.seed
+    how = order.rows, order.row_tokens, order.chat_share, order.seed, order.rounded
     stage = Stage("text", order.rows * order.row_tokens, quiet=True)
     self_written_rows(model, tokenizer, *how, stage, order.given, team)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache: transformers has renamed it."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 class GrowingCache(DynamicCache):

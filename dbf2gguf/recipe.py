@@ -29,7 +29,8 @@ CHECKPOINTING = ("auto", "on", "off")
 
 
 DTYPES = ("auto", "float32", "bfloat16")
-"""Arithmetic of the distillation's products; auto: bfloat16 where the device has instructions for it."""
+"""Arithmetic of products while the model writes text and in the distillation; auto: bfloat16 where the
+device has instructions for it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Recipe:
     sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
     warmup_steps: int = 6
-    dtype: str = "auto"  # of the distillation's products, one of DTYPES
+    dtype: str = "auto"  # of products in the model's own text and the distillation, one of DTYPES
     checkpointing: str = "auto"  # whether layers run twice to save memory, one of CHECKPOINTING
     allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
 
@@ -72,14 +73,14 @@ class Recipe:
 PRESETS = {
     "fast": Recipe(),
     "balanced": Recipe(
-        text_rows=768,
-        written_share=0.5,
+        text_rows=1024,
+        written_share=0.75,
         chat_share=0.25,
         correct_rows=128,
         gradient_rows=16,
         eval_rows=16,
         admm_iterations=40,
-        distill_steps=192,
+        distill_steps=256,
         scale_rate=5e-3,
         sign_rate=2e-2,
         warmup_steps=10,

@@ -15,8 +15,9 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from dbf2gguf.archs import features, head_dim
+from dbf2gguf.attention import CAUSAL, suits
 from dbf2gguf.graphs import Recorder
-from dbf2gguf.kvcache import GrowingCache
+from dbf2gguf.kvcache import GrowingCache, cache_argument
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
@@ -170,6 +171,7 @@ def self_written_rows(
     row_tokens: int,
     chat_share: float,
     seed: int,
+    rounded: bool,
     stage: Stage,
     given: Tensor | None = None,
     team: Team = ALONE,
@@ -178,6 +180,7 @@ def self_written_rows(
     a few words out of given texts, and chat questions, where the tokenizer has a chat template.
 
     chat_share  chat questions among the prompts, 0 to 1
+    rounded     whether products are of bfloat16, a copy of the model's weights
     given       (n, tokens) int64 texts; where there are some, most of the other prompts are cut from them
     ->          (rows, row_tokens) int64
 
@@ -186,7 +189,7 @@ def self_written_rows(
     """
     pieces = row_tokens // CONTEXT if row_tokens % CONTEXT == 0 else 1
     device = next(model.parameters()).device
-    batch = team.share(max(1, _batch_tokens(model.config, device) // row_tokens))
+    batch = team.share(max(1, _batch_tokens(model.config, device, rounded) // row_tokens))
     blocks = -(-rows // batch)
     size = -(-rows // blocks)  # rows of a block; more than enough of them in all
     kinds = _prompts(tokenizer)
@@ -205,8 +208,12 @@ def self_written_rows(
     shape = (size * pieces, row_tokens // pieces)
     mine = range(blocks)[team.part(blocks)]
     written = torch.zeros(blocks, size, row_tokens, dtype=torch.int64)
+    if rounded:
+        model = copy.deepcopy(model).to(torch.bfloat16)
+        if suits(model.config, shape[1]):
+            model.set_attn_implementation(CAUSAL)
     if device.type == "cuda":
-        writer = _Writer(copy.deepcopy(model).to(torch.bfloat16), ends.to(device), shape)
+        writer = _Writer(model, ends.to(device), shape)
         own = (write(writer, number) for number in mine)
     else:
         own = map_on_cores(lambda n: write(_Writer(model, ends, shape), n), mine)
@@ -217,13 +224,13 @@ def self_written_rows(
     return written.flatten(0, 1)[:rows]
 
 
-def _batch_tokens(config: Any, device: torch.device) -> int:
+def _batch_tokens(config: Any, device: torch.device, rounded: bool) -> int:
     """Tokens of KV cache that are filled at a time. On a GPU that has little memory they are fewer, and then
     the text is another one."""
     if device.type != "cuda":
         return BATCH_TOKENS
     width = features(config).n_kv_heads * head_dim(config)
-    token = 2 * 2 * config.num_hidden_layers * width  # bytes: keys and values, bfloat16
+    token = 2 * (2 if rounded else 4) * config.num_hidden_layers * width  # bytes: keys and values
     return int(min(GPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // 2 // token))
 
 
@@ -240,6 +247,7 @@ class _Writer:
         self.model, self.ends = model, ends
         self.count, self.length = shape
         self.cache = GrowingCache(self.length)
+        self.cached = {cache_argument(model): self.cache}
         device = ends.device
         self.pool = torch.zeros(self.count * POOL, MAX_PROMPT, dtype=torch.int64, device=device)
         self.pool_lengths = torch.zeros(len(self.pool), dtype=torch.int64, device=device)
@@ -277,7 +285,7 @@ class _Writer:
         if position + 1 == self.length:
             return
         self.cache.crop(position)
-        logits = self.model(self.ids[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
+        logits = self.model(self.ids[:, None], **self.cached, use_cache=True).logits[:, -1]
         free = _sample(logits.float() / TEMPERATURE, self.uniform[position])
         in_prompt = self.place < self.pool_lengths[self.prompt]
         forced = self.pool[self.prompt, self.place.clamp(max=MAX_PROMPT - 1)]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from dbf2gguf import attention
-from dbf2gguf.kvcache import GrowingCache
+from dbf2gguf.kvcache import GrowingCache, cache_argument
 
 GEMMA = {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 20, "num_hidden_layers": 6}
 """Layers with a window, which is as long as the text, and without."""
@@ -32,7 +32,7 @@ def test_same_logits(changes: dict[str, Any]) -> None:
     assert (model(tokens).logits - wanted).abs().max() < 1e-4
     cache = GrowingCache(20)
     for position in range(20):
-        got = model(tokens[:, position, None], past_key_values=cache, use_cache=True).logits[:, 0]
+        got = model(tokens[:, position, None], **{cache_argument(model): cache}, use_cache=True).logits[:, 0]
         assert (got - wanted[:, position]).abs().max() < 1e-4
 
 
@@ -41,10 +41,10 @@ def test_a_cropped_cache_goes_on_from_there() -> None:
     model = tiny_hf.model()
     tokens = torch.randint(0, tiny_hf.N_VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     cache = GrowingCache(9)
-    model(tokens, past_key_values=cache, use_cache=True)
+    model(tokens, **{cache_argument(model): cache}, use_cache=True)
     cache.crop(4)
     assert cache.get_seq_length() == 4
-    got = model(tokens[:, 4:5], past_key_values=cache, use_cache=True).logits
+    got = model(tokens[:, 4:5], **{cache_argument(model): cache}, use_cache=True).logits
     assert (got - model(tokens).logits[:, 4:5]).abs().max() < 1e-4
 
 

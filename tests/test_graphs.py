@@ -41,7 +41,7 @@ def test_text_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     def write() -> torch.Tensor:
         stage = Stage("text", 12 * 40, quiet=True)
-        return self_written_rows(model, tiny_hf.tokenizer(), 12, 40, 0.5, 0, stage)
+        return self_written_rows(model, tiny_hf.tokenizer(), 12, 40, 0.5, 0, True, stage)
 
     recorded = write()
     monkeypatch.setattr(dbf2gguf.text, "Recorder", lambda warm_up: lambda function: function)

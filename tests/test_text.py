@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import tiny_hf
 import torch
+from test_convert import MODELS
+from torch import Tensor
 
 import dbf2gguf.text
 from dbf2gguf.kvcache import GrowingCache
@@ -188,12 +191,14 @@ def test_byte_order_mark(tmp_path: Path) -> None:
     assert torch.equal(read(tmp_path / "a.jsonl"), read(tmp_path / "b.jsonl"))
 
 
-def write_rows(rows: int, length: int, seed: int = 0, template: bool = True) -> torch.Tensor:
+def write_rows(
+    rows: int, length: int, seed: int = 0, template: bool = True, rounded: bool = False
+) -> torch.Tensor:
     tokenizer = tiny_hf.tokenizer()
     if not template:
         tokenizer.chat_template = None
     stage = Stage("text", rows, quiet=True)
-    return self_written_rows(tiny_hf.model(), tokenizer, rows, length, 0.5, seed, stage)
+    return self_written_rows(tiny_hf.model(), tokenizer, rows, length, 0.5, seed, rounded, stage)
 
 
 def test_no_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,9 +220,9 @@ def test_no_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_self_written(template: bool) -> None:
-    rows = write_rows(5, 40, template=template)
+@pytest.mark.parametrize(("template", "rounded"), [(True, False), (False, False), (True, True)])
+def test_self_written(template: bool, rounded: bool) -> None:
+    rows = write_rows(5, 40, template=template, rounded=rounded)
     assert rows.shape == (5, 40)
     assert rows.dtype == torch.int64
     assert rows.min() >= 0
@@ -229,7 +234,10 @@ def test_self_written(template: bool) -> None:
 
 
 def test_self_written_is_deterministic() -> None:
-    assert torch.equal(write_rows(3, 24, seed=1), write_rows(3, 24, seed=1))
+    for rounded in (False, True):
+        assert torch.equal(
+            write_rows(3, 24, seed=1, rounded=rounded), write_rows(3, 24, seed=1, rounded=rounded)
+        )
     assert not torch.equal(write_rows(3, 24, seed=1), write_rows(3, 24, seed=2))
 
 
@@ -243,7 +251,7 @@ def test_self_written_is_the_models_text() -> None:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     made.model.embed_tokens.weight.fill_(1.0)
-    rows = self_written_rows(made, TOKENIZER, 2, 120, 0.5, 0, Stage("text", 2, quiet=True))
+    rows = self_written_rows(made, TOKENIZER, 2, 120, 0.5, 0, False, Stage("text", 2, quiet=True))
     assert (rows[:, -10:] == 77).all()
 
 
@@ -275,6 +283,28 @@ def test_what_ends_a_text() -> None:
     assert {end, tokenizer.eos_token_id} <= _end_ids(tokenizer)
 
 
+@pytest.mark.parametrize("name", ["mha-separate-head", "gemma2", "gpt2"])
+def test_bfloat16_writes_nearly_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model's own attention where its windows or caps need it; the model is left as it was."""
+    made = tiny_hf.model(**MODELS[name])
+    before = copy.deepcopy(made.state_dict())
+    attention = made.config._attn_implementation
+    seen: list[Tensor] = []
+    monkeypatch.setattr(dbf2gguf.text, "_sample", lambda logits, _: seen.append(logits) or logits.argmax(-1))
+
+    def write(rounded: bool) -> Tensor:
+        stage = Stage("text", 96, quiet=True)
+        self_written_rows(made, tiny_hf.tokenizer(), 2, 48, 0.0, 0, rounded, stage)
+        logits = torch.stack(seen[:4])  # of prompts, whatever the model makes of them
+        seen.clear()
+        return logits
+
+    exact, rounded = write(False), write(True)
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.std()
+    assert made.config._attn_implementation == attention
+    assert all(torch.equal(value, made.state_dict()[key]) for key, value in before.items())
+
+
 def test_prompts_follow_where_a_text_ends() -> None:
     """A model that ends every text at once writes prompt after prompt, those of given texts among them."""
     made = tiny_hf.model(tie_word_embeddings=False)
@@ -287,7 +317,7 @@ def test_prompts_follow_where_a_text_ends() -> None:
     made.model.embed_tokens.weight.fill_(1.0)
     given = torch.full((30, 60), 55)
     stage = Stage("text", 8 * 120, quiet=True)
-    rows = self_written_rows(made, TOKENIZER, 8, 120, 0.0, 0, stage, given)
+    rows = self_written_rows(made, TOKENIZER, 8, 120, 0.0, 0, False, stage, given)
     texts = []
     for row in rows.tolist():
         ends = [i for i, token in enumerate(row) if token == END]
