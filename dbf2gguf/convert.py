@@ -50,7 +50,7 @@ from dbf2gguf.source import (
     split_fused,
     weight_files,
 )
-from dbf2gguf.stream import KeptFactors, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
+from dbf2gguf.stream import KeptFactors, OnDisk, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
 from dbf2gguf.stream import output_importance as streamed_importance
 from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import ALONE, Team, joined
@@ -569,7 +569,9 @@ def as_read(
     twin = with_linears(model, linears)
 
     def stored(module: nn.Module) -> nn.Parameter:
-        return nn.Parameter(dequantized(module.weight, embed_type), requires_grad=False)
+        weight = module.weight.detach()
+        into = weight if isinstance(module, OnDisk) else None  # it was read for this
+        return nn.Parameter(dequantized(weight, embed_type, into), requires_grad=False)
 
     twin.get_input_embeddings().weight = head = stored(model.get_input_embeddings())
     if not head_is_tied(model):

@@ -56,8 +56,9 @@ def measure(reference: nn.Module, model: nn.Module, rows: Tensor, stage: Stage) 
                 got = torch.log_softmax(logits(model, hidden), -1)
                 losses.append(-got.gather(1, target)[:, 0].cpu())
                 reference_losses.append(-expected.gather(1, target)[:, 0].cpu())
-                divergences.append((expected.exp() * (expected - got)).sum(-1).cpu())
                 agreements.append((expected.argmax(-1) == got.argmax(-1)).float().cpu())
+                torch.sub(expected, got, out=got)  # in place: vocabularies may be large
+                divergences.append(got.mul_(expected.exp_()).sum(-1).cpu())
             stage.step()
     divergence = torch.cat(divergences)
     return Quality(

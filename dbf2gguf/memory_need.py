@@ -70,7 +70,7 @@ def find_need(
     ends = vocabulary * width * FLOAT
     block = max(*layers, ends // FLOAT) * FLOAT
     together = head_tokens(vocabulary) * vocabulary * FLOAT
-    logits, predictions = 4 * together, 5 * together  # of the text's loss; of both models, to be compared
+    logits = 4 * together  # of the text's loss; of both models, to be compared
     state = row_tokens * width * FLOAT  # of one row
     row = row_bytes(config, row_tokens)
     rows = min(recipe.correct_rows, recipe.text_rows)
@@ -81,11 +81,10 @@ def find_need(
     largest = max(r * c for r, c in plan.shapes.values()) * FLOAT
     gradients = max(layers) * FLOAT + backward
     correction = max(_correction(plan, group, passing) for group in _corrected(source, f.n_experts))
-    reading = 2 * ends  # one of them, mapped and in float32
-    measuring = max(scored + 3 * largest, reading + predictions)
+    measuring = max(scored + 3 * largest, ends + logits)
     vectors = sum(plan.ranks[name] + sum(shape) for name, shape in plan.shapes.items()) * FLOAT
     always = base + len(plan.shapes) * LINEAR + vectors
-    streamed = always + max(gradients, reading + logits, correction, measuring, reading + largest)
+    streamed = always + max(gradients, correction, measuring)
 
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
@@ -103,7 +102,7 @@ def find_need(
     if options.device == "cpu" and (not options.calib or recipe.written_share):
         cache = 2 * n_layers * f.n_kv_heads * head_dim(config) * FLOAT  # of one token
         one_core = BATCH_TOKENS * cache + 5 * BATCH_TOKENS // CONTEXT * vocabulary * FLOAT
-        stages.append(torch.get_num_threads() * one_core)
+        stages.append(torch.get_num_threads() * one_core + 2 * _weights(skeleton))  # its copy in bfloat16
     if recipe.allocation != "uniform":
         stages.append(2 * linears + 2 * latents)
     if recipe.distill_steps:

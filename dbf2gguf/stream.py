@@ -43,6 +43,9 @@ from dbf2gguf.work import Work
 from runtime.errors import FormatError
 from runtime.format import pack, unpack
 
+MAPPED = 2**24
+"""Weights of a file that are mapped at a time while they are copied."""
+
 Item = TypeVar("Item")
 Read = Callable[[], Any]
 """Reads something from a file, again and again."""
@@ -219,7 +222,7 @@ def stream_model(source: Source, scratch: Scratch) -> nn.Module:
     def part_of(index: int, name: str) -> Tensor:
         """A parameter of a layer that has to be split for it."""
         part = checkpoint.layer(as_in_file[index], index).get_parameter(name)
-        return checkpoint.float32(f"{arch.layers}.{index}.{name}", part)
+        return checkpoint.checked(f"{arch.layers}.{index}.{name}", part.to(torch.float32, copy=True))
 
     streamed = {f"{path}.weight" for path in linear_names(model, arch).values()}
     for index, layer in enumerate(layers):
@@ -255,6 +258,13 @@ class _Place:
     def mapped(self) -> Tensor:
         with _open(self.file) as tensors:
             return tensors.get_tensor(self.tensor)[self.part]
+
+    def float32(self) -> Tensor:
+        """A copy. What is mapped stays in memory until it is let go, so it is a part at a time."""
+        value = torch.empty(self.mapped().shape)
+        for rows in torch.arange(len(value)).split(max(1, MAPPED * len(value) // max(1, value.numel()))):
+            value[rows[0] : rows[-1] + 1] = self.mapped()[rows[0] : rows[-1] + 1]
+        return value
 
 
 class _Checkpoint:
@@ -296,11 +306,10 @@ class _Checkpoint:
         return self._places[name].mapped()
 
     def read(self, name: str) -> Tensor:
-        return self.float32(name, self.mapped(name))
+        return self.checked(name, self._places[name].float32())
 
-    def float32(self, name: str, mapped: Tensor) -> Tensor:
-        """A copy in float32. Raises FormatError if it is not finite."""
-        value = mapped.to(torch.float32, copy=True)
+    def checked(self, name: str, value: Tensor) -> Tensor:
+        """Raises FormatError if it is not finite."""
         if name not in self._finite:
             check_finite(self._source, name, value)
             self._finite.add(name)

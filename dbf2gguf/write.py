@@ -184,13 +184,15 @@ def quantized(weight: Tensor, embed_type: str) -> tuple[NDArray[Any], gguf.GGMLQ
     return gguf.quants.quantize(values, kind), kind
 
 
-def dequantized(weight: Tensor, embed_type: str) -> Tensor:
-    """What a reader of the file gets for `quantized(weight, embed_type)`."""
-    read, rows = torch.empty_like(weight), max(1, WEIGHTS_AT_ONCE // weight.shape[1])
-    for wanted, part in zip(weight.split(rows), read.split(rows), strict=True):
+def dequantized(weight: Tensor, embed_type: str, out: Tensor | None = None) -> Tensor:
+    """What a reader of the file gets for `quantized(weight, embed_type)`, put in `out`, which may be
+    the weight itself."""
+    out = torch.empty_like(weight) if out is None else out
+    rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
+    for wanted, part in zip(weight.split(rows), out.split(rows), strict=True):
         data, kind = quantized(wanted, embed_type)
         part.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(data, kind), dtype=np.float32)))
-    return read
+    return out
 
 
 def head_is_tied(model: nn.Module) -> bool:

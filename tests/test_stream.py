@@ -223,6 +223,24 @@ def test_weights_are_read_and_set(tmp_path: Path) -> None:
     assert not (tmp_path / "states").exists()
 
 
+@pytest.mark.parametrize("name", ["mha-separate-head", "gpt2", *tiny_hf.EXPERTS])
+def test_weights_are_read_a_part_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Large ones: what is mapped meanwhile is no more than a part. Experts may be parts themselves."""
+    source = open_source(tiny_hf.write_folder(tmp_path / "model", **MODELS[name]), tmp_path)
+    whole = load_model(source, "cpu")
+    paths = linear_names(whole, source.arch).values()
+    for most in (1, 300, stream.MAPPED):
+        monkeypatch.setattr(stream, "MAPPED", most)
+        with Scratch(tmp_path / "states") as scratch:
+            model = stream_model(source, scratch)
+            assert all(
+                torch.equal(model.get_submodule(p).weight, whole.get_submodule(p).weight) for p in paths
+            )
+            assert torch.equal(model.get_output_embeddings().weight, whole.get_output_embeddings().weight)
+
+
 def test_scratch(tmp_path: Path) -> None:
     with Scratch(tmp_path / "states") as scratch:
         first = torch.arange(6.0)
@@ -377,6 +395,7 @@ def test_refused_up_front(
 ) -> None:
     folder = tiny_hf.write_folder(tmp_path / "model")
     monkeypatch.setattr(dbf2gguf.convert, "find_need", lambda *_: NEED)
+    monkeypatch.setattr(dbf2gguf.convert, "peak_rss", lambda: 0)  # of the tests before
     options = OPTIONS | {"calib": [text], "max_memory": "1G"} | changes
     with pytest.raises(OptionError, match=message):
         convert(folder, tmp_path / "out.gguf", **options)
