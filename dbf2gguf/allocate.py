@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import features
 from dbf2gguf.budget import MAX_BPW, RANK_STEP, Plan, Shape, linear_bits, plan_uniform
-from dbf2gguf.calibrate import hidden_states, input_importance, loss_gradient
+from dbf2gguf.calibrate import head_parts, hidden_states, input_importance, loss_gradient
 from dbf2gguf.correct import batches_of, call_layer, embed_rows, factorize_model
-from dbf2gguf.distill import HEAD_TOKENS, kl_and_gradient, with_linears
+from dbf2gguf.distill import kl_and_gradient, with_linears
 from dbf2gguf.factorize import Factors, factorize, signs
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
@@ -423,8 +423,7 @@ def measure_kl(
             for layer, its in zip(layers[index:], arguments[index:], strict=True):
                 state = call_layer(layer, state, its)
             hidden = norm(state).flatten(0, 1)
-            for start in range(0, len(hidden), HEAD_TOKENS):
-                part = slice(start, start + HEAD_TOKENS)
+            for part in head_parts(len(hidden), len(head)):
                 total += float(kl_and_gradient(hidden[part], wanted[place][part], head, head, f)[0])
         return total / rows.numel()
 
@@ -465,8 +464,7 @@ def embedding_costs(model: nn.Module, rows: Tensor, types: Sequence[str]) -> dic
         total = 0.0
         for row, reference in zip(rows.split(1), wanted, strict=True):
             hidden = hidden_states(other, input_ids=row.to(device))[0]
-            for start in range(0, len(hidden), HEAD_TOKENS):
-                part = slice(start, start + HEAD_TOKENS)
+            for part in head_parts(len(hidden), len(head)):
                 total += float(kl_and_gradient(hidden[part], reference[part], stored_head, head, f)[0])
         weights = embedding.numel() + (0 if head_is_tied(model) else head.numel())
         found[kind] = (weights // block * nbytes * 8, total / rows.numel())
@@ -571,8 +569,7 @@ def _kl_backward(
             wanted = hidden_states(model, input_ids=row).flatten(0, 1)
         flat = hidden.flatten(0, 1)
         parts = []
-        for start in range(0, len(flat), HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
+        for part in head_parts(len(flat), len(head)):
             parts.append(kl_and_gradient(flat[part], wanted[part], head, head, f)[1] @ head)
         return torch.cat(parts).view_as(hidden)
 

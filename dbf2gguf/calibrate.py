@@ -134,16 +134,21 @@ def head_tokens(vocabulary: int) -> int:
     return max(1, min(HEAD_TOKENS, HEAD_BYTES // (4 * vocabulary)))
 
 
+def head_parts(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """So many tokens, in parts whose logits are held at a time."""
+    size = head_tokens(vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
 def loss_gradient(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Gradient of the summed cross-entropy of `tokens` at the head's input, (batch, tokens, d_model); a few
     logits at a time."""
     inputs = hidden[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
-    parts, size = [], head_tokens(model.config.vocab_size)
-    for start in range(0, len(inputs), size):
-        part = inputs[start : start + size].clone().requires_grad_(True)
-        wanted = targets[start : start + size]
-        loss = functional.cross_entropy(logits(model, part), wanted, reduction="sum")
+    parts = []
+    for some in head_parts(len(inputs), model.config.vocab_size):
+        part = inputs[some].clone().requires_grad_(True)
+        loss = functional.cross_entropy(logits(model, part), targets[some], reduction="sum")
         parts.append(torch.autograd.grad(loss, part)[0])
     gradient = torch.zeros_like(hidden)
     gradient[:, :-1] = torch.cat(parts).view(*gradient[:, :-1].shape)

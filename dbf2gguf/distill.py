@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dbf2gguf.activations import SLACK, Passes, checkpointed, in_bfloat16, plan_passes, token_bytes
 from dbf2gguf.archs import ARCHS, Features, features
-from dbf2gguf.calibrate import finished, hidden_states
+from dbf2gguf.calibrate import finished, head_tokens, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.graphs import Recorder
 from dbf2gguf.progress import Stage
@@ -34,8 +34,8 @@ SCALES = ("s_out", "s_mid", "s_in")
 PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
 GPU_PART_WEIGHTS = 2**26  # and on a GPU
 PASS_TOKENS = 1024  # that pass through the model at a time on a CPU: bounds the activations held
-HEAD_TOKENS = 512  # tokens whose logits are held at a time
-GPU_HEAD_LOGITS = 2**28  # that are held at a time on a GPU, of 4096 tokens at most
+GPU_HEAD_TOKENS = 4096  # whose logits are held at a time on a GPU, at most
+GPU_HEAD_LOGITS = 2**28  # of these
 FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
@@ -376,7 +376,9 @@ def _gradients(
     count = count or tokens.numel()
     head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
-    size = min(HEAD_TOKENS * 8, GPU_HEAD_LOGITS // len(head)) if tokens.is_cuda else HEAD_TOKENS
+    size = head_tokens(len(head))
+    if tokens.is_cuda:
+        size = min(GPU_HEAD_TOKENS, GPU_HEAD_LOGITS // len(head))
     total = torch.zeros((), device=tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         student.multiply_out()
