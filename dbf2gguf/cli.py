@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,12 +230,17 @@ def _export(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     try:
         from dbf2gguf.convert import convert
+        from dbf2gguf.team import leave
     except ModuleNotFoundError as error:
         raise BackendError(
             f"conversion needs the package {error.name}; run: pip install 'dbf2gguf[convert]'"
         ) from error
     options = {key: value for key, value in vars(args).items() if key != "debug"}
-    return _unless_interrupted(lambda: convert(**options))
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        return _unless_interrupted(lambda: convert(**options))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from dbf2gguf import hub
 from dbf2gguf.activations import BACKWARD, rows_together
 from dbf2gguf.allocate import allocate
 from dbf2gguf.archs import context_length
@@ -30,7 +31,7 @@ from dbf2gguf.distill import Student, distill, dtype_on, with_linears
 from dbf2gguf.evaluate import Quality, measure
 from dbf2gguf.executors import Executor, open_executor
 from dbf2gguf.factorize import Factors, balance, relative_error
-from dbf2gguf.files import check_output, check_space, replacing
+from dbf2gguf.files import alone_in, check_output, check_space, replacing
 from dbf2gguf.follow import Load, Write, call_to_distil, follow
 from dbf2gguf.html_report import command_line, page_path, write_page
 from dbf2gguf.memory_need import choose_streamed, find_need
@@ -43,12 +44,14 @@ from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import (
     Source,
     as_linear,
+    find_source,
     linear_names,
     load_model,
     load_tokenizer,
-    open_source,
+    reading_bytes,
     split_fused,
     weight_files,
+    with_weights,
 )
 from dbf2gguf.stream import KeptFactors, OnDisk, Scratch, SignsOnly, is_streamed, put_on_disk, stream_model
 from dbf2gguf.stream import output_importance as streamed_importance
@@ -163,7 +166,7 @@ def convert(
             out = check_output(out, inputs)
             if report:
                 check_output(page_path(out), inputs)
-        source = open_source(model, Path(scratch))
+        source = find_source(model, Path(scratch))
         skeleton = _skeleton(source)
         options = _settled(options, skeleton)
         if max_kl is None:
@@ -174,14 +177,15 @@ def convert(
         size = _file_size(plan, skeleton, options.embed_type)
         if max_kl is None and not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
+        held = resident() or peak_rss()
         need = find_need(
             source,
             skeleton,
             make_plan(source, skeleton, grid[-1]),
             options,
             _row_tokens(skeleton, options.recipe),
-            resident() or peak_rss(),
-        ).at_least(peak_rss())  # reading a GGUF file may have taken more
+            held,
+        ).at_least(held + reading_bytes(source))
         streamed = choose_streamed(need, source, options)
         if device == "cpu" and not quiet:
             print(need.describe(streamed), file=sys.stderr)
@@ -189,14 +193,17 @@ def convert(
             planned = Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
             team.share(planned)
             return planned
-        check_space(out, size + (need.disk if streamed else 0))
+        check_space(out, size + need.on_disk(streamed), "the conversion")
+        folder = out.with_name(out.name + ".work")
+        stack.enter_context(alone_in(folder))
+        source = with_weights(source, stack.enter_context(Scratch(folder / "model")).folder)
         executor = stack.enter_context(open_executor(jobs, cluster))
         if not quiet:
             print(f"device: {describe_device(device)}", file=sys.stderr)
         key = _key(source, options, team)
-        work = Work.open(out.with_name(out.name + ".work"), key, quiet)
+        work = Work.open(folder, key, quiet)
         try:
-            with Scratch(work.folder / "states") as states:
+            with Scratch(folder / "states") as states:
                 means = _Means(work, key, executor, team, states if streamed else None)
                 done = _run(source, skeleton, out, grid, options, means)
         except BaseException:
@@ -296,7 +303,7 @@ def _run(
     limit = COLLAPSED_KL if options.max_kl is None else options.max_kl
     tries: list[tuple[float, float]] = []
     best: tuple[Plan, Quality, Errors] | None = None
-    with replacing(out) as temporary:
+    with replacing(out, means.work.folder) as temporary:
 
         def attempt(bpw: float) -> float:
             """The mean KL with so many bits; if it is good enough, the file for now."""
@@ -442,10 +449,10 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
     Those of SAME_TEXT decide what the model writes."""
     weights = [source.gguf] if source.gguf else weight_files(source.path)
-    described = [path for path in sorted(source.path.glob("*.json")) if not source.gguf]
+    described = sorted({path for pattern in hub.FILES for path in source.path.glob(pattern)})
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     return {
-        "model": digest_of([*weights, *described]),
+        "model": digest_of(weights if source.gguf else [*weights, *described]),
         "recipe": options.recipe.describe(),
         "calib": [_text_digest(file) for file in options.calib],
         "eval_text": _text_digest(options.eval_text) if options.eval_text else None,

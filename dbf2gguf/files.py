@@ -3,22 +3,23 @@ it is complete; those that a checkpoint is split into."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import FormatError, OptionError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the body ends well, and is removed when it
-    does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary name beside `path`, or in a folder beside it, that takes its place when the body ends well,
+    and is removed when it does not."""
+    temporary = folder / f"{path.name}.tmp" if folder else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -50,13 +51,37 @@ def check_output(out: Path, inputs: Sequence[Path]) -> Path:
     return out
 
 
-def check_space(out: Path, size: int) -> None:
+def check_space(out: Path, size: int, what: str = "the file") -> None:
     """The disk has `size` bytes free where `out` will lie. Raises OptionError."""
     free = shutil.disk_usage(out.parent).free
     if free < size:
         raise OptionError(
-            f"{out}: the disk has {free / 2**20:.1f} MiB free; the file needs {size / 2**20:.1f} MiB"
+            f"{out}: the disk has {free / 2**20:.1f} MiB free; {what} needs {size / 2**20:.1f} MiB"
         )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, which is made, and removed if nothing is left in
+    it. Raises OptionError if another one is in."""
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OptionError(
+                f"{folder}: another conversion works in it; wait for its end, or take another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(handle)
 
 
 def files_of_index(index: Path) -> list[Path]:

@@ -31,12 +31,14 @@ from dbf2gguf.archs import (
     gguf_spec,
     unpermute_rope,
 )
+from dbf2gguf.files import check_space
 from runtime import ggml_tokenizer
 from runtime.errors import FormatError, UnsupportedModelError
 from runtime.gguf import GgufFile, type_name
 from runtime.model import EPSILONS, NORM_KINDS, check_features
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+NO_TOKEN = 0xFFFFFFFF
 ROWS_AT_ONCE = 1024  # of a tensor, to be dequantized
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -46,8 +48,14 @@ def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) 
     tokenizer_config.json into `target`, which is created. One tensor at a time is in memory.
 
     Raises FormatError for a broken file, UnsupportedModelError for an architecture or tokenizer that has
-    no way back yet.
+    no way back yet, OptionError if the disk is too small.
     """
+    config_to_hf(source, target, dtype)
+    weights_to_hf(source, target, dtype)
+
+
+def config_to_hf(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """What `gguf_to_hf` writes but model.safetensors."""
     with GgufFile(source) as file:
         arch = _find_arch(file, source)
         target.mkdir(parents=True, exist_ok=True)
@@ -58,9 +66,25 @@ def gguf_to_hf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) 
         }
         _write_json(target / "generation_config.json", ids)
         _write_tokenizer(file, source, target)
+        _tensors(file, arch, config)  # checks their names
+
+
+def largest_bytes(source: Path) -> int:
+    """Of the file's largest tensor, in float32."""
+    with GgufFile(source) as file:
+        return 4 * max(prod(tensor.shape) for tensor in file.tensors.values())
+
+
+def weights_to_hf(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """The model.safetensors that `gguf_to_hf` writes."""
+    with GgufFile(source) as file:
+        arch = _find_arch(file, source)
+        tensors = _tensors(file, arch, _config(file, arch, dtype))
+        size = sum(prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
         weights = target / "model.safetensors"
+        check_space(weights, size, "the dequantized model")
         try:
-            _write_safetensors(weights, _tensors(file, arch, config), dtype)
+            _write_safetensors(weights, tensors, dtype)
         except OSError as error:  # a full disk, most of all
             raise FormatError(f"{weights}: cannot be written: {error}") from error
 
@@ -164,8 +188,27 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         large = config["num_hidden_layers"] == arch.layers_of_largest
         config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{name}_token_id"] = meta.get(f"tokenizer.ggml.{key}_token_id")
+        config[f"{name}_token_id"] = _token_id(file, key)
+    n_blocks = len({match[1] for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name))})
+    if (blocks := config["num_hidden_layers"]) > n_blocks:
+        raise FormatError(
+            f"{file.path}: {arch.gguf}.block_count is {blocks}; there are tensors of {n_blocks}"
+        )
     return config
+
+
+def _token_id(file: GgufFile, key: str) -> int | None:
+    """One of the tokenizer's special tokens. None, or llama.cpp's -1 as uint32, if there is none."""
+    index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if index in (None, NO_TOKEN):
+        return None
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise FormatError(
+            f"{file.path}: metadata key tokenizer.ggml.{key}_token_id is {index!r:.60}; wanted one of "
+            f"{len(tokens)} tokens"
+        )
+    return index
 
 
 def _experts(get: Callable[..., Any], arch: ArchSpec, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +305,11 @@ def _tensors(file: GgufFile, arch: ArchSpec, config: dict[str, Any]) -> dict[str
                 shape = (1, *shape)
             if arch.positions and len(shape) == 2:
                 shape, change = shape[::-1], np.transpose  # GPT-2's Conv1D
+            if match[2] in heads and shape[0] % (2 * heads[match[2]]):
+                raise FormatError(
+                    f"{file.path}: {name} has {shape[0]} rows; wanted an even number for each of "
+                    f"{heads[match[2]]} heads"
+                )
             if match[2] in heads and arch.rope_pairing == "adjacent":
                 change = partial(unpermute_rope, n_heads=heads[match[2]])
         result[target] = _Tensor(shape, partial(_read, file, name, shape, offset, change))
@@ -352,7 +400,7 @@ def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
         raise FormatError(f"{source}: metadata key tokenizer.ggml.model is missing")
     tokenizer = ggml_tokenizer.build(meta, str(source))
     tokens = list(meta["tokenizer.ggml.tokens"])
-    bos = meta.get("tokenizer.ggml.bos_token_id")
+    bos = _token_id(file, "bos")
     add_bos = bos is not None and bool(
         meta.get("tokenizer.ggml.add_bos_token", ggml_tokenizer.adds_bos(meta))
     )
@@ -380,7 +428,7 @@ def _write_tokenizer(file: GgufFile, source: Path, target: Path) -> None:
         },
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = meta.get(f"tokenizer.ggml.{key}_token_id")
+        index = _token_id(file, key)
         if index is not None:
             settings[f"{name}_token"] = tokens[index]
     if "tokenizer.chat_template" in meta:

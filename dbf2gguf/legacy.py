@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dbf2gguf.files import files_of_index
+from dbf2gguf.files import check_space, files_of_index
 from dbf2gguf.hub import FILES
 from runtime.errors import BackendError, FormatError, first_line
 
@@ -28,6 +28,18 @@ def is_legacy(folder: Path) -> bool:
     return has and not any(folder.glob("*.safetensors"))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The pickles of a model's folder. Raises FormatError if its index names others."""
+    index = folder / INDEX
+    return files_of_index(index) if index.is_file() else [folder / NAME]
+
+
+def reading_bytes(folder: Path) -> int:
+    """How much memory `bin_to_safetensors` takes, about: one file, and what is written of it at a time."""
+    sizes = [file.stat().st_size for file in weight_files(folder)]
+    return max(sizes) + min(sum(sizes), PART_BYTES)
+
+
 def bin_to_safetensors(folder: Path, out: Path) -> None:
     """Write the model in `folder` to the new folder `out` with its weights as safetensors.
 
@@ -40,9 +52,9 @@ def bin_to_safetensors(folder: Path, out: Path) -> None:
             f"{folder}: torch {torch.__version__} cannot be trusted with pickles; run: pip install "
             "'torch>=2.6', or take safetensors"
         )
-    index = folder / INDEX
-    files = files_of_index(index) if index.is_file() else [folder / NAME]
-    out.mkdir(parents=True)
+    files = weight_files(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    check_space(out, sum(file.stat().st_size for file in files), "a copy of the weights")
     for pattern in FILES:
         for file in folder.glob(pattern):
             if file.name != INDEX:

@@ -43,10 +43,14 @@ class Need:
     whole: int  # with all weights in memory
     streamed: int  # with weights and states in files
     block: int  # of these, the weights of the largest block in float32
-    disk: int  # of the files
+    disk: int  # of these files
+    kept: int = 0  # of what is finished, on the disk
+
+    def on_disk(self, streamed: bool) -> int:
+        return self.kept + (self.disk if streamed else 0)
 
     def at_least(self, peak: int) -> Need:
-        """The same, of a process that has held so much already."""
+        """The same, of a process that holds so much before it begins."""
         return replace(self, whole=max(self.whole, peak), streamed=max(self.streamed, peak))
 
     def describe(self, streamed: bool) -> str:
@@ -108,10 +112,12 @@ def find_need(
     if recipe.distill_steps:
         held = width * FLOAT if recipe.checkpointing == "on" else 2 * row // row_tokens
         dense = 4 * (weights - linears) if recipe.dense_rate else 0
-        stages.append(5 * latents + 2 * linears + dense + PASS_TOKENS * n_layers * held)
+        stages.append(5 * latents + 2 * linears + dense + PASS_TOKENS * n_layers * held + logits)
     whole = base + weights + max(stages)
     disk = 2 * rows * state + records + n_layers * min(recipe.gradient_rows, recipe.text_rows) * state
-    return Need(base, whole, streamed, block, disk + 2 * max(layers) * FLOAT + 2 * ends)
+    # factors, and those in training with Adam's moments, twice while one file takes the place of another
+    finished = 7 * latents if recipe.distill_steps else latents // 32
+    return Need(base, whole, streamed, block, disk + 2 * max(layers) * FLOAT + 2 * ends, finished)
 
 
 def _weights(module: nn.Module) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf import hub
+from dbf2gguf import hub, legacy
 from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
 from dbf2gguf.files import files_of_index
 from dbf2gguf.legacy import bin_to_safetensors, is_legacy
@@ -35,11 +36,15 @@ class Source:
 
 
 def open_source(model: str | Path, scratch: Path) -> Source:
+    """The model at `model`, its weights as safetensors: see `find_source` and `with_weights`."""
+    return with_weights(find_source(model, scratch), scratch / "weights")
+
+
+def find_source(model: str | Path, scratch: Path) -> Source:
     """Check the model at `model` without loading its weights.
 
-    What is no file or folder but has the shape of an id on the hub, owner/name[@revision], is fetched. A GGUF
-    file is dequantized into a Hugging Face folder under `scratch` first; a folder whose weights are
-    pytorch_model.bin alone is copied there with safetensors.
+    What is no file or folder but has the shape of an id on the hub, owner/name[@revision], is fetched. Of a
+    GGUF file, a Hugging Face folder without weights is made under `scratch`.
 
     Raises FormatError for what is no model or a broken one, UnsupportedModelError for an architecture or
     feature that is not implemented.
@@ -59,10 +64,10 @@ def open_source(model: str | Path, scratch: Path) -> Source:
                 raise FormatError(
                     f"{model}: not a GGUF file; wanted a Hugging Face model folder or a GGUF file"
                 )
-        from dbf2gguf.from_gguf import gguf_to_hf
+        from dbf2gguf.from_gguf import config_to_hf
 
         name, path, gguf = path.stem, scratch / "model", path
-        gguf_to_hf(gguf, path, torch.float32)
+        config_to_hf(gguf, path, torch.float32)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FormatError(f"{path}: no config.json in it; wanted a Hugging Face model folder")
@@ -73,11 +78,37 @@ def open_source(model: str | Path, scratch: Path) -> Source:
     if not isinstance(config, dict):
         raise FormatError(f"{config_file}: wanted a JSON object, got {type(config).__name__}")
     arch = find_arch(config, str(config_file))
-    if is_legacy(path):
-        bin_to_safetensors(path, scratch / "model")
-        path = scratch / "model"
-    _check_safetensors(path)
+    if gguf is None and not is_legacy(path):
+        _check_safetensors(path)
     return Source(path, config, arch, name, gguf)
+
+
+def with_weights(source: Source, folder: Path) -> Source:
+    """A source whose weights are safetensors: the same one if they are; or else in `folder`, which is made:
+    those of a GGUF file dequantized to float32, or those of pytorch_model.bin.
+
+    Raises FormatError for a broken file, OptionError if the disk is too small.
+    """
+    if source.gguf is not None:
+        from dbf2gguf.from_gguf import weights_to_hf
+
+        shutil.copytree(source.path, folder, dirs_exist_ok=True)
+        weights_to_hf(source.gguf, folder, torch.float32)
+    elif is_legacy(source.path):
+        bin_to_safetensors(source.path, folder)
+    else:
+        return source
+    _check_safetensors(folder)
+    return replace(source, path=folder)
+
+
+def reading_bytes(source: Source) -> int:
+    """How much memory `with_weights` takes, about."""
+    if source.gguf is not None:
+        from dbf2gguf.from_gguf import largest_bytes
+
+        return 2 * largest_bytes(source.gguf)
+    return legacy.reading_bytes(source.path) if is_legacy(source.path) else 0
 
 
 def weight_files(path: Path) -> list[Path]:

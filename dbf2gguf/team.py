@@ -93,7 +93,7 @@ def joined(device: str) -> Iterator[Team]:
     # its functions hold the group of processes that there is when they are first imported, as their default
     # argument: past its end, which then aborts a process as it leaves
     import_module("torch.distributed.nn")
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, leave)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         try:
@@ -119,7 +119,8 @@ def _abort() -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-def _leave(signum: int, _frame: object) -> None:
+def leave(signum: int, _frame: object) -> None:
+    """A handler of signals: end, but cleaning up on the way."""
     raise SystemExit(128 + signum)
 
 

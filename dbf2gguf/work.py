@@ -43,7 +43,7 @@ class Work:
             if known and not quiet:
                 changed = _differences(known, key)
                 print(f"{folder}: of another conversion ({changed}); starting afresh", file=sys.stderr)
-            cls(folder).remove()
+            cls(folder).clear()
         folder.mkdir(exist_ok=True)
         _write(file, lambda out: out.write(text.encode()))
         return cls(folder)
@@ -89,14 +89,16 @@ class Work:
         """How many parts are kept."""
         return 0 if self.folder is None else sum(path.suffix == ".sha256" for path in self.folder.iterdir())
 
-    def remove(self) -> None:
-        """Forget everything. Only what Work has made is removed, so a folder that holds more stays."""
-        if self.folder is None:
-            return
-        for path in list(self.folder.iterdir()):
+    def clear(self) -> None:
+        """Forget everything. Only what Work has made, or what has a temporary name, is removed."""
+        for path in list(self.folder.iterdir()) if self.folder else []:
             if path.name == KEY or path.suffix in (".pt", ".sha256", ".tmp"):
                 path.unlink()
-        if not any(self.folder.iterdir()):
+
+    def remove(self) -> None:
+        """Forget everything, the folder, too, unless it holds more."""
+        self.clear()
+        if self.folder and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 

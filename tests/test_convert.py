@@ -6,6 +6,7 @@ The reference is the dense twin: transformers, float32, with the factors of the 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -22,6 +24,7 @@ import tiny_hf
 import torch
 from gguf import GGUFReader
 
+import dbf2gguf.files
 import runtime
 from dbf2gguf import from_gguf
 from dbf2gguf.convert import SAME_TEXT, _text, convert
@@ -37,6 +40,7 @@ from dbf2gguf.text import first_rows, rows_from_files
 from dbf2gguf.write import verify, write_dense
 from runtime import Sampler, ggml_tokenizer, perplexity
 from runtime.errors import FormatError, OptionError
+from runtime.format import DBF1_TYPE
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
 
@@ -593,6 +597,95 @@ def test_gguf_tensor_by_tensor(
     assert len(known) > 10
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == other
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in gguf.quants._type_traits if k != DBF1_TYPE], ids=lambda k: k.name
+)
+def test_gguf_of_every_type(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Of every type that the package gguf dequantizes, K- and IQ-quants among them; blocks of any bytes."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    cols = 512 // block * block
+    data = rng.integers(0, 0x3C, (5, cols // block * size), np.uint8)  # no scale is NaN or infinite
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with GgufFile(tmp_path / "one.gguf") as file:
+        got = from_gguf._read(file, "blk.0.ffn_up.weight", (5, cols), 0.0, None)
+    wanted = gguf.dequantize(data, kind)
+    assert got.shape == (5, cols)
+    assert got.dtype == np.float32
+    assert len(np.unique(got)) > 2
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.bos_token_id", 9999, "bos_token_id is 9999; wanted one of"),
+        ("tokenizer.ggml.eos_token_id", -1, "eos_token_id is -1; wanted one of"),
+        ("tokenizer.ggml.padding_token_id", "a", "padding_token_id is 'a'; wanted one of"),
+        ("llama.attention.head_count", 3, "attn_q.weight has 32 rows; wanted an even number for each of 3"),
+        ("llama.block_count", 0xFFFFFFFF, "block_count is 4294967295; there are tensors of 2"),
+    ],
+)
+def test_gguf_input_that_contradicts_itself(
+    make: Callable[[str], Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    value: Any,
+    message: str,
+) -> None:
+    class Changed(GgufFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            assert key in self.metadata or "padding" in key
+            self.metadata = dict(self.metadata) | {key: value}
+
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", make("gqa-tied").folder)
+    monkeypatch.setattr(from_gguf, "GgufFile", Changed)
+    with pytest.raises(FormatError, match=re.escape(message)):
+        gguf_to_hf(plain, tmp_path / "back")
+
+
+def test_gguf_input_without_a_token(
+    make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's -1, as the file's type has it."""
+
+    class Changed(GgufFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.metadata = dict(self.metadata) | {"tokenizer.ggml.padding_token_id": 0xFFFFFFFF}
+
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", make("gqa-tied").folder)
+    monkeypatch.setattr(from_gguf, "GgufFile", Changed)
+    gguf_to_hf(plain, tmp_path / "back")
+    assert load_tokenizer(open_source(tmp_path / "back", tmp_path)).pad_token_id is None
+
+
+def test_what_a_plan_needs_is_little(
+    make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a GGUF file are dequantized when it is known that there is memory and disk for them."""
+    plain = tiny_hf.write_standard_gguf(tmp_path / "plain.gguf", make("gqa-tied").folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(from_gguf, "weights_to_hf", lambda *_: pytest.fail("dequantized"))
+        convert(plain, tmp_path / "out.gguf", dry_run=True, **tiny_hf.QUICK)
+        with pytest.raises(OptionError, match="--max-memory is 1M"):
+            convert(plain, tmp_path / "out.gguf", max_memory="1M", **tiny_hf.QUICK)
+        with pytest.raises(OptionError, match=r"--bpw 0\.001 is out of range"):
+            convert(plain, tmp_path / "out.gguf", **tiny_hf.QUICK | {"bpw": 1e-3})
+    monkeypatch.setattr(dbf2gguf.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    monkeypatch.setattr(from_gguf, "prod", lambda _: 1 << 30)
+    with pytest.raises(OptionError, match=r"1024\.0 MiB free; the dequantized model needs"):
+        gguf_to_hf(plain, tmp_path / "back")
+    assert not list((tmp_path / "back").glob("*.safetensors"))
 
 
 def test_gguf_input_without_some_experts(make: Callable[[str], Case], tmp_path: Path) -> None:

@@ -52,12 +52,12 @@ def test_the_same_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         weights = torch.load(folder / legacy.NAME, weights_only=True)
         torch.save(weights, folder / legacy.NAME, _use_new_zipfile_serialization=False)
     source = open_source(folder, tmp_path)
-    parts = sorted((tmp_path / "model").glob("*.safetensors"))
+    parts = sorted((tmp_path / "weights").glob("*.safetensors"))
     assert source.name == "Tiny"
     assert len(parts) > 3
     largest = max(t.nbytes for part in parts for t in load_file(part).values())
     assert all(part.stat().st_size < max(1 << 14, largest) + 4096 for part in parts)
-    assert not list((tmp_path / "model").glob("pytorch_model*"))
+    assert not list((tmp_path / "weights").glob("pytorch_model*"))
     convert(folder, tmp_path / "bin.gguf", **tiny_hf.QUICK)
     for file in folder.glob("pytorch_model*"):
         file.unlink()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from stops import FragileWork, Stop
 import dbf2gguf.convert
 import dbf2gguf.distill
 from dbf2gguf.convert import convert
+from dbf2gguf.files import alone_in
 from dbf2gguf.work import Work
-from runtime.errors import QualityError
+from runtime.errors import OptionError, QualityError
 from runtime.gguf import GgufFile
 
 PART = {"rows": torch.arange(6).view(2, 3), "n": 3, "history": [0.5, 0.25]}
@@ -130,25 +134,41 @@ def test_another_dtype_is_another_conversion(
 
 
 def test_killed(tmp_path: Path) -> None:
-    """SIGKILL while texts are written, while layers are factorized, and while the model is distilled."""
+    """SIGKILL while texts are written, layers are factorized, and the model is distilled, and anywhere."""
     model = tiny_hf.write_folder(tmp_path / "model")
     command = [sys.executable, "-m", "dbf2gguf", str(model), "", "--bpw", "4", "-t", "1", "--text-rows", "16"]
     command += ["--correct-rows", "4", "--admm-iterations", "3", "--distill-steps", "8"]
     out, wanted = tmp_path / "out.gguf", tmp_path / "wanted.gguf"
-    subprocess.run([part or str(wanted) for part in command], check=True, capture_output=True)
-    for last in ("text: started", "factorize: started", "distil: started"):
+
+    def begun(path: Path, last: str) -> subprocess.Popen[str]:
+        """A conversion that has said so."""
         process = subprocess.Popen(
-            [part or str(out) for part in command], stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
+            [part or str(path) for part in command], stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
         )
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith(last):
                 break
+        return process
+
+    straight = begun(wanted, "load: started")
+    start = time.monotonic()
+    straight.communicate()
+    seconds = time.monotonic() - start
+    assert straight.returncode == 0
+    generator = random.Random(0)
+    stops = [(stage, 0.0) for stage in ("text: started", "factorize: started", "distil: started")]
+    stops += [("load: started", generator.uniform(0, 1)) for _ in range(4)]
+    for last, share in generator.sample(stops, len(stops)):
+        process = begun(out, last)
+        time.sleep(share * seconds)
         process.kill()
         process.communicate()
-        assert not out.exists()
+        if out.exists():  # it was nearly done: what is finished is not done again
+            break
+    again = not out.exists()
     done = subprocess.run([part or str(out) for part in command], check=True, capture_output=True, text=True)
-    assert "going on from" in done.stderr
+    assert not again or "going on from" in done.stderr
     assert out.read_bytes() == wanted.read_bytes()
     pages = [path.with_name(path.name + ".report.html") for path in (out, wanted)]
     assert {path.name for path in tmp_path.iterdir()} == {"model", *(p.name for p in (out, wanted, *pages))}
@@ -167,6 +187,67 @@ def test_a_refused_file_needs_no_second_conversion(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(dbf2gguf.distill, "_gradients", lambda *_: pytest.fail("distilled again"))
     convert(model, out, force=True, **tiny_hf.QUICK)
     assert out.is_file()
+
+
+@pytest.mark.parametrize("changed", ["weights", "chat_template.jinja", "merges.txt"])
+def test_another_model_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: str
+) -> None:
+    """Other weights, another tokenizer or template, under the same name."""
+    model, out, work = (
+        tiny_hf.write_folder(tmp_path / "model"),
+        tmp_path / "out.gguf",
+        FragileWork(monkeypatch),
+    )
+    work.left = 6
+    with pytest.raises(Stop):
+        convert(model, out, **tiny_hf.QUICK)
+    if changed == "weights":
+        tiny_hf.write_folder(tmp_path / "other", seed=1)
+        (model / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    else:
+        (model / changed).write_text("{{ messages[0].content }}")
+    work.left = sys.maxsize
+    convert(model, out, **tiny_hf.QUICK | {"quiet": False})
+    assert "of another conversion (model changed); starting afresh" in capsys.readouterr().err
+
+
+def test_two_at_a_time(tmp_path: Path) -> None:
+    """The second one is refused, and takes nothing from the first."""
+    model, out = tiny_hf.write_folder(tmp_path / "model"), tmp_path / "out.gguf"
+    folder = tmp_path / "out.gguf.work"
+    with alone_in(folder):
+        Work.open(folder, {}, quiet=True).save("a", PART)
+        with pytest.raises(OptionError, match=r"out\.gguf\.work: another conversion works in it"):
+            convert(model, out, **tiny_hf.QUICK)
+        assert same(Work(folder).load("a"), PART)
+        Work(folder).clear()
+    assert not folder.exists()
+    convert(model, out, **tiny_hf.QUICK)
+    assert out.is_file()
+
+
+def test_terminated(tmp_path: Path) -> None:
+    """SIGTERM leaves what is finished and nothing else, also of what a GGUF file was dequantized into."""
+    model = tiny_hf.write_standard_gguf(tmp_path / "m.gguf", tiny_hf.write_folder(tmp_path / "model"))
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "dbf2gguf", str(model), str(tmp_path / "out.gguf"), "--bpw", "4"]
+    process = subprocess.Popen(
+        [*command, "-t", "1", "--text-rows", "16", "--distill-steps", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("factorize: started"):
+            break
+    process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "keeps what is finished; the same command goes on" in said
+    assert not list((tmp_path / "tmp").iterdir())
+    assert {path.suffix for path in (tmp_path / "out.gguf.work").iterdir()} == {".json", ".pt", ".sha256"}
 
 
 def test_other_options_start_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
