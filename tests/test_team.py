@@ -169,7 +169,8 @@ def test_one_fails(model: Path, tmp_path: Path, kind: str, rank: str) -> None:
     assert code != 0
     if kind == "error":
         assert err.count("error: the fault that was asked for") == 1
-    assert err.count("error: torchrun: another process has ended") == (rank == "1")
+    others = err.count("error: torchrun: another process has ended")
+    assert others <= (rank == "1")  # 0 where torchrun is the first to end it
     assert err.count("Traceback") <= 1  # torchrun's own
     assert out.read_bytes() == b"precious"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.gguf", "out.gguf.work"]
