@@ -6,7 +6,7 @@ To add a family, add a spec to `ARCHS`; a feature that no spec has yet also need
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.config import MAX_EXPERTS, MAX_EXPERTS_USED
@@ -86,6 +86,25 @@ class Experts:
         return found | {f".{index}": f"{self.module}.{index}" for index in range(n_experts)}
 
 
+@dataclass(frozen=True)
+class TextPart:
+    """Where a family's text model is in models that read more than text."""
+
+    model_type: str  # of the text model: the family whose part it is
+    config: str  # config.json's entry about it
+    in_files: dict[str, str]  # how names of its tensors begin in files -> in the text model
+    left_out: tuple[str, ...]  # how names of the other tensors begin
+
+    def name(self, stored: str) -> str | None:
+        """The text model's name of a tensor of a file; None where it is of what is left out."""
+        if stored.startswith(self.left_out):
+            return None
+        for theirs, ours in self.in_files.items():
+            if stored.startswith(theirs):
+                return ours + stored.removeprefix(theirs)
+        return stored
+
+
 GPT2_QKV = Fused("attn.c_attn", ("attn_q", "attn_k", "attn_v"))
 PHI_QKV = Fused("self_attn.qkv_proj", ("attn_q", "attn_k", "attn_v"))
 PHI_GATE_UP = Fused("mlp.gate_up_proj", ("ffn_gate", "ffn_up"))
@@ -130,6 +149,7 @@ class ArchSpec:
     norms: dict[str, str] = field(default_factory=lambda: NORMS)
     fused: dict[str, Fused] = field(default_factory=dict)  # by its GGUF name
     experts: Experts | None = None
+    text: TextPart | None = None  # what alone is converted; all else here is of that
     partial_rotary: bool = False  # RoPE may turn only the first dimensions of a head
     no_rope: int = 0  # some layers have no RoPE; in llama.cpp, one of so many
     longrope: bool = False  # RoPE may have factors of its own for short and for long contexts
@@ -165,6 +185,21 @@ SANDWICH_GROUPS = (
     Group(("ffn_down",)),
 )
 """Where norms lie between a linear and the residual stream, its output cannot make up for what that lacks."""
+
+GEMMA3 = ArchSpec(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    "gemma3",
+    "halves",
+    activation="gelu_tanh",
+    norms=SANDWICH_NORMS | HEAD_NORMS,
+    groups=SANDWICH_GROUPS,
+    norm_offset=1.0,
+    scaled_embedding=True,
+    windows=6,
+    local_theta=10000.0,
+    layers_of_largest=62,
+)
 
 ARCHS = {
     spec.model_type: spec
@@ -279,19 +314,26 @@ ARCHS = {
             windows=2,
             layers_of_largest=46,
         ),
-        ArchSpec(
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            "gemma3",
-            "halves",
-            activation="gelu_tanh",
-            norms=SANDWICH_NORMS | HEAD_NORMS,
-            groups=SANDWICH_GROUPS,
-            norm_offset=1.0,
-            scaled_embedding=True,
-            windows=6,
-            local_theta=10000.0,
-            layers_of_largest=62,
+        GEMMA3,
+        replace(
+            GEMMA3,
+            model_type="gemma3",
+            model_class="Gemma3ForConditionalGeneration",
+            text=TextPart(
+                GEMMA3.model_type,
+                "text_config",
+                in_files={
+                    "model.language_model.": "model.",  # as transformers names its modules
+                    "language_model.model.": "model.",  # as published
+                    "language_model.lm_head.": "lm_head.",
+                },
+                left_out=(
+                    "model.vision_tower.",
+                    "model.multi_modal_projector.",
+                    "vision_tower.",
+                    "multi_modal_projector.",
+                ),
+            ),
         ),
     )
 }
@@ -320,6 +362,9 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
             f"{where}: has a quantization_config: the weights are quantized already; take the original"
         )
     spec = ARCHS[model_type]
+    if spec.text is not None:
+        _check_text_part(config, spec.text, where)
+        return spec
     activations = dict.fromkeys(ACTIVATION_KEYS, (*ACTIVATIONS[spec.activation], None))
     wanted: dict[str, tuple[Any, ...]] = {
         **activations,
@@ -353,6 +398,18 @@ def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
                 f"{where}: partial_rotary_factor = {partial!r} is not supported; supported: 1.0"
             )
     return spec
+
+
+def _check_text_part(config: dict[str, Any], text: TextPart, where: str) -> None:
+    inner = config.get(text.config)
+    if not isinstance(inner, dict):
+        raise FormatError(f"{where}: {text.config} is {inner!r:.60}; wanted an object")
+    model_type = inner.get("model_type", text.model_type)
+    if model_type != text.model_type:
+        raise UnsupportedModelError(
+            f"{where}: {text.config} has the model_type {model_type!r}; supported: {text.model_type!r}"
+        )
+    find_arch(inner | {"model_type": model_type}, f"{where}: {text.config}")
 
 
 def _check_experts(config: dict[str, Any], spec: ArchSpec, where: str) -> None:

@@ -48,6 +48,7 @@ from dbf2gguf.source import (
     linear_names,
     load_model,
     load_tokenizer,
+    model_config,
     reading_bytes,
     split_fused,
     weight_files,
@@ -167,6 +168,11 @@ def convert(
             if report:
                 check_output(page_path(out), inputs)
         source = find_source(model, Path(scratch))
+        if source.arch.text is not None:
+            print(
+                f"note: {source.path}: the text model alone is converted; the file reads no images",
+                file=sys.stderr,
+            )
         skeleton = _skeleton(source)
         options = _settled(options, skeleton)
         if max_kl is None:
@@ -598,10 +604,10 @@ def _dense(factors: Mapping[str, Factors], name: str) -> Tensor:
 
 def _skeleton(source: Source) -> nn.Module:
     """The model's modules and shapes without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        config = model_config(source)
         if config.max_position_embeddings < 4:
             raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
         with torch.device("meta"):

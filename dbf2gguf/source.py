@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dbf2gguf import hub, legacy
-from dbf2gguf.archs import ArchSpec, features, find_arch, head_dim
+from dbf2gguf.archs import ARCHS, ArchSpec, features, find_arch, head_dim
 from dbf2gguf.files import files_of_index
 from dbf2gguf.legacy import bin_to_safetensors, is_legacy
 from runtime.errors import FormatError, UnsupportedModelError, first_line
@@ -122,11 +122,11 @@ def _check_safetensors(path: Path) -> None:
     files = weight_files(path)
     if not files:
         raise FormatError(f"{path}: no .safetensors file in it, and no pytorch_model.bin")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with open_safetensors(file) as tensors:
                 tensors.keys()
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file}: broken or truncated safetensors file: {error}") from None
@@ -137,7 +137,7 @@ def load_model(source: Source, device: str = "cpu", tokens: int = sys.maxsize) -
 
     tokens  of the longest text that it will see: where no window is shorter, a GPU needs no masks
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     from dbf2gguf import attention
@@ -145,9 +145,11 @@ def load_model(source: Source, device: str = "cpu", tokens: int = sys.maxsize) -
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.path,
+        config = model_config(source)
+        model, info = getattr(transformers, ARCHS[config.model_type].model_class).from_pretrained(
+            source.path if source.arch.text is None else None,
+            config=config,
+            state_dict=_text_tensors(source),
             dtype=torch.float32,
             attn_implementation=attention_of(config),
             local_files_only=True,
@@ -167,6 +169,57 @@ def load_model(source: Source, device: str = "cpu", tokens: int = sys.maxsize) -
     if device != "cpu" and attention.suits(model.config, tokens):
         model.set_attn_implementation(attention.CAUSAL)
     return split_fused(model.to(device).eval().requires_grad_(False), source.arch)
+
+
+def model_config(source: Source) -> Any:
+    """transformers' config of the model that is converted. Raises what transformers does."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    if source.arch.text is None:
+        return config
+    text = getattr(config, source.arch.text.config)
+    # which of the two counts depends on transformers' version; a head that is then missing is reported
+    text.tie_word_embeddings = text.tie_word_embeddings and config.tie_word_embeddings
+    return text
+
+
+class Stored(NamedTuple):
+    """A tensor of a file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(source: Source) -> dict[str, Stored]:
+    """The tensors of the folder that are not left out, by the names of the model that is converted."""
+    found = {}
+    for file in weight_files(source.path):
+        with open_safetensors(file) as tensors:
+            for stored in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                name = stored if source.arch.text is None else source.arch.text.name(stored)
+                if name is not None:
+                    found[name] = Stored(file, stored, tuple(tensors.get_slice(stored).get_shape()))
+    return found
+
+
+def open_safetensors(file: Path) -> Any:
+    """A context manager; tensors that are got from it are mapped."""
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt")
+
+
+def _text_tensors(source: Source) -> dict[str, Tensor] | None:
+    """What transformers cannot read by itself: the tensors of a text model that is a part, mapped."""
+    if source.arch.text is None:
+        return None
+    found = {}
+    for name, stored in stored_tensors(source).items():
+        with open_safetensors(stored.file) as tensors:
+            found[name] = tensors.get_tensor(stored.name)
+    return found
 
 
 def attention_of(config: Any) -> str:

@@ -35,9 +35,11 @@ from dbf2gguf.source import (
     check_shape,
     decoder_layers,
     linear_names,
+    model_config,
+    open_safetensors,
     split_experts,
     split_fused,
-    weight_files,
+    stored_tensors,
 )
 from dbf2gguf.work import Work
 from runtime.errors import FormatError
@@ -204,9 +206,9 @@ def is_streamed(model: nn.Module) -> bool:
 def stream_model(source: Source, scratch: Scratch) -> nn.Module:
     """The model of `source.load_model` on a CPU, streamed. Raises FormatError for tensors that are missing,
     too many, of a wrong shape, or, when they are read, not finite."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    config = model_config(source)
     with _without_weights():
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention_of(config), dtype=torch.float32
@@ -256,7 +258,7 @@ class _Place:
     part: Any = ...  # an index
 
     def mapped(self) -> Tensor:
-        with _open(self.file) as tensors:
+        with open_safetensors(self.file) as tensors:
             return tensors.get_tensor(self.tensor)[self.part]
 
     def float32(self) -> Tensor:
@@ -277,11 +279,7 @@ class _Checkpoint:
         self._source, self._config = source, model.config
         self._finite: set[str] = set()
         self._places: dict[str, _Place] = {}
-        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        for file in weight_files(source.path):
-            with _open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
+        found = stored_tensors(source)
         used = set()
         for name, parameter in model.named_parameters():
             ways = _stored_as(source.arch, model, name, parameter.shape)
@@ -291,11 +289,11 @@ class _Checkpoint:
                     f"{source.path}: tensor {name!r} is missing; only families whose files have the names "
                     "of transformers' parameters can be streamed"
                 )
-            stored, part, wanted = way
-            file, shape = found[stored]
-            check_shape(source, stored, shape, wanted)
-            self._places[name] = _Place(file, stored, part)
-            used.add(stored)
+            known_as, part, wanted = way
+            stored = found[known_as]
+            check_shape(source, stored.name, stored.shape, wanted)
+            self._places[name] = _Place(stored.file, stored.name, part)
+            used.add(known_as)
         check_no_others(source, model.config, found.keys() - used)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Checkpoint:
@@ -358,12 +356,6 @@ def _stored_as(
         }[which]
         part = int(number), slice(start, start + rows)
         yield f"{before}{among_experts}{fused}", part, (features(model.config).n_experts, height, cols)
-
-
-def _open(file: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(file, framework="pt")
 
 
 @contextmanager

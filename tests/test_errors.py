@@ -153,7 +153,7 @@ def test_gguf_with_experts_of_a_family_without(place: Place) -> None:
         assert message in place.fails(model=place.base / "x.gguf")
 
 
-@pytest.mark.parametrize("name", ["mamba2", "qwen7", None, 7, ["llama"], {}])
+@pytest.mark.parametrize("name", ["mamba2", "qwen7", "gemma3n", "paligemma", None, 7, ["llama"], {}])
 def test_unsupported_architecture(place: Place, name: Any) -> None:
     """Named, with those that are supported."""
     place.edit_config(model_type=name)
