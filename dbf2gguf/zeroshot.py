@@ -21,7 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Accuracy of a model on multiple-choice tasks before it is converted, to compare with what "
         "runtime.zeroshot finds after.",
     )
-    p.add_argument("model", metavar="MODEL", help="Hugging Face model folder (safetensors), or a GGUF file")
+    p.add_argument(
+        "model", metavar="MODEL", help="Hugging Face model folder, owner/name on its hub, or a GGUF file"
+    )
     add_task_options(p)
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, or auto: a GPU if there is one")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads; torch's default if not given")
