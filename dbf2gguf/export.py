@@ -110,7 +110,7 @@ def _spec(model: ModelFile) -> ArchSpec | None:
 
 
 def _lost_window(model: ModelFile) -> int:
-    """The sliding window that llama.cpp does not compute; 0 if there is none that a context is longer than."""
+    """The sliding window that llama.cpp does not compute; 0 where none is shorter than the context."""
     spec = _spec(model)
     windows = [layer.window for layer in model.weights.layers if 0 < layer.window < model.config.n_ctx_train]
     return min(windows) if windows and not (spec and spec.windows) else 0

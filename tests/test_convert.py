@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import weakref
@@ -24,6 +25,7 @@ from gguf import GGUFReader
 
 import runtime
 from dbf2gguf import from_gguf
+from dbf2gguf.archs import context_length
 from dbf2gguf.convert import SAME_TEXT, _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.export import export
@@ -36,7 +38,7 @@ from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import first_rows, rows_from_files
 from dbf2gguf.write import verify, write_dense
 from runtime import Sampler, ggml_tokenizer, perplexity
-from runtime.errors import FormatError, OptionError
+from runtime.errors import FormatError, OptionError, UnsupportedModelError
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
 
@@ -323,12 +325,14 @@ def test_keys_of_windows(make: Callable[[str], Case], name: str, arch: str, leng
 def test_keys_without_a_window(tmp_path: Path, model_type: str, keys: dict[str, int]) -> None:
     """llama.cpp wants Phi-3's key; where others read Mistral's, 0 might mean something else."""
     sizes = {"model_type": model_type, "sliding_window": None, "pad_token_id": 0, "num_hidden_layers": 1}
-    with GgufFile(Case(tmp_path, sizes).out) as file:
+    case = Case(tmp_path, sizes)
+    with runtime.load(case.out, backend="c", n_threads=1) as model:
+        assert [layer.window for layer in model.file.weights.layers] == [0]
+    with GgufFile(case.out) as file:
         arch = f"{file.metadata['general.architecture']}.attention."
         found = {k.removeprefix(arch): v for k, v in file.metadata.items() if k.startswith(arch)}
         assert {k: v for k, v in found.items() if "window" in k} == keys
         assert file.metadata["dbf.version"] == 1
-
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -623,6 +627,31 @@ def test_write_dense_with_experts(make: Callable[[str], Case], tmp_path: Path, n
         router = key.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
         rounded = weight if weight.ndim == 1 or router else weight.half().float()
         assert torch.equal(back[key], rounded), key
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral-window"])
+def test_gguf_input_with_a_window(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
+    """A window of all layers is the model's again, with and without llama.cpp's list of layers; one that
+    leaves layers out is nobody's."""
+    source, file = open_source(make(name).folder, tmp_path), tmp_path / "dense.gguf"
+    model = load_model(source)
+    write_dense(file, source, model, load_tokenizer(source))
+    key = b"attention.sliding_window_pattern"
+    listed = key + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL, 2) + b"\1\1"
+    written = file.read_bytes()
+    assert written.count(listed) == 1
+    for number, data in enumerate((written, written.replace(key, key[::-1]))):
+        file.write_bytes(data)
+        gguf_to_hf(file, tmp_path / f"{number}", torch.float32)
+        back = load_model(open_source(tmp_path / f"{number}", tmp_path))
+        assert back.config.model_type == model.config.model_type
+        assert back.config.sliding_window == model.config.sliding_window == MODELS[name]["sliding_window"]
+        assert context_length(back.config) == 128
+        ids = torch.tensor([IDS])
+        assert_close(back(ids).logits[0].numpy(), model(ids).logits[0].numpy(), name in ROUTED)
+    file.write_bytes(written.replace(listed, listed[:-1] + b"\0"))
+    with pytest.raises(UnsupportedModelError, match="sliding_window_pattern leaves layers out; supported in"):
+        gguf_to_hf(file, tmp_path / "some")
 
 
 def test_gguf_tensor_by_tensor(

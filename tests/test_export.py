@@ -416,7 +416,7 @@ def test_llama_cpp(converted: Path, tmp_path: Path, outtype: str) -> None:
 def test_a_window_that_llama_cpp_does_not_compute(
     tmp_path: Path, model_type: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It gives the same as far as the window goes; export tells the user. Read back, the twin has it still."""
+    """It gives the same as far as the window goes; export says so. Read back, the twin has it still."""
     sizes = {"model_type": model_type, "sliding_window": 8, "pad_token_id": 0, "tie_word_embeddings": False}
     path, twin, ids = tmp_path / "out.gguf", tmp_path / "twin.gguf", list(range(40, 64))
     folder = tiny_hf.write_folder(tmp_path / "model", **sizes)
