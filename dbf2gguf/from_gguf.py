@@ -159,7 +159,7 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
     if arch.windows:
         n_layers = config["num_hidden_layers"]
         config |= _layer_types(file, arch, n_layers) if window else {"layer_types": [FULL] * n_layers}
-    elif window and not all(_pattern(file, arch, [True] * config["num_hidden_layers"])):
+    elif window and not all(_pattern(file, arch, config["num_hidden_layers"]) or ()):
         raise UnsupportedModelError(
             f"{file.path}: {arch.gguf}.attention.sliding_window_pattern leaves layers out; supported in "
             f"{arch.model_type!r}: a sliding window of all layers"
@@ -193,17 +193,19 @@ def _experts(get: Callable[..., Any], arch: ArchSpec, meta: Mapping[str, Any]) -
 
 def _layer_types(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
     """The entries of config.json that say which layers have a sliding window, and RoPE's base there."""
-    pattern = _pattern(file, arch, [(i + 1) % arch.windows != 0 for i in range(n_layers)])
+    pattern = _pattern(file, arch, n_layers) or [(i + 1) % arch.windows != 0 for i in range(n_layers)]
     theta = file.metadata.get(f"{arch.gguf}.rope.freq_base_swa", arch.local_theta)
     types = {"layer_types": [SLIDING if windowed else FULL for windowed in pattern]}
     return types | ({"rope_local_base_freq": float(theta)} if theta else {})
 
 
-def _pattern(file: GgufFile, arch: ArchSpec, default: list[bool]) -> list[Any]:
-    """Which layers have the sliding window; `default`, one for each, where the file does not say."""
+def _pattern(file: GgufFile, arch: ArchSpec, n_layers: int) -> list[Any] | None:
+    """Which layers have the sliding window; None where the file does not say."""
     key = f"{arch.gguf}.attention.sliding_window_pattern"
-    pattern = file.metadata.get(key, default)
-    if not isinstance(pattern, list) or len(pattern) != len(default):
+    if key not in file.metadata:
+        return None
+    pattern = file.metadata[key]
+    if not isinstance(pattern, list) or len(pattern) != n_layers:
         raise FormatError(f"{file.path}: {key} is {pattern!r:.60}; wanted a bool for each layer")
     return pattern
 
