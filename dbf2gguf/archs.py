@@ -126,7 +126,8 @@ class ArchSpec:
     attn_softcap: bool = False  # scores of attention may be capped
     scale_keys: bool = False  # llama.cpp reads the scales of embeddings, attention, residuals and logits
     windows: int = 0  # some layers have a sliding window; in llama.cpp, all but every so many
-    window_of_all: bool = False  # all layers may have one, which here bounds the context
+    window_of_all: bool = False  # all layers have it, if there is one, which llama.cpp does not compute
+    window_told: bool = False  # llama.cpp wants its key, be it 0
     local_theta: float | None = None  # RoPE's base there, where a GGUF file does not say
     layers_of_largest: int = 0  # by which llama.cpp knows those with another scale of attention
     decoder: str = "model"
@@ -205,7 +206,7 @@ ARCHS = {
     spec.model_type: spec
     for spec in (
         ArchSpec("llama", "LlamaForCausalLM", "llama", "adjacent"),
-        ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent"),
+        ArchSpec("mistral", "MistralForCausalLM", "llama", "adjacent", window_of_all=True),
         ArchSpec("smollm3", "SmolLM3ForCausalLM", "smollm3", "adjacent", no_rope=4),
         ArchSpec("granite", "GraniteForCausalLM", "granite", "adjacent", scale_keys=True),
         ArchSpec(
@@ -223,6 +224,7 @@ ARCHS = {
             "MixtralForCausalLM",
             "llama",
             "adjacent",
+            window_of_all=True,
             linears=ATTENTION_LINEARS,
             groups=ATTENTION_GROUPS,
             experts=Experts(
@@ -297,6 +299,7 @@ ARCHS = {
             },
             fused={"attn_qkv": PHI_QKV, "ffn_up": PHI_GATE_UP},
             window_of_all=True,
+            window_told=True,
             partial_rotary=True,
             longrope=True,
         ),
@@ -338,14 +341,15 @@ ARCHS = {
     )
 }
 """Of those that share a GGUF architecture, a GGUF file is read as the first: of those with experts, if it has
-any."""
+any, and of those that may have a sliding window, if it has one."""
 
 
-def gguf_spec(name: object, has_experts: bool) -> ArchSpec | None:
-    """The family as which a GGUF file of this architecture is read."""
-    return next(
-        (s for s in ARCHS.values() if s.gguf == name and (s.experts is not None) == has_experts), None
-    )
+def gguf_spec(name: object, has_experts: bool, has_window: bool = False) -> ArchSpec | None:
+    """The family as which a GGUF file of this architecture is read. With a window, it is one that has none
+    where no other is known."""
+    found = [s for s in ARCHS.values() if s.gguf == name and (s.experts is not None) == has_experts]
+    fitting = [s for s in found if s.windows or s.window_of_all] if has_window else []
+    return next(iter(fitting or found), None)
 
 
 def find_arch(config: dict[str, Any], where: str) -> ArchSpec:
@@ -468,7 +472,6 @@ def features(config: Any) -> Features:
     linear = rope.get("rope_type", rope.get("type")) == "linear"  # the others are in rope_freqs.weight
     query = getattr(config, "query_pre_attn_scalar", None) or size
     scale = getattr(config, "attention_multiplier", None) or query**-0.5
-    window = config.sliding_window if spec.windows else 0
     embed_scale = config.hidden_size**0.5
     return Features(
         n_kv_heads=config.num_attention_heads if spec.positions else config.num_key_value_heads,
@@ -485,7 +488,7 @@ def features(config: Any) -> Features:
             or getattr(config, "original_max_position_embeddings", 0)
         ),
         rotates=_rotates(config, spec),
-        windows=tuple(window if kind == SLIDING else 0 for kind in config.layer_types) if window else (),
+        windows=_windows(config, spec),
         embed_scale=embed_scale if spec.scaled_embedding else getattr(config, "embedding_multiplier", 1.0),
         attn_scale=0.0 if scale == size**-0.5 else scale,
         attn_softcap=(config.attn_logit_softcapping or 0.0) if spec.attn_softcap else 0.0,
@@ -504,6 +507,15 @@ def _expert_width(config: Any, spec: ArchSpec) -> int:
     if spec.experts is None:
         return 0
     return int(config.moe_intermediate_size if spec.experts.own_width else config.intermediate_size)
+
+
+def _windows(config: Any, spec: ArchSpec) -> tuple[int, ...]:
+    window = config.sliding_window if spec.windows or spec.window_of_all else 0
+    if not window:
+        return ()
+    if spec.window_of_all:
+        return (int(window),) * int(config.num_hidden_layers)
+    return tuple(window if kind == SLIDING else 0 for kind in config.layer_types)
 
 
 def _rotates(config: Any, spec: ArchSpec) -> tuple[bool, ...]:
@@ -528,7 +540,16 @@ def _rope_parameters(config: Any, layer_type: str) -> dict[str, Any]:
 
 def context_length(config: Any) -> int:
     """How many tokens a model may have: of transformers' config, what it was trained for, but no more than a
-    sliding window of all layers, within which attention is like any other."""
+    sliding window of a family whose windows are not computed: within it, attention is like any other."""
+    spec = ARCHS.get(getattr(config, "model_type", None))
+    if spec and (spec.windows or spec.window_of_all):
+        return int(config.max_position_embeddings)
+    return plain_length(config)
+
+
+def plain_length(config: Any) -> int:
+    """The same, but no more than a sliding window that llama.cpp does not compute: within it, both give the
+    same."""
     trained: int = config.max_position_embeddings
     window: int | None = getattr(config, "sliding_window", None)
     spec = ARCHS.get(getattr(config, "model_type", None))

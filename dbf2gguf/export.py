@@ -83,6 +83,13 @@ def export(file: str | Path, out: str | Path, *, outtype: str = "f16", quiet: bo
         odd = sum(t.type != kind for t in tensors if isinstance(t.source, list | Dense))
         note = f"; rows of {odd} matrices fit no {kind.name} and are F16" if odd else ""
         print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {kind.name}{note}", file=sys.stderr)
+        window = _lost_window(model)
+        if window:
+            print(
+                f"note: llama.cpp computes no sliding window in {model.architecture!r}: what follows the "
+                f"first {window} tokens of a text is not what this runtime gives",
+                file=sys.stderr,
+            )
 
 
 def dense(linear: Linear) -> NDArray[np.float32]:
@@ -100,6 +107,13 @@ def dense(linear: Linear) -> NDArray[np.float32]:
 
 def _spec(model: ModelFile) -> ArchSpec | None:
     return gguf_spec(model.architecture, model.config.n_experts > 0)
+
+
+def _lost_window(model: ModelFile) -> int:
+    """The sliding window that llama.cpp does not compute; 0 where none is shorter than the context."""
+    spec = _spec(model)
+    windows = [layer.window for layer in model.weights.layers if 0 < layer.window < model.config.n_ctx_train]
+    return min(windows) if windows and not (spec and spec.windows) else 0
 
 
 def _check_features(model: ModelFile) -> None:

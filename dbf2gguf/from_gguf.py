@@ -94,7 +94,8 @@ def _find_arch(file: GgufFile, source: Path) -> ArchSpec:
     if "dbf.version" in file.metadata:
         raise UnsupportedModelError(f"{source}: already factorized; wanted the original model")
     has_experts = bool(file.metadata.get(f"{name}.expert_count"))
-    spec = gguf_spec(name, has_experts)
+    has_window = bool(file.metadata.get(f"{name}.attention.sliding_window"))
+    spec = gguf_spec(name, has_experts, has_window)
     if spec is not None:
         return spec
     if gguf_spec(name, not has_experts) is not None:
@@ -182,6 +183,11 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
     if arch.windows:
         n_layers = config["num_hidden_layers"]
         config |= _layer_types(file, arch, n_layers) if window else {"layer_types": [FULL] * n_layers}
+    elif window and not all(_pattern(file, arch, config["num_hidden_layers"]) or ()):
+        raise UnsupportedModelError(
+            f"{file.path}: {arch.gguf}.attention.sliding_window_pattern leaves layers out; supported in "
+            f"{arch.model_type!r}: a sliding window of all layers"
+        )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         config[name] = get(name) if meta.get(f"{arch.gguf}.{name}") else None
     if arch.scaled_embedding:  # scores are scaled by it, but in the largest models
@@ -230,13 +236,21 @@ def _experts(get: Callable[..., Any], arch: ArchSpec, meta: Mapping[str, Any]) -
 
 def _layer_types(file: GgufFile, arch: ArchSpec, n_layers: int) -> dict[str, Any]:
     """The entries of config.json that say which layers have a sliding window, and RoPE's base there."""
-    key = f"{arch.gguf}.attention.sliding_window_pattern"
-    pattern = file.metadata.get(key, [(i + 1) % arch.windows != 0 for i in range(n_layers)])
-    if not isinstance(pattern, list) or len(pattern) != n_layers:
-        raise FormatError(f"{file.path}: {key} is {pattern!r:.60}; wanted a bool for each layer")
+    pattern = _pattern(file, arch, n_layers) or [(i + 1) % arch.windows != 0 for i in range(n_layers)]
     theta = file.metadata.get(f"{arch.gguf}.rope.freq_base_swa", arch.local_theta)
     types = {"layer_types": [SLIDING if windowed else FULL for windowed in pattern]}
     return types | ({"rope_local_base_freq": float(theta)} if theta else {})
+
+
+def _pattern(file: GgufFile, arch: ArchSpec, n_layers: int) -> list[Any] | None:
+    """Which layers have the sliding window; None where the file does not say."""
+    key = f"{arch.gguf}.attention.sliding_window_pattern"
+    if key not in file.metadata:
+        return None
+    pattern = file.metadata[key]
+    if not isinstance(pattern, list) or len(pattern) != n_layers:
+        raise FormatError(f"{file.path}: {key} is {pattern!r:.60}; wanted a bool for each layer")
+    return pattern
 
 
 def _factors(file: GgufFile, name: str) -> list[float]:

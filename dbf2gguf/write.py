@@ -238,8 +238,6 @@ def _add_architecture(
         writer.add_attention_scale(f.attn_scale or size**-0.5)
         writer.add_residual_scale(f.residual_scale)
         writer.add_logit_scale(1.0 / f.logit_scale)
-    if source.arch.window_of_all:
-        writer.add_sliding_window(0)  # llama.cpp wants the key; the context is no longer than the window
 
 
 def _add_features(writer: gguf.GGUFWriter, arch: ArchSpec, f: Features) -> None:
@@ -259,6 +257,8 @@ def _add_features(writer: gguf.GGUFWriter, arch: ArchSpec, f: Features) -> None:
     if f.windows:
         writer.add_sliding_window(max(f.windows))
         writer.add_sliding_window_pattern([window > 0 for window in f.windows])
+    elif arch.window_told:
+        writer.add_sliding_window(0)
     if f.rope_theta_local:
         writer.add_rope_freq_base_swa(f.rope_theta_local)
     if f.attn_softcap:

@@ -36,6 +36,20 @@ def test_same_logits(changes: dict[str, Any]) -> None:
         assert (got - wanted[:, position]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "phi3", "gemma2"])
+@torch.no_grad()
+def test_windows_with_a_growing_cache(model_type: str) -> None:
+    """The model's own attention, then: masks are as long as what the cache holds."""
+    model = tiny_hf.model(1, model_type, sliding_window=6, pad_token_id=0)
+    assert not attention.suits(model.config, 20)
+    tokens = torch.randint(0, tiny_hf.N_VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
+    wanted = model(tokens).logits
+    cache = GrowingCache(20)
+    for position in range(20):
+        got = model(tokens[:, position, None], **{cache_argument(model): cache}, use_cache=True).logits[:, 0]
+        assert (got - wanted[:, position]).abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_from_there() -> None:
     model = tiny_hf.model()

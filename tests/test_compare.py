@@ -664,6 +664,15 @@ def test_the_context_is_too_long(folder: Path, capsys: pytest.CaptureFixture[str
     assert "--ctx is 200; this model was trained for 128 tokens" in capsys.readouterr().err
 
 
+def test_the_context_is_longer_than_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp's quantizers would be measured as another model."""
+    tiny_hf.write_folder(tmp_path / "tiny", model_type="mistral", sliding_window=20)
+    tiny_hf.write_text(tmp_path / "text.txt")
+    options = ["--text", str(tmp_path / "text.txt"), "--ctx", "24", "--chunks", "2", "--peers", "none"]
+    assert main([str(tmp_path / "tiny"), *options]) == 1
+    assert "for 20 tokens, or has a sliding window of so many" in capsys.readouterr().err
+
+
 def test_a_peer_that_fails(folder: Path, llama_bin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows measured before it are kept."""
     write_program(llama_bin / "llama-imatrix", IMATRIX.split("out, text")[0] + "sys.exit('out of luck')")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import weakref
@@ -27,6 +28,7 @@ from gguf import GGUFReader
 import dbf2gguf.files
 import runtime
 from dbf2gguf import from_gguf
+from dbf2gguf.archs import context_length
 from dbf2gguf.convert import SAME_TEXT, _text, convert
 from dbf2gguf.evaluate import measure
 from dbf2gguf.export import export
@@ -39,7 +41,7 @@ from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import first_rows, rows_from_files
 from dbf2gguf.write import verify, write_dense
 from runtime import Sampler, ggml_tokenizer, perplexity
-from runtime.errors import FormatError, OptionError
+from runtime.errors import FormatError, OptionError, UnsupportedModelError
 from runtime.format import DBF1_TYPE
 from runtime.gguf import GgufFile
 from runtime.tokenizer import Tokenizer
@@ -67,6 +69,7 @@ GEMMA: dict[str, Any] = {
 
 PHI_LONG: dict[str, Any] = {
     "model_type": "phi3", "pad_token_id": 0, "hidden_size": 64, "tie_word_embeddings": False,
+    "sliding_window": 11,
     "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75,
         "original_max_position_embeddings": 64, "short_factor": [1.0, 1.1, 1.3, 1.5, 1.75, 2.0],
@@ -100,7 +103,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "max_position_embeddings": 16384,
     },
-    "mistral": {"model_type": "mistral", "sliding_window": 64},
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
     "gemma3": {**GEMMA, "model_type": "gemma3_text"},
@@ -114,13 +117,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "granite-plain": {"model_type": "granite", "attention_multiplier": 8**-0.5, "attention_bias": True},
     **tiny_hf.EXPERTS,
+    "mixtral-window": {**tiny_hf.EXPERTS["mixtral"], "sliding_window": 6},
     "qwen3-moe-plain-shares": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 20,
         "norm_topk_prob": False, "num_hidden_layers": 1,
     },
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0},
-    "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 64},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 8},
     "phi3-longrope": PHI_LONG,
     "gemma2": {
         **GEMMA, "model_type": "gemma2", "layer_types": None, "attn_logit_softcapping": 1.5,
@@ -142,8 +146,11 @@ NUMBA = [
 """Models that the Numba backend runs, too."""
 
 
-ROUTED = ["mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-plain-shares"]
+ROUTED = ["mixtral", "mixtral-window", "qwen2-moe", "qwen3-moe", "qwen3-moe-plain-shares"]
 """Models with experts."""
+
+WINDOWED = {"mistral": 7, "phi3": 8, "phi3-longrope": 11}
+"""Models of which all layers have a sliding window, and its length."""
 
 
 class Case:
@@ -154,8 +161,10 @@ class Case:
         self.out, self.embed_type, self.scratch = base / "out.gguf", embed_type, base / "scratch"
         self.report: Report = convert(self.folder, self.out, embed_type=embed_type, **tiny_hf.QUICK)
 
-    def twin_logits(self, ids: list[int]) -> np.ndarray:
+    def twin_logits(self, ids: list[int], **changes: Any) -> np.ndarray:
+        """Those of transformers; `changes` of its config."""
         twin = tiny_hf.dense_twin(self.out, self.folder, self.embed_type, self.scratch)
+        twin.config.update(changes)
         with torch.no_grad():
             return twin(torch.tensor([ids])).logits[0].numpy()
 
@@ -202,6 +211,35 @@ def test_longrope_in_long_contexts(make: Callable[[str], Case]) -> None:
         long = model.logits(IDS)
     with runtime.load(case.out, backend="c", n_threads=1, n_ctx=64) as model:
         assert np.abs(long - model.logits(IDS)).max() > 10 * TOLERANCE * long.std()
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_is_as_long_as_transformers_says(make: Callable[[str], Case], name: str) -> None:
+    """Of all layers: one position more or fewer, or none, is another model, as soon as a window is full."""
+    case, length = make(name), WINDOWED[name]
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32) as model:
+        assert [layer.window for layer in model.file.weights.layers] == [length] * 2
+        got = model.logits(IDS)
+    wanted = case.twin_logits(IDS)
+    far = largest_difference(got, wanted) / wanted.std()
+    assert far < TOLERANCE
+    for other in (None, length - 1, length + 1):
+        logits = case.twin_logits(IDS, sliding_window=other)
+        same = min(length, other or length)
+        np.testing.assert_allclose(logits[:same], wanted[:same], atol=1e-4)
+        assert largest_difference(got[length - 1 :], logits[length - 1 :]) > 10 * TOLERANCE * wanted.std()
+
+
+def test_a_window_on_a_q8_0_cache(tmp_path: Path) -> None:
+    case = Case(tmp_path, {"model_type": "mistral", "sliding_window": 8, "head_dim": 32})
+    wanted = case.twin_logits(IDS)
+    with runtime.load(case.out, backend="c", n_threads=1, n_ctx=32, kv_type="q8_0") as model:
+        whole = model.logits(IDS)
+        steps = [model.backend.eval(np.array([token], np.int32), i, 1) for i, token in enumerate(IDS)]
+    assert np.array_equal(whole, np.concatenate(steps))
+    assert largest_difference(whole, wanted) < 10 * TOLERANCE * wanted.std()
+    other = case.twin_logits(IDS, sliding_window=9)
+    assert largest_difference(whole, other) > 50 * TOLERANCE * wanted.std()
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
@@ -271,16 +309,34 @@ def test_rows_of_no_whole_block(
 # What the file holds --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "arch"), [("mistral", "llama"), ("phi3", "phi3")])
-def test_a_sliding_window_bounds_the_context(make: Callable[[str], Case], name: str, arch: str) -> None:
-    """Where all layers have one; not where only some have."""
+@pytest.mark.parametrize(
+    ("name", "arch", "length"), [("mistral", "llama", 7), ("mixtral-window", "llama", 6), ("phi3", "phi3", 8)]
+)
+def test_keys_of_windows(make: Callable[[str], Case], name: str, arch: str, length: int) -> None:
+    """Of all layers, and of some; none bounds the context."""
     with GgufFile(make(name).out) as file:
         assert file.metadata["general.architecture"] == arch
-        assert file.metadata[f"{arch}.context_length"] == 64
+        assert file.metadata[f"{arch}.context_length"] == 128
+        assert file.metadata[f"{arch}.attention.sliding_window"] == length
+        assert file.metadata[f"{arch}.attention.sliding_window_pattern"] == [True, True]
     with GgufFile(make("gemma3").out) as file:
         assert file.metadata["gemma3.context_length"] == 128
         assert file.metadata["gemma3.attention.sliding_window"] == 7
         assert file.metadata["gemma3.attention.sliding_window_pattern"] == [True, False, True]
+
+
+@pytest.mark.parametrize(("model_type", "keys"), [("mistral", {}), ("phi3", {"sliding_window": 0})])
+def test_keys_without_a_window(tmp_path: Path, model_type: str, keys: dict[str, int]) -> None:
+    """llama.cpp wants Phi-3's key; where others read Mistral's, 0 might mean something else."""
+    sizes = {"model_type": model_type, "sliding_window": None, "pad_token_id": 0, "num_hidden_layers": 1}
+    case = Case(tmp_path, sizes)
+    with runtime.load(case.out, backend="c", n_threads=1) as model:
+        assert [layer.window for layer in model.file.weights.layers] == [0]
+    with GgufFile(case.out) as file:
+        arch = f"{file.metadata['general.architecture']}.attention."
+        found = {k.removeprefix(arch): v for k, v in file.metadata.items() if k.startswith(arch)}
+        assert {k: v for k, v in found.items() if "window" in k} == keys
+        assert file.metadata["dbf.version"] == 1
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -575,6 +631,31 @@ def test_write_dense_with_experts(make: Callable[[str], Case], tmp_path: Path, n
         router = key.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
         rounded = weight if weight.ndim == 1 or router else weight.half().float()
         assert torch.equal(back[key], rounded), key
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral-window"])
+def test_gguf_input_with_a_window(make: Callable[[str], Case], tmp_path: Path, name: str) -> None:
+    """A window of all layers is the model's again, with and without llama.cpp's list of layers; one that
+    leaves layers out is nobody's."""
+    source, file = open_source(make(name).folder, tmp_path), tmp_path / "dense.gguf"
+    model = load_model(source)
+    write_dense(file, source, model, load_tokenizer(source))
+    key = b"attention.sliding_window_pattern"
+    listed = key + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL, 2) + b"\1\1"
+    written = file.read_bytes()
+    assert written.count(listed) == 1
+    for number, data in enumerate((written, written.replace(key, key[::-1]))):
+        file.write_bytes(data)
+        gguf_to_hf(file, tmp_path / f"{number}", torch.float32)
+        back = load_model(open_source(tmp_path / f"{number}", tmp_path))
+        assert back.config.model_type == model.config.model_type
+        assert back.config.sliding_window == model.config.sliding_window == MODELS[name]["sliding_window"]
+        assert context_length(back.config) == 128
+        ids = torch.tensor([IDS])
+        assert_close(back(ids).logits[0].numpy(), model(ids).logits[0].numpy(), name in ROUTED)
+    file.write_bytes(written.replace(listed, listed[:-1] + b"\0"))
+    with pytest.raises(UnsupportedModelError, match="sliding_window_pattern leaves layers out; supported in"):
+        gguf_to_hf(file, tmp_path / "some")
 
 
 def test_gguf_tensor_by_tensor(

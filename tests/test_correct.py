@@ -184,6 +184,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": {"sliding_window": 5},
+    "mistral": {"sliding_window": 5},
     "phi3": {"pad_token_id": 0},
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
     "olmo2": {"pad_token_id": 0},

@@ -298,7 +298,6 @@ def test_gguf_of_another_architecture(place: Place) -> None:
     ("key", "value"),
     [
         ("rope.scaling.type", "yarn"),
-        ("attention.sliding_window", 4096),
         ("attention.scale", 4),
         ("expert_gating_func", 2),
         ("leading_dense_block_count", 1),
@@ -312,6 +311,16 @@ def test_gguf_of_a_feature_that_is_not_there(place: Place, key: str, value: Any)
     writer.write_kv_data_to_file()
     writer.close()
     assert f"llama.{key} is {value!r}" in place.fails(model=place.base / "x.gguf")
+
+
+def test_gguf_of_a_window_that_is_not_computed(place: Place) -> None:
+    writer = gguf.GGUFWriter(place.base / "x.gguf", "qwen2")
+    writer.add_sliding_window(4096)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    message = "qwen2.attention.sliding_window is 4096: a sliding window is not supported in 'qwen2'"
+    assert message in place.fails(model=place.base / "x.gguf")
 
 
 def test_gguf_without_keys(place: Place) -> None:

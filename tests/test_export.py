@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -26,8 +27,9 @@ import runtime
 from dbf2gguf import cli
 from dbf2gguf.convert import convert
 from dbf2gguf.export import LARGEST, OUT_TYPES, export
+from dbf2gguf.from_gguf import gguf_to_hf
 from runtime import Sampler
-from runtime.config import ADJACENT, Q8_0, Dense, Linear
+from runtime.config import ADJACENT, HALVES, Q8_0, Dense, Linear
 from runtime.format import unpack
 from runtime.gguf import GgufFile
 
@@ -407,6 +409,50 @@ def test_llama_cpp(converted: Path, tmp_path: Path, outtype: str) -> None:
     assert len(ours) == len(theirs) == 24
     if outtype == "f16":
         assert ours == theirs
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("model_type", ["mistral", "phi3"])
+def test_a_window_that_llama_cpp_does_not_compute(
+    tmp_path: Path, model_type: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gives the same as far as the window goes; export says so. Read back, the twin has it still."""
+    sizes = {"model_type": model_type, "sliding_window": 8, "pad_token_id": 0, "tie_word_embeddings": False}
+    path, twin, ids = tmp_path / "out.gguf", tmp_path / "twin.gguf", list(range(40, 64))
+    folder = tiny_hf.write_folder(tmp_path / "model", **sizes)
+    convert(folder, path, **tiny_hf.QUICK)
+    export(path, twin)
+    arch = "llama" if model_type == "mistral" else model_type
+    note = f"note: llama.cpp computes no sliding window in {arch!r}: what follows the first 8 tokens"
+    assert note in capsys.readouterr().err
+    theirs = open_in_llama_cpp(twin)
+    theirs.eval(ids)
+    wanted = np.array(theirs.scores[: len(ids)])
+    with runtime.load(path, backend="c", n_threads=1, n_ctx=64) as model:
+        error = np.abs(model.logits(ids) - wanted).max(-1) / wanted.std()
+    most = BOUNDS["f16"][1]
+    assert error[:8].max() < most
+    assert error[8:].max() > 10 * most
+    gguf_to_hf(twin, tmp_path / "back")
+    there, back = (json.loads((at / "config.json").read_text()) for at in (folder, tmp_path / "back"))
+    for key in ("model_type", "sliding_window", "max_position_embeddings"):
+        assert back[key] == there[key]
+
+
+def test_no_note_of_windows_that_llama_cpp_computes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(d_model=64, head_dim=16, rope_dims=16, rope_pairing=ADJACENT)
+    for arch, pairing, length, noted in (
+        ("llama", ADJACENT, 5, True),
+        ("llama", ADJACENT, config.n_ctx_train, False),
+        ("gemma2", HALVES, 5, False),
+    ):
+        c = replace(config, rope_pairing=pairing)
+        plain = tiny_weights(c)
+        weights = replace(plain, layers=tuple(replace(layer, window=length) for layer in plain.layers))
+        export(write_model(tmp_path / "m.gguf", c, weights, arch=arch), tmp_path / "twin.gguf")
+        assert ("computes no sliding window" in capsys.readouterr().err) == noted
 
 
 @needs_llama_cpp

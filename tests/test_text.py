@@ -283,7 +283,7 @@ def test_what_ends_a_text() -> None:
     assert {end, tokenizer.eos_token_id} <= _end_ids(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["mha-separate-head", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["mha-separate-head", "mistral", "gemma2", "gpt2"])
 def test_bfloat16_writes_nearly_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the model's own attention where its windows or caps need it; the model is left as it was."""
     made = tiny_hf.model(**MODELS[name])

@@ -192,7 +192,7 @@ def write_standard_gguf(path: Path, folder: Path, pre: str = "gpt-2") -> Path:
     writer.add_vocab_size(config.vocab_size)
     if arch.windows:
         writer.add_sliding_window(config.sliding_window)
-    if arch.window_of_all:
+    if arch.window_told:
         writer.add_sliding_window(config.sliding_window or 0)
     if "sliding_attention" in every_rope:
         writer.add_rope_freq_base_swa(every_rope["sliding_attention"]["rope_theta"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import runtime
-from dbf2gguf.archs import context_length
+from dbf2gguf.archs import plain_length
 from dbf2gguf.compare.padding import unpadded
 from dbf2gguf.compare.rows import Protocol, Row, linear_bits
 from dbf2gguf.compare.score import Judge, Logits, logits_of
@@ -65,9 +65,12 @@ class Comparison:
     @cached_property
     def model(self) -> nn.Module:
         model = load_model(self.source)
-        longest = context_length(model.config)
+        longest = plain_length(model.config)
         if self.args.ctx > longest:
-            raise OptionError(f"--ctx is {self.args.ctx}; this model was trained for {longest} tokens")
+            raise OptionError(
+                f"--ctx is {self.args.ctx}; this model was trained for {longest} tokens, or has a sliding "
+                "window of so many, which llama.cpp does not compute"
+            )
         return model
 
     @cached_property
@@ -79,7 +82,7 @@ class Comparison:
         """(rows, 512) int64, the same for every peer."""
         if not self.args.calib:
             raise OptionError("--calib: peers need text to calibrate on; or say --peers none")
-        length = min(512, context_length(self.model.config))
+        length = min(512, plain_length(self.model.config))
         rows = rows_from_files(
             [Path(file) for file in self.args.calib],
             self.tokenizer,
