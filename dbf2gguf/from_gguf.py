@@ -128,6 +128,10 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
     heads, width = get("attention.head_count"), get("embedding_length")
     if "token_embd.weight" not in file.tensors:
         raise FormatError(f"{file.path}: no tensor token_embd.weight: a vocabulary only, not a model")
+    n_blocks = len({match[1] for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name))})
+    if (blocks := get("block_count")) > n_blocks:
+        key = f"{arch.gguf}.block_count"
+        raise FormatError(f"{file.path}: {key} is {blocks}; there are tensors of {n_blocks}")
     config = {
         "architectures": [arch.model_class],
         "model_type": arch.model_type,
@@ -195,11 +199,6 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = _token_id(file, key)
-    n_blocks = len({match[1] for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name))})
-    if (blocks := config["num_hidden_layers"]) > n_blocks:
-        raise FormatError(
-            f"{file.path}: {arch.gguf}.block_count is {blocks}; there are tensors of {n_blocks}"
-        )
     return config
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,7 @@ from runtime.pretokenizers import find_pre
 
 ADDED_SCORE = -1000.0
 WEIGHTS_AT_ONCE = 2**22  # of an embedding, to be quantized and read back
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 """Added tokens that llama.cpp's converter takes for control tokens, whatever the tokenizer says."""
 
@@ -298,9 +300,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, voca
                 writer, file, lambda key: key.startswith("tokenizer.") and key != "tokenizer.huggingface.json"
             )
         return
-    description = json.loads(text)
-    if (source.path / "tokenizer.model").is_file():
-        tokens, scores, types, prefix = _sentencepiece_vocabulary(source, tokenizer, vocab_size)
+    description = json.loads(text)["model"]
+    pre = find_pre(tokenizer.backend_tokenizer)
+    has_pieces = (source.path / "tokenizer.model").is_file()
+    if pre is None and (has_pieces or description.get("byte_fallback")):
+        if has_pieces:
+            pieces, prefix = _pieces_of_model(source.path / "tokenizer.model")
+        else:
+            pieces, prefix = _pieces_of_merges(description, tokenizer)
+        tokens, scores, types = _sentencepiece_vocabulary(pieces, tokenizer, vocab_size)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
@@ -309,9 +317,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, voca
         if not prefix:
             writer.add_add_space_prefix(False)
         special = gguf.SpecialVocab(source.path, n_vocab=len(tokens))
-    elif description["model"]["type"] == "BPE":
+    elif description["type"] == "BPE":
         tokens, types = _bpe_vocabulary(tokenizer, vocab_size)
-        pre = find_pre(tokenizer.backend_tokenizer)
         if pre is None:
             print(
                 "warning: unknown pre-tokenizer: the file has no tokenizer.ggml.pre, which this runtime does "
@@ -325,9 +332,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, voca
         writer.add_token_types(types)
         special = gguf.SpecialVocab(source.path, load_merges=True, n_vocab=len(tokens))
     else:
-        raise UnsupportedModelError(
-            f"{source.path}: tokenizer model {description['model']['type']!r}; supported: BPE"
-        )
+        raise UnsupportedModelError(f"{source.path}: tokenizer model {description['type']!r}; supported: BPE")
     special.chat_template = tokenizer.chat_template or None
     special.add_to_gguf(writer, quiet=True)
 
@@ -351,42 +356,61 @@ def _bpe_vocabulary(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[in
     return tokens, types
 
 
-def _sentencepiece_vocabulary(
-    source: Source, tokenizer: Any, vocab_size: int
-) -> tuple[list[bytes], list[float], list[int], bool]:
-    """Pieces, scores and llama.cpp's token types of a SentencePiece vocabulary; whether texts get a space in
-    front."""
-    from sentencepiece import SentencePieceProcessor
+_Piece = tuple[str, float, int]
+"""A piece of a SentencePiece vocabulary, its score, and llama.cpp's token type."""
+
+
+def _unused(index: int) -> _Piece:
+    return f"[PAD{index}]", ADDED_SCORE, int(gguf.TokenType.UNUSED)
+
+
+def _pieces_of_model(file: Path) -> tuple[list[_Piece], bool]:
+    """A tokenizer.model; whether texts get a space in front. Raises FormatError."""
+    from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+    proto = ModelProto()
+    with suppress(DecodeError):
+        proto.ParseFromString(file.read_bytes())
+    if not proto.pieces:
+        raise FormatError(f"{file}: not a SentencePiece model")
+    kinds = {int(gguf.TokenType.USER_DEFINED): int(gguf.TokenType.NORMAL)}  # the tokenizer knows better
+    pieces = [(piece.piece, piece.score, kinds.get(piece.type, piece.type)) for piece in proto.pieces]
+    return pieces, proto.normalizer_spec.add_dummy_prefix
+
+
+def _pieces_of_merges(description: dict[str, Any], tokenizer: Any) -> tuple[list[_Piece], bool]:
+    """The same of a tokenizer.json alone. Merges are in the order of the scores of what they give, so their
+    places serve as scores."""
     kinds = gguf.TokenType
-    pieces = SentencePieceProcessor()
-    pieces.Load(str(source.path / "tokenizer.model"))
-    tokens = [f"[PAD{i}]".encode() for i in range(vocab_size)]
-    scores, types = [-1000.0] * vocab_size, [int(kinds.UNUSED)] * vocab_size
-    for index in range(min(vocab_size, pieces.vocab_size())):
-        tokens[index] = pieces.IdToPiece(index).encode()
-        scores[index] = pieces.GetScore(index)
-        types[index] = int(
-            kinds.UNKNOWN
-            if pieces.IsUnknown(index)
-            else kinds.CONTROL
-            if pieces.IsControl(index)
-            else kinds.UNUSED
-            if pieces.IsUnused(index)
-            else kinds.BYTE
-            if pieces.IsByte(index)
-            else kinds.NORMAL
-        )
+    merges = description["merges"]
+    scores: dict[str, float] = {}
+    for place, merge in enumerate(merges):
+        scores.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), -float(place))
+    pieces = [_unused(index) for index in range(max(description["vocab"].values()) + 1)]
+    for piece, index in description["vocab"].items():
+        is_byte = BYTE_PIECE.fullmatch(piece) is not None
+        kind = kinds.BYTE if is_byte else kinds.UNKNOWN if piece == description["unk_token"] else kinds.NORMAL
+        pieces[index] = piece, scores.get(piece, -float(len(merges))), int(kind)
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0]
+    return pieces, first.startswith(SPACE)
+
+
+def _sentencepiece_vocabulary(
+    pieces: list[_Piece], tokenizer: Any, vocab_size: int
+) -> tuple[list[bytes], list[float], list[int]]:
+    """Pieces, scores and llama.cpp's token types of a SentencePiece vocabulary, filled up to `vocab_size`."""
+    kinds = gguf.TokenType
+    filled = [*pieces[:vocab_size], *map(_unused, range(len(pieces), vocab_size))]
+    tokens, scores, types = map(list, zip(*filled, strict=True))
     for index, token in tokenizer.added_tokens_decoder.items():
         if index >= vocab_size or types[index] not in (kinds.NORMAL, kinds.UNUSED):
             continue
         control = token.special or LOOKS_SPECIAL.fullmatch(token.content) is not None
-        text = token.content if control else token.content.replace(SPACE, " ")  # found in the text as it is
-        tokens[index], scores[index] = text.encode(), ADDED_SCORE
-        types[index] = int(kinds.CONTROL if control else kinds.USER_DEFINED)
-    proto = ModelProto.FromString(pieces.serialized_model_proto())
-    return tokens, scores, types, proto.normalizer_spec.add_dummy_prefix
+        # found in the text as it is
+        tokens[index] = token.content if control else token.content.replace(SPACE, " ")
+        scores[index], types[index] = ADDED_SCORE, int(kinds.CONTROL if control else kinds.USER_DEFINED)
+    return [token.encode() for token in tokens], scores, types
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

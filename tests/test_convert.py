@@ -141,7 +141,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 NUMBA = [
     "gqa-tied", "odd-sizes", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-scales", "gemma2", "phi3",
-    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2", "mixtral", "qwen2-moe", "qwen3-moe",
+    "phi3-longrope", "smollm3", "granite", "olmo2", "gpt2", "mixtral", "qwen2-moe", "qwen3-moe", "biases",
+    "llama3-rope", "llama-3.2", "linear-rope",
 ]  # fmt: skip
 """Models that the Numba backend runs, too."""
 
@@ -934,6 +935,58 @@ def test_sentencepiece_of_gemma(tmp_path: Path) -> None:
         assert types[8:264] == [kinds.BYTE] * 256
         assert (tokens[271], types[271], scores[271]) == ("the", kinds.NORMAL, -7.0)
         assert (tokens[299], types[299]) == ("[PAD299]", kinds.UNUSED)
+
+
+@pytest.mark.parametrize("name", ["gemma", "stories260k"])
+def test_sentencepiece_without_its_model(tmp_path: Path, name: str) -> None:
+    """tokenizer.json alone, as transformers 5 saves it: the merges say the scores' order."""
+    folder = tmp_path / "model"
+    if name == "gemma":
+        write_gemma_tokenizer(tiny_hf.write_folder(folder, **MODELS["gemma3"]))
+        text = "the  cat\n\nthe \u00e9 <mask>"
+    elif (STORIES / "config.json").is_file():
+        shutil.copytree(STORIES, folder)
+        text = "Once upon a time, there was a little girl.  Zoë had 3 cats.\n"
+    else:
+        pytest.skip("stories260k is not here")
+    convert(folder, tmp_path / "with.gguf", **tiny_hf.QUICK)
+    (folder / "tokenizer.model").unlink()
+    convert(folder, tmp_path / "without.gguf", **tiny_hf.QUICK)
+    theirs = load_tokenizer(open_source(folder, tmp_path))
+    with GgufFile(tmp_path / "with.gguf") as wanted, GgufFile(tmp_path / "without.gguf") as got:
+        ours = Tokenizer.from_metadata(got.metadata)
+        assert ours.encode(text, add_special=False, parse_special=True) == [
+            i for i in theirs(text).input_ids if i != theirs.bos_token_id
+        ]
+        by_ggml = [
+            Tokenizer.from_metadata(
+                {key: file.metadata[key] for key in file.metadata if key != "tokenizer.huggingface.json"}
+            ).encode(text, add_special=False, parse_special=True)
+            for file in (wanted, got)
+        ]
+        assert by_ggml[1] == by_ggml[0]
+        for key in (
+            "model",
+            "pre",
+            "tokens",
+            "token_type",
+            "bos_token_id",
+            "eos_token_id",
+            "unknown_token_id",
+        ):
+            key = f"tokenizer.ggml.{key}"
+            assert got.metadata[key] == wanted.metadata[key], key
+        assert got.metadata.get("tokenizer.ggml.add_space_prefix") == wanted.metadata.get(
+            "tokenizer.ggml.add_space_prefix"
+        )
+
+
+def test_a_broken_sentencepiece_model(tmp_path: Path) -> None:
+    folder = tiny_hf.write_folder(tmp_path / "model", **MODELS["gemma3"])
+    write_gemma_tokenizer(folder)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's
+    with pytest.raises(FormatError, match=r"tokenizer\.model: not a SentencePiece model"):
+        convert(folder, tmp_path / "out.gguf", **tiny_hf.QUICK)
 
 
 @pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="stories260k is not here")
