@@ -28,7 +28,7 @@ from runtime.perplexity import chunks
 from runtime.tokenizer import END_TOKENS
 
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
-COLUMNS = {"text", "messages", "instances", *itertools.chain.from_iterable(CHAT_KEYS)}
+COLUMNS = {"text", "messages", "instances", "input", *itertools.chain.from_iterable(CHAT_KEYS)}
 """What an entry of calibration text may hold."""
 
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
@@ -126,24 +126,26 @@ def _document(entry: Any, tokenizer: Any, where: str) -> str:
         if "messages" in entry:
             return _chat(entry["messages"], tokenizer, where)
         if isinstance(entry.get("instances"), list) and "instruction" in entry:
-            return _chat(list(_instance_turns(entry)), tokenizer, where)
+            return _chat(list(_turns(entry["instruction"], entry["instances"])), tokenizer, where)
         for ask, reply in CHAT_KEYS:
             if ask in entry and reply in entry:
-                turns = (("user", entry[ask]), ("assistant", entry[reply]))
-                messages = [{"role": role, "content": str(text).strip()} for role, text in turns]
-                return _chat(messages, tokenizer, where)
+                read = entry.get("input") if ask == "instruction" else None
+                only = {"input": read, "output": entry[reply]}
+                return _chat(list(_turns(entry[ask], [only])), tokenizer, where)
     pairs = ", ".join(f"{ask!r} and {reply!r}" for ask, reply in CHAT_KEYS)
     raise FormatError(f"{where}: wanted an object with 'text', 'messages', or {pairs}")
 
 
-def _instance_turns(entry: dict[str, Any]) -> Iterator[Any]:
-    """Turns of a task of Self-Instruct (arXiv:2212.10560): one instruction, and inputs with their outputs."""
-    for number, instance in enumerate(entry["instances"]):
+def _turns(instruction: Any, instances: list[Any]) -> Iterator[Any]:
+    """Turns of a task: one instruction, and inputs with their outputs; several in those of Self-Instruct
+    (arXiv:2212.10560)."""
+    for number, instance in enumerate(instances):
         if not isinstance(instance, dict) or "output" not in instance:
             yield instance  # for `_chat` to refuse
             continue
-        parts = [entry["instruction"]] * (number == 0) + [instance.get("input") or ""]
-        yield {"role": "user", "content": "\n\n".join(str(part).strip() for part in parts if part)}
+        parts = [instruction] * (number == 0) + [instance.get("input")]
+        texts = [str(part).strip() for part in parts if part is not None]
+        yield {"role": "user", "content": "\n\n".join(filter(None, texts))}
         yield {"role": "assistant", "content": str(instance["output"]).strip()}
 
 

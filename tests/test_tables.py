@@ -27,6 +27,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"messages": TURNS, "id": n} for n in range(100)],
     "prompt": [{"prompt": f"Who sat {n}?", "response": "The cat."} for n in range(100)],
     "question": [{"question": f"Who sat {n}?", "answer": "The cat.", "source": "x"} for n in range(100)],
+    "task": [{"instruction": "Who sat?", "input": f"cat {n}", "output": "The cat."} for n in range(100)],
     "some null": [
         {"text": None if n % 2 else "the hat", "messages": TURNS if n % 2 else None} for n in range(90)
     ],

@@ -177,6 +177,20 @@ def test_self_instruct_tasks(tmp_path: Path) -> None:
             read(file)
 
 
+def test_inputs_of_alpaca(tmp_path: Path) -> None:
+    """They are part of what is asked; most are empty."""
+    for name, given, asked in (
+        ("a", " cat\n", "Translate to French\n\ncat"),
+        ("b", "", "Translate to French"),
+        ("c", " ", "Translate to French"),
+        ("d", None, "Translate to French"),
+    ):
+        entry = {"instruction": "Translate to French ", "input": given, "output": "chat"}
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "chat"}]
+        text = TOKENIZER.apply_chat_template(turns, tokenize=False)
+        assert as_set(read(jsonl(tmp_path / f"{name}.jsonl", entry))) == pieces([*ids(text), END])
+
+
 def test_too_short(tmp_path: Path) -> None:
     """What there is, if it is nothing: the caller knows what it needs."""
     (tmp_path / "a.txt").write_text("cat")
