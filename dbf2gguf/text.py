@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from dbf2gguf.kvcache import GrowingCache, cache_argument
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
-from dbf2gguf.tables import entries, is_table
+from dbf2gguf.tables import entries, is_read_whole, is_table, plain_texts
 from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
 from runtime.perplexity import chunks
@@ -30,6 +31,12 @@ from runtime.tokenizer import END_TOKENS
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 COLUMNS = {"text", "messages", "instances", "input", *itertools.chain.from_iterable(CHAT_KEYS)}
 """What an entry of calibration text may hold."""
+
+PIECE = 2**18  # characters that are tokenized at a time
+AROUND = 256  # characters on both sides of a cut that must have the same tokens without it
+WORD_END = re.compile(r"(?<=\S)\s")  # where it may be cut
+WAYS = ((0, 0), (0, 1), (1, 0))  # characters, and then tokens, of which the next piece is rid
+TRIES = 64  # places that are tried, before it is tried a PIECE further
 
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
@@ -44,19 +51,22 @@ GPU_BATCH_TOKENS = 32 * BATCH_TOKENS
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
     """Rows of tokens drawn from text files, equally from each as far as it goes.
 
-    files   .jsonl (one object a line: "text", "messages", or a question and its answer), .parquet (columns of
-            these names), hf:owner/name (see tables) or plain text; of tables no more is read than `rows` take
+    files   .jsonl (one object a line: "text", "messages", or a question and its answer), .json (an array of
+            such objects), .parquet (columns of these names), hf:owner/name (see tables) or plain text
     ->      (<= rows, row_tokens) int64 in random order; fewer if the files hold less
+
+    Plain text and .jsonl up to 16 MiB are tokenized to the end, and rows drawn from all of it. Of what is
+    larger, and of other tables, no more is read than `rows` take: parts of 16 KiB from all over the file, row
+    groups, entries, in an order that the seed gives; each part of a text is a document of its own.
 
     Raises FormatError for a file that cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     pools = []
     for file in files:
-        most = rows * row_tokens if is_table(file) else None
-        ids = torch.tensor(
-            list(itertools.islice(_file_tokens(file, tokenizer, seed), most)), dtype=torch.int64
-        )
+        most = None if is_read_whole(file) else rows * row_tokens
+        tokens = itertools.islice(_file_tokens(file, tokenizer, seed), most)
+        ids = torch.from_numpy(np.fromiter(tokens, np.int64))
         count = len(ids) // row_tokens
         cut = ids[: count * row_tokens].view(count, row_tokens)
         pools.append(cut[torch.randperm(count, generator=generator)])
@@ -78,7 +88,8 @@ def first_rows(file: Path, tokenizer: Any, rows: int, row_tokens: int, seed: int
     Raises FormatError for a file that cannot be read.
     """
     begin = tokenizer.bos_token_id if adds_begin(tokenizer) else None
-    tokens = itertools.chain([] if begin is None else [begin], _file_tokens(file, tokenizer, seed))
+    own = _file_tokens(file, tokenizer, seed, spread=False)
+    tokens = itertools.chain([] if begin is None else [begin], own)
     ids = list(itertools.islice(tokens, rows * row_tokens))
     if len(ids) < row_tokens:
         return torch.empty(0, row_tokens, dtype=torch.int64)
@@ -91,32 +102,50 @@ def adds_begin(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def _file_tokens(file: Path, tokenizer: Any, seed: int) -> Iterator[int]:
+def _file_tokens(file: Path, tokenizer: Any, seed: int, spread: bool = True) -> Iterator[int]:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for document in _documents(file, tokenizer, seed):
-        yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    for document in _documents(file, tokenizer, seed, spread):
+        yield from _tokens(document, tokenizer)
         yield from end
 
 
-def _documents(file: Path, tokenizer: Any, seed: int) -> Iterable[str]:
-    if is_table(file):
-        return (_document(row, tokenizer, where) for where, row in entries(file, COLUMNS, seed))
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    return _jsonl_documents(file, text, tokenizer) if file.suffix == ".jsonl" else [text]
+def _tokens(text: str, tokenizer: Any) -> Iterator[int]:
+    """The tokens of a text, found piece by piece, for a tokenizer takes hundreds of bytes a token. It is cut
+    where that changes none."""
+
+    def encode(some: str) -> list[int]:
+        return list(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
+
+    begin = extra = 0
+    for end, following, following_extra in _cuts(text, encode):
+        yield from encode(text[begin:end])[extra:]
+        begin, extra = following, following_extra
+    yield from encode(text[begin:])[extra:]
 
 
-def _jsonl_documents(file: Path, text: str, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise FormatError(f"{file}:{number}: not JSON: {error}") from None
-        yield _document(entry, tokenizer, f"{file}:{number}")
+def _cuts(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[int, int, int]]:
+    """Places where a text can be cut: the end of a piece, the start of the next, and how many tokens too many
+    that begins with. A tokenizer may put a space before each text: then the next piece leaves out its own, or
+    begins with a token too many."""
+    start = PIECE
+    while start < len(text):
+        for found in itertools.islice(WORD_END.finditer(text, start, start + PIECE), TRIES):
+            place = found.start()
+            before, after = text[max(place - AROUND, 0) : place], text[place : place + AROUND]
+            whole, first = encode(before + after), encode(before)
+            ways = ((skip, extra) for skip, extra in WAYS if first + encode(after[skip:])[extra:] == whole)
+            if way := next(ways, None):
+                yield place, place + way[0], way[1]
+                start = place
+                break
+        start += PIECE
+
+
+def _documents(file: Path, tokenizer: Any, seed: int, spread: bool = True) -> Iterator[str]:
+    """See tables.entries and tables.plain_texts."""
+    if not is_table(file):
+        return plain_texts(file, seed, spread)
+    return (_document(row, tokenizer, where) for where, row in entries(file, COLUMNS, seed, spread))
 
 
 def _document(entry: Any, tokenizer: Any, where: str) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import tiny_hf
+import tokenizers
 import torch
 from test_convert import MODELS
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import dbf2gguf.text
 from dbf2gguf.kvcache import GrowingCache
@@ -24,6 +26,7 @@ from dbf2gguf.text import (
     _by_turns,
     _end_ids,
     _prompts,
+    _tokens,
     rows_from_files,
     self_written_rows,
 )
@@ -189,6 +192,65 @@ def test_inputs_of_alpaca(tmp_path: Path) -> None:
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "chat"}]
         text = TOKENIZER.apply_chat_template(turns, tokenize=False)
         assert as_set(read(jsonl(tmp_path / f"{name}.jsonl", entry))) == pieces([*ids(text), END])
+
+
+TEXT = "".join(
+    f"{word} {n}{end}"
+    for n, (word, end) in enumerate(
+        itertools.islice(
+            itertools.product(
+                ["The cat", "naïve café", "x = [1, 2]", "🙂🙂", "Don't  go", "猫坐在垫子上。", "<|im_end|>"],
+                [".\n", "\n\n", "  ", " ", ",\r\n", "!\n\n\n", "\t", "\u2028"] * 9,
+            ),
+            500,
+        )
+    )
+)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As of Llama 2: a space goes before each text, words are not parted, unknown characters are bytes."""
+    model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        limit_alphabet=60, show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(TEXT.split(" "), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like()
+    whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert len(whole) > 1500
+    lengths: list[int] = []
+
+    def counted(text: str, **how: Any) -> Any:
+        lengths.append(len(text))
+        return tokenizer(text, **how)
+
+    for piece in (100, 101, 333, 1024):
+        monkeypatch.setattr(dbf2gguf.text, "PIECE", piece)
+        monkeypatch.setattr(dbf2gguf.text, "AROUND", 40)
+        assert list(_tokens(TEXT, counted)) == whole
+        assert max(lengths) < max(80, piece + 80)
+        lengths.clear()
+
+
+def test_a_text_that_cannot_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because it has no spaces, or tokens reach over all of them: it stays whole."""
+    monkeypatch.setattr(dbf2gguf.text, "PIECE", 50)
+    assert list(_tokens("cat" * 100, TOKENIZER)) == ids("cat" * 100)
+
+    def odd(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [len(text)]}
+
+    assert list(_tokens("cat " * 100, odd)) == [400]
+    assert list(_tokens("", TOKENIZER)) == []
 
 
 def test_too_short(tmp_path: Path) -> None:
