@@ -40,7 +40,8 @@ TRIES = 64  # places that are tried, before it is tried a PIECE further
 
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
-MAX_PROMPT = 96  # tokens of a prompt that are taken
+MAX_PROMPT = 96  # tokens of a prompt that are taken, at least
+MOST_PROMPT = 0.75  # share of a text that a chat prompt may take, if it is longer
 SPAN = (8, 33)  # tokens of a prompt that is cut from a given text: at least, and less than
 TURNS = {"opening": 1, "given": 2}  # how often each kind of prompt but chat comes
 POOL = 8  # prompts drawn for each text of a block; further ones are these again
@@ -210,7 +211,8 @@ def self_written_rows(
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
     a few words out of given texts, and chat questions, where the tokenizer has a chat template.
 
-    chat_share  chat questions among the prompts, 0 to 1
+    chat_share  chat questions among the prompts, 0 to 1; none, and `stage` says so, if the chat template
+                leaves no room in a text for an answer
     rounded     whether products are of bfloat16, a copy of the model's weights
     given       (n, tokens) int64 texts; where there are some, most of the other prompts are cut from them
     ->          (rows, row_tokens) int64
@@ -224,6 +226,12 @@ def self_written_rows(
     blocks = -(-rows // batch)
     size = -(-rows // blocks)  # rows of a block; more than enough of them in all
     kinds = _prompts(tokenizer)
+    if "chat" in kinds and not _keep_fitting(kinds, row_tokens // pieces) and chat_share:
+        stage.say(
+            "note: no chat questions: the model's chat template leaves no room for answers in texts of "
+            f"{row_tokens // pieces} tokens"
+        )
+    width = max([MAX_PROMPT, *map(len, kinds.get("chat", []))])
     ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     ends[list(_end_ids(tokenizer))] = True
 
@@ -244,10 +252,10 @@ def self_written_rows(
         if suits(model.config, shape[1]):
             model.set_attn_implementation(CAUSAL)
     if device.type == "cuda":
-        writer = _Writer(model, ends.to(device), shape)
+        writer = _Writer(model, ends.to(device), shape, width)
         own = (write(writer, number) for number in mine)
     else:
-        own = map_on_cores(lambda n: write(_Writer(model, ends, shape), n), mine)
+        own = map_on_cores(lambda n: write(_Writer(model, ends, shape, width), n), mine)
     for number, block in zip(mine, own, strict=True):
         written[number] = block
     team.sum([written])
@@ -269,18 +277,19 @@ class _Writer:
     """Writes blocks of texts, those of a block side by side, token by token. All that a token needs is on the
     model's device: on a GPU the step of each position is recorded with one block and played for others."""
 
-    def __init__(self, model: nn.Module, ends: Tensor, shape: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, ends: Tensor, shape: tuple[int, int], width: int) -> None:
         """
         model  the model that writes
         ends   (n_vocab,) bool, tokens that end a text
         shape  texts of a block, tokens of a text
+        width  tokens of a prompt that are taken
         """
         self.model, self.ends = model, ends
         self.count, self.length = shape
         self.cache = GrowingCache(self.length)
         self.cached = {cache_argument(model): self.cache}
         device = ends.device
-        self.pool = torch.zeros(self.count * POOL, MAX_PROMPT, dtype=torch.int64, device=device)
+        self.pool = torch.zeros(self.count * POOL, width, dtype=torch.int64, device=device)
         self.pool_lengths = torch.zeros(len(self.pool), dtype=torch.int64, device=device)
         self.uniform = torch.zeros(self.length, self.count, 1, device=device)
         self.prompt, self.place, self.ids = torch.zeros(3, self.count, dtype=torch.int64, device=device)
@@ -294,8 +303,9 @@ class _Writer:
     def write(self, prompts: Iterator[list[int]], generator: torch.Generator, stage: Stage) -> Tensor:
         """The next block of texts, (count, length) int64 on the CPU. `stage` gets a step for each token."""
         some = list(itertools.islice(prompts, len(self.pool)))
-        self.pool_lengths.copy_(torch.tensor([min(len(prompt), MAX_PROMPT) for prompt in some]))
-        self.pool.copy_(torch.tensor([(p + [0] * MAX_PROMPT)[:MAX_PROMPT] for p in some]))
+        width = self.pool.shape[1]
+        self.pool_lengths.copy_(torch.tensor([min(len(prompt), width) for prompt in some]))
+        self.pool.copy_(torch.tensor([(p + [0] * width)[:width] for p in some]))
         self.uniform.copy_(torch.rand(self.uniform.shape, generator=generator))
         self.prompt.copy_(torch.arange(self.count))
         self.ids.copy_(self.pool[: self.count, 0])
@@ -319,7 +329,7 @@ class _Writer:
         logits = self.model(self.ids[:, None], **self.cached, use_cache=True).logits[:, -1]
         free = _sample(logits.float() / TEMPERATURE, self.uniform[position])
         in_prompt = self.place < self.pool_lengths[self.prompt]
-        forced = self.pool[self.prompt, self.place.clamp(max=MAX_PROMPT - 1)]
+        forced = self.pool[self.prompt, self.place.clamp(max=self.pool.shape[1] - 1)]
         self.ids.copy_(torch.where(in_prompt, forced, free))
         ended = ~in_prompt & self.ends[free]
         following = (self.taken + ended.cumsum(0) - 1) % len(self.pool)
@@ -352,6 +362,16 @@ def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
             for text in chat_questions()
         ]
     return kinds
+
+
+def _keep_fitting(kinds: dict[str, list[list[int]]], length: int) -> bool:
+    """Leave out chat prompts that are long and leave little room in a text of `length` tokens; the kind, and
+    False, if none is left."""
+    most = max(MAX_PROMPT, int(length * MOST_PROMPT))
+    kinds["chat"] = [prompt for prompt in kinds["chat"] if len(prompt) <= most]
+    if not kinds["chat"]:
+        del kinds["chat"]
+    return "chat" in kinds
 
 
 def _by_turns(

@@ -22,6 +22,9 @@ import dbf2gguf.text
 from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.progress import Stage
 from dbf2gguf.text import (
+    CONTEXT,
+    MAX_PROMPT,
+    MOST_PROMPT,
     SPAN,
     _by_turns,
     _end_ids,
@@ -348,6 +351,45 @@ def test_chat_share(share: float, turns: str) -> None:
     assert "".join(" oc"[prompt[0]] for prompt in itertools.islice(stream, 8)) == turns
     stream = _by_turns({"opening": [[1]]}, share, torch.Generator().manual_seed(0))
     assert next(stream) == [1]
+
+
+def long_template(tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose chat prompts begin with a text of so many tokens."""
+    made = tiny_hf.tokenizer()
+    made.chat_template = "the" * tokens + "{{ messages[0].content }}\n"
+    return made
+
+
+def write_chats(tokenizer: PreTrainedTokenizerFast, length: int, stage: Stage) -> Tensor:
+    return self_written_rows(tiny_hf.model(), tokenizer, 8, length, 1.0, 0, False, stage)
+
+
+def test_long_chat_prompts_are_whole() -> None:
+    """A long system text does not cut the question off, nor the answer."""
+    tokenizer = long_template(100)
+    questions = {tuple(prompt) for prompt in _prompts(tokenizer)["chat"]}
+    rows = write_chats(tokenizer, CONTEXT, Stage("text", 8 * CONTEXT, quiet=True)).tolist()
+    asked = [{len(q) for q in questions if tuple(row[: len(q)]) == q} for row in rows]
+    assert all(asked)
+    assert min(map(max, asked)) > MAX_PROMPT
+    assert max(map(max, asked)) <= CONTEXT * MOST_PROMPT
+
+
+def test_no_room_for_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Then there are other texts, and a note."""
+    tokenizer = long_template(CONTEXT)
+    openings = {tuple(prompt) for prompt in _prompts(tokenizer)["opening"]}
+    with Stage("text", 8 * 40) as stage:
+        rows = write_chats(tokenizer, 40, stage).tolist()
+    assert all(any(tuple(row[: len(o)]) == o[:40] for o in openings) for row in rows)
+    assert "text: note: no chat questions: the model's chat template" in capsys.readouterr().err
+
+
+def test_prompts_are_cut_as_before() -> None:
+    """Those of no more than MAX_PROMPT tokens are taken, however short the texts; nothing is said."""
+    kinds = {"chat": [[1] * MAX_PROMPT, [1] * (MAX_PROMPT + 1)]}
+    assert dbf2gguf.text._keep_fitting(kinds, 24)
+    assert [len(prompt) for prompt in kinds["chat"]] == [MAX_PROMPT]
 
 
 def test_what_ends_a_text() -> None:
