@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def cached_text(key: Mapping[str, Any], make: Callable[[], Tensor]) -> tuple[Ten
     work = Work(folder)
     rows = work.load(name)
     if rows is not None:
-        (folder / f"{name}.pt").touch()
+        with suppress(OSError):  # of a folder that can only be read
+            (folder / f"{name}.pt").touch()
         return rows.long(), True
     rows = make()
     try:

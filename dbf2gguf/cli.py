@@ -58,10 +58,12 @@ def convert_parser() -> argparse.ArgumentParser:
     add(
         "--calib",
         metavar="FILE",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        help="text to calibrate and distil on: .txt, .jsonl, .parquet, or a data set of the hub, "
-        "hf:owner/name[@revision][:config][:split][:column]; repeatable; the model writes what it lacks",
+        help="texts to calibrate and distil on: plain text, .jsonl, .json, .parquet, or sets of the hub, "
+        "hf:owner/name[@revision][:config][:split][:column]; repeatable; MODEL and OUT come before it, after "
+        "another option, or after --; the model writes what they lack",
     )
     add(
         "--eval-text",

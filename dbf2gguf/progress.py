@@ -55,7 +55,7 @@ class Stage:
             self._bar.update(n)
         elif not self.quiet:
             now = time.monotonic()
-            if now - self._last_line >= LINE_SECONDS and self._done < self.total:
+            if now - self._last_line >= LINE_SECONDS and 0 < self._done < self.total:
                 self._last_line = now
                 left = (now - self._start) * (self.total - self._done) / self._done
                 self._line(f"{self._done}/{self.total}, {_clock(left)} left")

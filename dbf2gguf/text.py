@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
@@ -21,19 +22,26 @@ from dbf2gguf.kvcache import GrowingCache, cache_argument
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, openings
-from dbf2gguf.tables import entries, is_table
+from dbf2gguf.tables import entries, is_read_whole, is_table, plain_texts
 from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
 from runtime.perplexity import chunks
 from runtime.tokenizer import END_TOKENS
 
 CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
-COLUMNS = {"text", "messages", "instances", *itertools.chain.from_iterable(CHAT_KEYS)}
+COLUMNS = {"text", "messages", "instances", "input", *itertools.chain.from_iterable(CHAT_KEYS)}
 """What an entry of calibration text may hold."""
+
+PIECE = 2**18  # characters that are tokenized at a time
+AROUND = 256  # characters on both sides of a cut that must have the same tokens without it
+WORD_END = re.compile(r"(?<=\S)\s")  # where it may be cut
+WAYS = ((0, 0), (0, 1), (1, 0))  # characters, and then tokens, of which the next piece is rid
+TRIES = 64  # places that are tried, before it is tried a PIECE further
 
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
-MAX_PROMPT = 96  # tokens of a prompt that are taken
+MAX_PROMPT = 96  # tokens of a prompt that are taken, at least
+MOST_PROMPT = 0.75  # share of a text that a chat prompt may take, if it is longer
 SPAN = (8, 33)  # tokens of a prompt that is cut from a given text: at least, and less than
 TURNS = {"opening": 1, "given": 2}  # how often each kind of prompt but chat comes
 POOL = 8  # prompts drawn for each text of a block; further ones are these again
@@ -44,19 +52,22 @@ GPU_BATCH_TOKENS = 32 * BATCH_TOKENS
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
     """Rows of tokens drawn from text files, equally from each as far as it goes.
 
-    files   .jsonl (one object a line: "text", "messages", or a question and its answer), .parquet (columns of
-            these names), hf:owner/name (see tables) or plain text; of tables no more is read than `rows` take
+    files   .jsonl (one object a line: "text", "messages", or a question and its answer), .json (an array of
+            such objects), .parquet (columns of these names), hf:owner/name (see tables) or plain text
     ->      (<= rows, row_tokens) int64 in random order; fewer if the files hold less
+
+    Plain text and .jsonl up to 16 MiB are tokenized to the end, and rows drawn from all of it. Of what is
+    larger, and of other tables, no more is read than `rows` take: parts of 16 KiB from all over the file, row
+    groups, entries, in an order that the seed gives; each part of a text is a document of its own.
 
     Raises FormatError for a file that cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     pools = []
     for file in files:
-        most = rows * row_tokens if is_table(file) else None
-        ids = torch.tensor(
-            list(itertools.islice(_file_tokens(file, tokenizer, seed), most)), dtype=torch.int64
-        )
+        most = None if is_read_whole(file) else rows * row_tokens
+        tokens = itertools.islice(_file_tokens(file, tokenizer, seed), most)
+        ids = torch.from_numpy(np.fromiter(tokens, np.int64))
         count = len(ids) // row_tokens
         cut = ids[: count * row_tokens].view(count, row_tokens)
         pools.append(cut[torch.randperm(count, generator=generator)])
@@ -78,7 +89,8 @@ def first_rows(file: Path, tokenizer: Any, rows: int, row_tokens: int, seed: int
     Raises FormatError for a file that cannot be read.
     """
     begin = tokenizer.bos_token_id if adds_begin(tokenizer) else None
-    tokens = itertools.chain([] if begin is None else [begin], _file_tokens(file, tokenizer, seed))
+    own = _file_tokens(file, tokenizer, seed, spread=False)
+    tokens = itertools.chain([] if begin is None else [begin], own)
     ids = list(itertools.islice(tokens, rows * row_tokens))
     if len(ids) < row_tokens:
         return torch.empty(0, row_tokens, dtype=torch.int64)
@@ -91,32 +103,50 @@ def adds_begin(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def _file_tokens(file: Path, tokenizer: Any, seed: int) -> Iterator[int]:
+def _file_tokens(file: Path, tokenizer: Any, seed: int, spread: bool = True) -> Iterator[int]:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for document in _documents(file, tokenizer, seed):
-        yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    for document in _documents(file, tokenizer, seed, spread):
+        yield from _tokens(document, tokenizer)
         yield from end
 
 
-def _documents(file: Path, tokenizer: Any, seed: int) -> Iterable[str]:
-    if is_table(file):
-        return (_document(row, tokenizer, where) for where, row in entries(file, COLUMNS, seed))
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    return _jsonl_documents(file, text, tokenizer) if file.suffix == ".jsonl" else [text]
+def _tokens(text: str, tokenizer: Any) -> Iterator[int]:
+    """The tokens of a text, found piece by piece, for a tokenizer takes hundreds of bytes a token. It is cut
+    where that changes none."""
+
+    def encode(some: str) -> list[int]:
+        return list(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
+
+    begin = extra = 0
+    for end, following, following_extra in _cuts(text, encode):
+        yield from encode(text[begin:end])[extra:]
+        begin, extra = following, following_extra
+    yield from encode(text[begin:])[extra:]
 
 
-def _jsonl_documents(file: Path, text: str, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise FormatError(f"{file}:{number}: not JSON: {error}") from None
-        yield _document(entry, tokenizer, f"{file}:{number}")
+def _cuts(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[int, int, int]]:
+    """Places where a text can be cut: the end of a piece, the start of the next, and how many tokens too many
+    that begins with. A tokenizer may put a space before each text: then the next piece leaves out its own, or
+    begins with a token too many."""
+    start = PIECE
+    while start < len(text):
+        for found in itertools.islice(WORD_END.finditer(text, start, start + PIECE), TRIES):
+            place = found.start()
+            before, after = text[max(place - AROUND, 0) : place], text[place : place + AROUND]
+            whole, first = encode(before + after), encode(before)
+            ways = ((skip, extra) for skip, extra in WAYS if first + encode(after[skip:])[extra:] == whole)
+            if way := next(ways, None):
+                yield place, place + way[0], way[1]
+                start = place
+                break
+        start += PIECE
+
+
+def _documents(file: Path, tokenizer: Any, seed: int, spread: bool = True) -> Iterator[str]:
+    """See tables.entries and tables.plain_texts."""
+    if not is_table(file):
+        return plain_texts(file, seed, spread)
+    return (_document(row, tokenizer, where) for where, row in entries(file, COLUMNS, seed, spread))
 
 
 def _document(entry: Any, tokenizer: Any, where: str) -> str:
@@ -126,24 +156,26 @@ def _document(entry: Any, tokenizer: Any, where: str) -> str:
         if "messages" in entry:
             return _chat(entry["messages"], tokenizer, where)
         if isinstance(entry.get("instances"), list) and "instruction" in entry:
-            return _chat(list(_instance_turns(entry)), tokenizer, where)
+            return _chat(list(_turns(entry["instruction"], entry["instances"])), tokenizer, where)
         for ask, reply in CHAT_KEYS:
             if ask in entry and reply in entry:
-                turns = (("user", entry[ask]), ("assistant", entry[reply]))
-                messages = [{"role": role, "content": str(text).strip()} for role, text in turns]
-                return _chat(messages, tokenizer, where)
+                read = entry.get("input") if ask == "instruction" else None
+                only = {"input": read, "output": entry[reply]}
+                return _chat(list(_turns(entry[ask], [only])), tokenizer, where)
     pairs = ", ".join(f"{ask!r} and {reply!r}" for ask, reply in CHAT_KEYS)
     raise FormatError(f"{where}: wanted an object with 'text', 'messages', or {pairs}")
 
 
-def _instance_turns(entry: dict[str, Any]) -> Iterator[Any]:
-    """Turns of a task of Self-Instruct (arXiv:2212.10560): one instruction, and inputs with their outputs."""
-    for number, instance in enumerate(entry["instances"]):
+def _turns(instruction: Any, instances: list[Any]) -> Iterator[Any]:
+    """Turns of a task: one instruction, and inputs with their outputs; several in those of Self-Instruct
+    (arXiv:2212.10560)."""
+    for number, instance in enumerate(instances):
         if not isinstance(instance, dict) or "output" not in instance:
             yield instance  # for `_chat` to refuse
             continue
-        parts = [entry["instruction"]] * (number == 0) + [instance.get("input") or ""]
-        yield {"role": "user", "content": "\n\n".join(str(part).strip() for part in parts if part)}
+        parts = [instruction] * (number == 0) + [instance.get("input")]
+        texts = [str(part).strip() for part in parts if part is not None]
+        yield {"role": "user", "content": "\n\n".join(filter(None, texts))}
         yield {"role": "assistant", "content": str(instance["output"]).strip()}
 
 
@@ -179,7 +211,8 @@ def self_written_rows(
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
     a few words out of given texts, and chat questions, where the tokenizer has a chat template.
 
-    chat_share  chat questions among the prompts, 0 to 1
+    chat_share  chat questions among the prompts, 0 to 1; none, and `stage` says so, if the chat template
+                leaves no room in a text for an answer
     rounded     whether products are of bfloat16, a copy of the model's weights
     given       (n, tokens) int64 texts; where there are some, most of the other prompts are cut from them
     ->          (rows, row_tokens) int64
@@ -193,6 +226,12 @@ def self_written_rows(
     blocks = -(-rows // batch)
     size = -(-rows // blocks)  # rows of a block; more than enough of them in all
     kinds = _prompts(tokenizer)
+    if "chat" in kinds and not _keep_fitting(kinds, row_tokens // pieces) and chat_share:
+        stage.say(
+            "note: no chat questions: the model's chat template leaves no room for answers in texts of "
+            f"{row_tokens // pieces} tokens"
+        )
+    width = max([MAX_PROMPT, *map(len, kinds.get("chat", []))])
     ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     ends[list(_end_ids(tokenizer))] = True
 
@@ -213,10 +252,10 @@ def self_written_rows(
         if suits(model.config, shape[1]):
             model.set_attn_implementation(CAUSAL)
     if device.type == "cuda":
-        writer = _Writer(model, ends.to(device), shape)
+        writer = _Writer(model, ends.to(device), shape, width)
         own = (write(writer, number) for number in mine)
     else:
-        own = map_on_cores(lambda n: write(_Writer(model, ends, shape), n), mine)
+        own = map_on_cores(lambda n: write(_Writer(model, ends, shape, width), n), mine)
     for number, block in zip(mine, own, strict=True):
         written[number] = block
     team.sum([written])
@@ -238,18 +277,19 @@ class _Writer:
     """Writes blocks of texts, those of a block side by side, token by token. All that a token needs is on the
     model's device: on a GPU the step of each position is recorded with one block and played for others."""
 
-    def __init__(self, model: nn.Module, ends: Tensor, shape: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, ends: Tensor, shape: tuple[int, int], width: int) -> None:
         """
         model  the model that writes
         ends   (n_vocab,) bool, tokens that end a text
         shape  texts of a block, tokens of a text
+        width  tokens of a prompt that are taken
         """
         self.model, self.ends = model, ends
         self.count, self.length = shape
         self.cache = GrowingCache(self.length)
         self.cached = {cache_argument(model): self.cache}
         device = ends.device
-        self.pool = torch.zeros(self.count * POOL, MAX_PROMPT, dtype=torch.int64, device=device)
+        self.pool = torch.zeros(self.count * POOL, width, dtype=torch.int64, device=device)
         self.pool_lengths = torch.zeros(len(self.pool), dtype=torch.int64, device=device)
         self.uniform = torch.zeros(self.length, self.count, 1, device=device)
         self.prompt, self.place, self.ids = torch.zeros(3, self.count, dtype=torch.int64, device=device)
@@ -263,8 +303,9 @@ class _Writer:
     def write(self, prompts: Iterator[list[int]], generator: torch.Generator, stage: Stage) -> Tensor:
         """The next block of texts, (count, length) int64 on the CPU. `stage` gets a step for each token."""
         some = list(itertools.islice(prompts, len(self.pool)))
-        self.pool_lengths.copy_(torch.tensor([min(len(prompt), MAX_PROMPT) for prompt in some]))
-        self.pool.copy_(torch.tensor([(p + [0] * MAX_PROMPT)[:MAX_PROMPT] for p in some]))
+        width = self.pool.shape[1]
+        self.pool_lengths.copy_(torch.tensor([min(len(prompt), width) for prompt in some]))
+        self.pool.copy_(torch.tensor([(p + [0] * width)[:width] for p in some]))
         self.uniform.copy_(torch.rand(self.uniform.shape, generator=generator))
         self.prompt.copy_(torch.arange(self.count))
         self.ids.copy_(self.pool[: self.count, 0])
@@ -288,7 +329,7 @@ class _Writer:
         logits = self.model(self.ids[:, None], **self.cached, use_cache=True).logits[:, -1]
         free = _sample(logits.float() / TEMPERATURE, self.uniform[position])
         in_prompt = self.place < self.pool_lengths[self.prompt]
-        forced = self.pool[self.prompt, self.place.clamp(max=MAX_PROMPT - 1)]
+        forced = self.pool[self.prompt, self.place.clamp(max=self.pool.shape[1] - 1)]
         self.ids.copy_(torch.where(in_prompt, forced, free))
         ended = ~in_prompt & self.ends[free]
         following = (self.taken + ended.cumsum(0) - 1) % len(self.pool)
@@ -321,6 +362,16 @@ def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
             for text in chat_questions()
         ]
     return kinds
+
+
+def _keep_fitting(kinds: dict[str, list[list[int]]], length: int) -> bool:
+    """Leave out chat prompts that are long and leave little room in a text of `length` tokens; the kind, and
+    False, if none is left."""
+    most = max(MAX_PROMPT, int(length * MOST_PROMPT))
+    kinds["chat"] = [prompt for prompt in kinds["chat"] if len(prompt) <= most]
+    if not kinds["chat"]:
+        del kinds["chat"]
+    return "chat" in kinds
 
 
 def _by_turns(

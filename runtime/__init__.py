@@ -26,6 +26,10 @@ __all__ = ["Model", "Sampler", "load"]
 DEFAULT_CTX = 4096
 """Context of `load`, if the model was trained for as much: memory for the KV cache is taken at once."""
 
+MAX_CTX = 1 << 24
+MAX_THREADS = 1024
+"""What the C core takes at most: MAX_CTX and MAX_THREADS of cext/src/model.c."""
+
 
 def load(
     path: str | os.PathLike[str],
@@ -52,9 +56,9 @@ def load(
     from runtime.errors import OptionError
     from runtime.model import load_model_file
 
-    for name, value in (("context", n_ctx), ("number of threads", n_threads)):
-        if value is not None and not 1 <= value <= 1 << 24:
-            raise OptionError(f"the {name} is {value}, wanted 1 or more")
+    for name, value, most in (("context", n_ctx, MAX_CTX), ("number of threads", n_threads, MAX_THREADS)):
+        if value is not None and not 1 <= value <= most:
+            raise OptionError(f"the {name} is {value}, wanted 1 to {most}")
     file = load_model_file(path)
     try:
         from runtime import backend as backends

@@ -92,10 +92,6 @@ class Engine:
         self.n_vocab = n_vocab
         self.stats = Stats()
 
-    def reset(self) -> None:
-        """Forget the cache."""
-        self._held = []
-
     def logits(self, ids: Sequence[int], n_last: int | None = None, reuse: bool = False) -> Floats:
         """Logits of the last n_last tokens of ids (all if None).
 

@@ -28,6 +28,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_PIECE = 1024
 """Characters of the longest SentencePiece piece: finding its merges takes their square."""
 
+MERGE_FACTOR, MERGE_FLOOR = 16, 1 << 20
+"""SentencePiece merges may have MERGE_FACTOR times the characters of their pieces, and MERGE_FLOOR more: the
+memory they take is linear in the file. Mistral's have 2.0 times as many (58 980 merges of 31 741 pieces),
+Gemma 3's 2.2 times (514 906 of 255 639)."""
+
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -150,13 +155,23 @@ def _sentencepiece(
 
 def _merges(pieces: dict[str, float], where: str) -> list[tuple[str, str]]:
     """Every way to join two pieces to a third, best score first."""
+    own = {piece: piece for piece in pieces}  # merges share these strings
+    most = MERGE_FACTOR * sum(map(len, own)) + MERGE_FLOOR
+    size = 0
     found = []
     for piece, score in pieces.items():
         if len(piece) > MAX_PIECE:
             raise FormatError(f"{where}: a token of {len(piece)} characters; wanted {MAX_PIECE} at most")
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
+            left, right = own.get(piece[:cut]), own.get(piece[cut:])
+            if left is not None and right is not None:
+                size += len(piece)
+                if size > most:
+                    raise FormatError(
+                        f"{where}: tokenizer.ggml.tokens: the {len(pieces)} pieces can be joined in so many "
+                        f"ways that the merges have more than {most} characters; no trained vocabulary has "
+                        "so many"
+                    )
                 found.append((-score, cut, left, right))
     found.sort(key=lambda merge: merge[:2])
     return [(left, right) for _, _, left, right in found]

@@ -59,6 +59,17 @@ def test_a_folder_that_cannot_be_is_no_harm(cache: Path, capsys: pytest.CaptureF
     assert "is not kept" in capsys.readouterr().err
 
 
+def test_a_folder_that_can_only_be_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached_text({}, lambda: ROWS)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    rows, known = cached_text({}, lambda: pytest.fail("made again"))
+    assert (rows.tolist(), known) == (ROWS.tolist(), True)
+
+
 def test_other_bits_take_the_same_text(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_hf.write_folder(tmp_path / "m")
     convert(folder, tmp_path / "a.gguf", **tiny_hf.QUICK)

@@ -173,8 +173,10 @@ def test_ctrl_c_at_the_prompt_leaves(program: Setup, capsys: pytest.CaptureFixtu
     [
         (["--top-p", "7"], "top-p is 7.0"),
         (["-n", "-3"], "--max-tokens is -3"),
-        (["-c", "0"], "the context is 0"),
-        (["-t", "0"], "the number of threads is 0"),
+        (["-c", "0"], "the context is 0, wanted 1 to 16777216"),
+        (["-c", "33554432"], "the context is 33554432, wanted 1 to 16777216"),
+        (["-t", "0"], "the number of threads is 0, wanted 1 to 1024"),
+        (["-t", "2000"], "the number of threads is 2000, wanted 1 to 1024"),
         (["--raw", "--system", "x"], "--system needs a chat template"),
         (["--seed", "-1"], "seed is -1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from tokenizers import pre_tokenizers as pt
 
 import runtime
 from runtime.errors import FormatError, UnsupportedModelError
-from runtime.ggml_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from runtime.ggml_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, _merges
 from runtime.pretokenizers import find_pre
 from runtime.tokenizer import Tokenizer
 
@@ -317,3 +318,42 @@ def test_errors(kind: str, key: str, value: Any, message: str) -> None:
     with pytest.raises((FormatError, UnsupportedModelError), match=r"^here\.gguf: ") as caught:
         Tokenizer.from_metadata(metadata, "here.gguf")
     assert message in str(caught.value)
+
+
+def runs(longest: int) -> dict[str, Any]:
+    """A vocabulary of "a", "aa", "aaa", ..., of which each can be made of each pair that is as long."""
+    tokens = ["<unk>", *("a" * n for n in range(1, longest + 1))]
+    return {
+        **GOOD["llama"],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [UNKNOWN] + [NORMAL] * longest,
+        "tokenizer.ggml.scores": [-float(n) for n in range(longest + 1)],
+    }
+
+
+def test_runs() -> None:
+    """Real vocabularies have runs, of spaces for example."""
+    ours = Tokenizer.from_metadata(runs(64))
+    assert ours.encode("a" * 64, add_special=False) == [64]
+    assert ours.decode([64, 3]) == "a" * 67
+
+
+def test_too_many_merges() -> None:
+    """Half a megabyte of pieces makes 523 776 merges of 358 million characters: refused before."""
+    metadata = runs(1024)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=r"^x\.gguf: .* the 1024 pieces can be joined in so many ways"):
+            Tokenizer.from_metadata(metadata, "x.gguf")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_merges_share_the_vocabulary() -> None:
+    pieces = dict.fromkeys(runs(50)["tokenizer.ggml.tokens"], 0.0)
+    own = {id(piece) for piece in pieces}
+    merges = _merges(pieces, "x.gguf")
+    assert len(merges) == 49 * 50 // 2
+    assert all(id(piece) in own for merge in merges for piece in merge)

@@ -232,6 +232,22 @@ def test_the_command_is_python_where_the_shell_has_no_option(made: Made) -> None
         path.unlink()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "M O --calib a.txt b.txt",
+        "M O --calib a.txt --calib b.txt",
+        "M O --calib a.txt --seed 1 --calib b.txt",
+        "--calib a.txt b.txt --seed 1 M O",
+        "--calib a.txt b.txt -- M O",
+    ],
+)
+def test_several_texts(line: str) -> None:
+    parsed = cli.convert_parser().parse_args(line.split())
+    assert (parsed.model, parsed.out, parsed.calib) == ("M", "O", ["a.txt", "b.txt"])
+    assert cli.convert_parser().parse_args(["M", "O"]).calib == []
+
+
 # Charts ---------------------------------------------------------------------------------------------------
 
 

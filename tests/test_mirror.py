@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pycparser import c_ast, c_parser
 
+import runtime
 from runtime import config as cfg
 
 ROOT = Path(__file__).parents[1]
@@ -100,3 +101,10 @@ def test_structs_are_those_of_config():
         assert {d.name for d in struct(text, name)} <= fields, name
     linear = {d.name for d in struct(text, "dbf_linear")} - {"rows", "rank", "cols"}
     assert linear == {f.name for f in dataclasses.fields(cfg.Linear)}
+
+
+def test_limits_of_load():
+    text = (ROOT / "cext/src/model.c").read_text(encoding="utf-8")
+    assert f"#define MAX_CTX (1 << {runtime.MAX_CTX.bit_length() - 1})\n" in text
+    assert runtime.MAX_CTX.bit_count() == 1
+    assert f"#define MAX_THREADS {runtime.MAX_THREADS}\n" in text

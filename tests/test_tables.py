@@ -1,4 +1,4 @@
-"""Calibration text out of parquet files and data sets: as of JSON lines, and no more is read than wanted."""
+"""Calibration text out of files and data sets: as of JSON lines, and no more is read than wanted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import tiny_hf
+import torch
 
+import dbf2gguf.text
 from dbf2gguf import tables
 from dbf2gguf.cli import main
 from dbf2gguf.convert import convert
-from dbf2gguf.tables import Dataset, dataset_of, entries
-from dbf2gguf.text import COLUMNS, _documents, rows_from_files
+from dbf2gguf.tables import Dataset, dataset_of, entries, plain_texts
+from dbf2gguf.text import COLUMNS, _documents, first_rows, rows_from_files
 from runtime.errors import BackendError, FormatError, OptionError
 from runtime.gguf import GgufFile
 
@@ -27,6 +29,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"messages": TURNS, "id": n} for n in range(100)],
     "prompt": [{"prompt": f"Who sat {n}?", "response": "The cat."} for n in range(100)],
     "question": [{"question": f"Who sat {n}?", "answer": "The cat.", "source": "x"} for n in range(100)],
+    "task": [{"instruction": "Who sat?", "input": f"cat {n}", "output": "The cat."} for n in range(100)],
     "some null": [
         {"text": None if n % 2 else "the hat", "messages": TURNS if n % 2 else None} for n in range(90)
     ],
@@ -58,6 +61,182 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Iterator[dict[str, Any]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return calls
+
+
+# Files ----------------------------------------------------------------------------------------------------
+
+
+def test_an_array_is_jsonl(tmp_path: Path) -> None:
+    """The same documents, in the order that the seed gives; for a receipt, in their own."""
+    tokenizer = tiny_hf.tokenizer()
+    for kind, rows in KINDS.items():
+        wanted = list(_documents(write_jsonl(tmp_path / f"{kind}.jsonl", rows), tokenizer, 0))
+        array = tmp_path / f"{kind}.json"
+        array.write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
+        got = [list(_documents(array, tokenizer, seed)) for seed in (0, 0, 1)]
+        assert sorted(got[0]) == sorted(wanted)
+        assert got[0] == got[1]
+        assert list(_documents(array, tokenizer, 0, spread=False)) == wanted
+        assert kind != "text" or wanted != got[0] != got[2] != wanted
+    assert len(rows_from_files([tmp_path / "text.json"], tokenizer, 10, 24, 0)) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "one"}\n{"text": "two"}\n', "not JSON: Extra data.*; if it .* a line, name it a.jsonl"),
+        ('{"data": []}', r"holds no array; wanted \[\.\.\.\] of objects, or write one object a line"),
+        ('[{"text": "one"}, {"title": "two"}]', "entry 2: wanted an object with 'text', 'messages'"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_json_that_cannot_be_used(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    with pytest.raises(FormatError, match=rf"a\.json.*{message}"):
+        list(_documents(file, tiny_hf.tokenizer(), 0))
+
+
+def test_a_large_array_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MOST_ARRAY", 2**20)
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"text": "x" * 2**21}]))
+    with pytest.raises(FormatError, match=r"a\.json: has 2 MiB, .* up to 1; write one .*: jq -c '\.\[\]'"):
+        list(_documents(file, tiny_hf.tokenizer(), 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.csv", r"\.csv is not read; write it as \.jsonl"),
+        ("a.TSV", r"\.tsv is not read"),
+        ("a.jsonl.gz", "is packed; unpack it first"),
+        ("a.txt.ZST", "is packed"),
+        ("a.zip", "is packed"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path: Path, name: str, message: str) -> None:
+    """Refused before any work, and by what reads them."""
+    (tmp_path / name).write_text("text,label\nthe cat,1\n")
+    for refuse in (
+        lambda: tables.check_readable(tmp_path / name),
+        lambda: rows_from_files([tmp_path / name], tiny_hf.tokenizer(), 1, 4, 0),
+    ):
+        with pytest.raises(FormatError, match=f"{name}: {message}"):
+            refuse()
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    rows, tokenizer = KINDS["text"], tiny_hf.tokenizer()
+    wanted = list(_documents(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, 0))
+    for name in ("b.JSONL", "c.ndjson"):
+        assert list(_documents(write_jsonl(tmp_path / name, rows), tokenizer, 0)) == wanted
+    (tmp_path / "d.Json").write_text(json.dumps(rows))
+    table = write_parquet(tmp_path / "e.Parquet", rows)
+    for file in (tmp_path / "d.Json", table):
+        assert sorted(_documents(file, tokenizer, 0)) == sorted(wanted)
+    with pytest.raises(OptionError, match=r"f\.PARQUET: no such text file"):
+        tables.check_readable(tmp_path / "f.PARQUET")
+
+
+def test_what_a_name_of_a_data_set_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, iter([{"text": "the cat"}]))
+    assert list(_documents(Path("hf:owner/texts.csv"), tiny_hf.tokenizer(), 0)) == ["the cat"]
+
+
+# Large files ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of more than 2 KiB are large, and read in parts of 100 bytes."""
+    monkeypatch.setattr(tables, "WHOLE", 2048)
+    monkeypatch.setattr(tables, "PART", 100)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_every_line_of_large_jsonl_once(tmp_path: Path) -> None:
+    """Whatever their lengths, in an order that the seed gives."""
+    rows = [{"text": f"{n} " + "é🙂" * (n * 7 % 61)} for n in range(100)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    tokenizer = tiny_hf.tokenizer()
+    wanted = [row["text"] for row in rows]
+    got = [list(_documents(file, tokenizer, seed)) for seed in (0, 0, 1)]
+    assert sorted(got[0]) == sorted(wanted)
+    assert got[0] == got[1]
+    assert len({tuple(texts) for texts in (wanted, got[0], got[2])}) == 3
+    assert list(_documents(file, tokenizer, 0, spread=False)) == wanted
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_where_a_large_file_is_bad(tmp_path: Path) -> None:
+    good = json.dumps({"text": "the cat sat"}) + "\n"
+    file = tmp_path / "a.jsonl"
+    file.write_text(good * 100 + "{\n" + good)
+    with pytest.raises(FormatError, match=rf"a\.jsonl, line at byte {len(good) * 100}: not JSON"):
+        list(_documents(file, tiny_hf.tokenizer(), 0))
+    for name in ("b.jsonl", "b.txt"):
+        (tmp_path / name).write_bytes(good.encode() * 100 + b"caf\xe9\n" * 50)
+        with pytest.raises(FormatError, match=rf"{name}: cannot be read as UTF-8 text"):
+            list(_documents(tmp_path / name, tiny_hf.tokenizer(), 0))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_of_large_text(tmp_path: Path) -> None:
+    """Whole lines, from all over the file; none twice."""
+    file = tmp_path / "a.txt"
+    lines = [f"{n} " + "é🙂" * (n % 5) + "\n" for n in range(1000)]
+    file.write_bytes("".join(lines).replace("\n", "\r\n").encode("utf-8-sig"))
+    got = [list(plain_texts(file, seed, True)) for seed in (0, 0, 1)]
+    assert got[0] == got[1]
+    assert got[0] != got[2]
+    found = [line for text in got[0] for line in text.splitlines(keepends=True)]
+    assert len(set(found)) == len(found) > 700
+    assert set(found) <= set(lines)
+    first = [int(text.split()[0]) for text in got[0][:20]]
+    assert min(first) < 200
+    assert max(first) > 800
+    (start,) = plain_texts(file, 0, False)
+    assert "".join(lines).startswith(start)
+    assert start.endswith("\n")
+    assert 2048 - 30 < len(start.replace("\n", "\r\n").encode("utf-8-sig")) <= 2048
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_large_text_without_lines(tmp_path: Path) -> None:
+    """Whole characters."""
+    file = tmp_path / "a.txt"
+    file.write_text("é🙂" * 1000, encoding="utf-8")
+    texts = list(plain_texts(file, 0, True))
+    assert len(texts) == 60
+    assert set("".join(texts)) == set("é🙂")
+    assert all("🙂🙂" not in text and "éé" not in text for text in texts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_large_files_are_read_as_far_as_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """20 MB, of which 30 rows take a little; small ones give all their rows to draw from."""
+    file, line = tmp_path / name, "the cat sat on the mat and the hat, 1234 times"
+    file.write_text((json.dumps({"text": line}) + "\n") * 340_000)
+    assert file.stat().st_size > tables.WHOLE
+    tokenizer, read = tiny_hf.tokenizer(), []
+    documents = dbf2gguf.text._documents
+
+    def counted(*args: Any) -> Iterator[str]:
+        for text in documents(*args):
+            read.append(len(text))
+            yield text
+
+    monkeypatch.setattr(dbf2gguf.text, "_documents", counted)
+    got = rows_from_files([file], tokenizer, 30, 24, 0)
+    assert got.shape == (30, 24)
+    assert sum(read) <= max(tables.PART, 30 * 24 * len(line))
+    assert torch.equal(got, rows_from_files([file], tokenizer, 30, 24, 0))
+    monkeypatch.setattr(dbf2gguf.text, "_documents", documents)
+    assert len(first_rows(file, tokenizer, 3, 24, 0)) == 3
 
 
 # Parquet --------------------------------------------------------------------------------------------------

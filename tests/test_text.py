@@ -12,18 +12,24 @@ from typing import Any
 
 import pytest
 import tiny_hf
+import tokenizers
 import torch
 from test_convert import MODELS
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import dbf2gguf.text
 from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.progress import Stage
 from dbf2gguf.text import (
+    CONTEXT,
+    MAX_PROMPT,
+    MOST_PROMPT,
     SPAN,
     _by_turns,
     _end_ids,
     _prompts,
+    _tokens,
     rows_from_files,
     self_written_rows,
 )
@@ -177,6 +183,79 @@ def test_self_instruct_tasks(tmp_path: Path) -> None:
             read(file)
 
 
+def test_inputs_of_alpaca(tmp_path: Path) -> None:
+    """They are part of what is asked; most are empty."""
+    for name, given, asked in (
+        ("a", " cat\n", "Translate to French\n\ncat"),
+        ("b", "", "Translate to French"),
+        ("c", " ", "Translate to French"),
+        ("d", None, "Translate to French"),
+    ):
+        entry = {"instruction": "Translate to French ", "input": given, "output": "chat"}
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "chat"}]
+        text = TOKENIZER.apply_chat_template(turns, tokenize=False)
+        assert as_set(read(jsonl(tmp_path / f"{name}.jsonl", entry))) == pieces([*ids(text), END])
+
+
+TEXT = "".join(
+    f"{word} {n}{end}"
+    for n, (word, end) in enumerate(
+        itertools.islice(
+            itertools.product(
+                ["The cat", "naïve café", "x = [1, 2]", "🙂🙂", "Don't  go", "猫坐在垫子上。", "<|im_end|>"],
+                [".\n", "\n\n", "  ", " ", ",\r\n", "!\n\n\n", "\t", "\u2028"] * 9,
+            ),
+            500,
+        )
+    )
+)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As of Llama 2: a space goes before each text, words are not parted, unknown characters are bytes."""
+    model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        limit_alphabet=60, show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(TEXT.split(" "), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like()
+    whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert len(whole) > 1500
+    lengths: list[int] = []
+
+    def counted(text: str, **how: Any) -> Any:
+        lengths.append(len(text))
+        return tokenizer(text, **how)
+
+    for piece in (100, 101, 333, 1024):
+        monkeypatch.setattr(dbf2gguf.text, "PIECE", piece)
+        monkeypatch.setattr(dbf2gguf.text, "AROUND", 40)
+        assert list(_tokens(TEXT, counted)) == whole
+        assert max(lengths) < max(80, piece + 80)
+        lengths.clear()
+
+
+def test_a_text_that_cannot_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because it has no spaces, or tokens reach over all of them: it stays whole."""
+    monkeypatch.setattr(dbf2gguf.text, "PIECE", 50)
+    assert list(_tokens("cat" * 100, TOKENIZER)) == ids("cat" * 100)
+
+    def odd(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [len(text)]}
+
+    assert list(_tokens("cat " * 100, odd)) == [400]
+    assert list(_tokens("", TOKENIZER)) == []
+
+
 def test_too_short(tmp_path: Path) -> None:
     """What there is, if it is nothing: the caller knows what it needs."""
     (tmp_path / "a.txt").write_text("cat")
@@ -272,6 +351,45 @@ def test_chat_share(share: float, turns: str) -> None:
     assert "".join(" oc"[prompt[0]] for prompt in itertools.islice(stream, 8)) == turns
     stream = _by_turns({"opening": [[1]]}, share, torch.Generator().manual_seed(0))
     assert next(stream) == [1]
+
+
+def long_template(tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose chat prompts begin with a text of so many tokens."""
+    made = tiny_hf.tokenizer()
+    made.chat_template = "the" * tokens + "{{ messages[0].content }}\n"
+    return made
+
+
+def write_chats(tokenizer: PreTrainedTokenizerFast, length: int, stage: Stage) -> Tensor:
+    return self_written_rows(tiny_hf.model(), tokenizer, 8, length, 1.0, 0, False, stage)
+
+
+def test_long_chat_prompts_are_whole() -> None:
+    """A long system text does not cut the question off, nor the answer."""
+    tokenizer = long_template(100)
+    questions = {tuple(prompt) for prompt in _prompts(tokenizer)["chat"]}
+    rows = write_chats(tokenizer, CONTEXT, Stage("text", 8 * CONTEXT, quiet=True)).tolist()
+    asked = [{len(q) for q in questions if tuple(row[: len(q)]) == q} for row in rows]
+    assert all(asked)
+    assert min(map(max, asked)) > MAX_PROMPT
+    assert max(map(max, asked)) <= CONTEXT * MOST_PROMPT
+
+
+def test_no_room_for_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Then there are other texts, and a note."""
+    tokenizer = long_template(CONTEXT)
+    openings = {tuple(prompt) for prompt in _prompts(tokenizer)["opening"]}
+    with Stage("text", 8 * 40) as stage:
+        rows = write_chats(tokenizer, 40, stage).tolist()
+    assert all(any(tuple(row[: len(o)]) == o[:40] for o in openings) for row in rows)
+    assert "text: note: no chat questions: the model's chat template" in capsys.readouterr().err
+
+
+def test_prompts_are_cut_as_before() -> None:
+    """Those of no more than MAX_PROMPT tokens are taken, however short the texts; nothing is said."""
+    kinds = {"chat": [[1] * MAX_PROMPT, [1] * (MAX_PROMPT + 1)]}
+    assert dbf2gguf.text._keep_fitting(kinds, 24)
+    assert [len(prompt) for prompt in kinds["chat"]] == [MAX_PROMPT]
 
 
 def test_what_ends_a_text() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,20 @@ TEMPLATES = (
     "{{ 'ab' * 3 }}",
     "{% if tools %}tools{% else %}none{% endif %}{{ dict(a=1).items() | list }}{{ range(3) | list }}",
     "{% for m in messages if m.role != 'system' %}{{ loop.index0 }}{{ loop.last }}{% else %}none{% endfor %}",
+    "{{ 'a' ~ 1 ~ none ~ [1, 'b'] ~ missing ~ {'k': (1, 2)} ~ 1.5 }}{{ messages[1:] | length }}"
+    "{% for a, b in [(1, 2), (3, messages)] %}{{ a }}{% if a in [1, tools] %}{{ b }}{% endif %}{% endfor %}"
+    "{% for m in messages[::-1] %}{{ loop.index0 }}{{ m['content'][1:-1].split('&')[-1] }}{% endfor %}",
+    "{{ bos_token[1:] }}{{ 'a' + 'b' + messages[0].content }}{{ '%s-%03d %5.1f%%' % ('x', 7, 2) }}{{ 7 % 4 }}"
+    "{{ '%(a)s' % {'a': 1} }}{{ '{0:>4}'.format(5) }}{{ '{a.b}{c[0]:.3f}'.format(a={}, c=[1]) }}"
+    "{{ [1] + [2] }}{{ [messages, {'a': messages}] | tojson(separators=(',', ':')) }}",
+    "{{ messages | map(attribute='role') | join(', ') }}{{ messages | join('|', attribute='role') }}"
+    "{{ ['a', 1, none] | join }}{{ [1, 2] | sum }}{{ [{'n': 1}] | sum(attribute='n', start=2) }}"
+    "{{ {'a b': 'c&d'} | urlencode }}{{ [('a', 1)] | urlencode }}{{ 'a b' | urlencode }}{{ range(3) | sum }}",
+    "{% set x %}{{ messages[0].content | replace('h', 'HH') | indent(2) | upper }}{% endset %}"
+    "{{ x | center(60) }}{{ x.ljust(70) }}|{{ '%s %s' | format('a', x) }}{{ [3, 1] | sort }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 2.567 | round(1) }}"
+    "{{ [1, 2, 3] | batch(2, 'x') | list }}{{ ','.join(['a', 'b']) }}{{ ','.join('ab' | map('upper')) }}",
+    "{% autoescape true %}{{ '<' ~ ('>' | safe) ~ messages[0].content }}{% endautoescape %}{{ '<' ~ 1 }}",
     "{{ strftime_now('%Y') | length }}{{ messages[0].content.split('&')[0] }}{{ messages[-1].role.title() }}",
 )
 
@@ -257,6 +273,97 @@ def test_template_as_transformers(source: str) -> None:
             want = want[0] if isinstance(want, tuple) else want
             got = ChatTemplate(source).render(messages, add_generation_prompt=header, **variables)
             assert [got] == list(want)
+
+
+BIG = "{% set x = 'a' * 10000000 %}"
+ROUNDS = "{% set ns = namespace(x='a', y=[], z={}) %}{% for i in range(99) %}"
+
+TOO_LARGE = (
+    "{% set x = 'a'.ljust(10 ** 10) %}{{ x | length }}",
+    "{{ 'a'.rjust(10 ** 10) | length }}",
+    "{{ 'a'.center(10 ** 10) | length }}",
+    "{{ 'a'['zfill'](10 ** 10) | length }}",
+    "{{ 'a'.encode().ljust(10 ** 10) | length }}",
+    "{{ ('\t' * 9999).expandtabs(10 ** 7) | length }}",
+    "{{ (1).to_bytes(10 ** 10, 'big') | length }}",
+    BIG + "{{ x.translate({97: x}) | length }}",
+    BIG + "{{ x.replace('a', x) | length }}",
+    BIG + "{{ x.join(x) | length }}",
+    BIG + "{{ x.join(range(9999) | map('string')) | length }}",
+    BIG + "{{ (x + x) | length }}",
+    BIG + "{{ (x ~ x ~ x ~ x) | length }}",
+    BIG + "{% set y %}{{ x }}{{ x }}{% endset %}{{ y | length }}",
+    BIG + "{% macro f() %}{{ x }}{{ x }}{% endmacro %}{{ f() | length }}",
+    BIG + "{{ [x, x] | length }}",
+    BIG + "{{ (x, x) | length }}",
+    BIG + "{{ {'a': x, 'b': x} | length }}",
+    BIG + "{{ ([x] * 9999) | string | length }}",
+    "{{ ('%10000000000d' % 1) | length }}",
+    "{{ ('%(a(b))010000000000d' % {'a(b)': 1}) | length }}",
+    "{{ ('%*d' % (10 ** 9, 1)) | length }}",
+    "{{ ('%-5.*f' % (10 ** 9, 1)) | length }}",
+    "{{ ('%.10000000000f' % 1) | length }}",
+    "{{ ('%(a)9999d' * 99999 % {'a': 1}) | length }}",
+    BIG + "{{ ('%(a)s' * 999 % {'a': x}) | length }}",
+    BIG + "{{ ('%s' * 999) | format(x) | length }}",
+    "{{ '%10000000000d' | format(1) | length }}",
+    "{{ '{:10000000000}'.format(1) | length }}",
+    "{{ '{:{}}'.format(1, 10 ** 10) | length }}",
+    "{{ '{a:{b}}'.format_map({'a': 1, 'b': '10000000000'}) | length }}",
+    BIG + "{{ ('{0}' * 999).format(x) | length }}",
+    BIG + "{{ ('{0}' * 999)['format'](x) | length }}",
+    "{{ 'a' | center(10 ** 10) | length }}",
+    "{{ ['a'] | map('center', 10 ** 10) | join | length }}",
+    "{{ 'a\nb' | indent(10 ** 10) | length }}",
+    "{{ [[1]] | tojson(indent=10 ** 10) | length }}",
+    "{{ [1, 2] | tojson(separators=('a' * 9999999, ':')) | tojson(separators=('a' * 9999999, ':')) }}",
+    "{{ 'ab' | batch(10 ** 10, 'x') | list | length }}",
+    "{{ 'ab' | slice(10 ** 10) | list | length }}",
+    "{{ 2.5 | round(10 ** 10, 'floor') }}",
+    BIG + "{{ x | replace('a', x) | length }}",
+    BIG + "{{ range(99999) | map(attribute='no', default=x) | join | length }}",
+    BIG + "{% set n = namespace(x=x) %}{{ ([n] * 9999) | join(attribute='x') | length }}",
+    BIG + "{{ range(99999) | map(attribute='no', default=['a', x]) | urlencode | length }}",
+    "{% set x = [1] * 99999 %}{{ range(99999) | map(attribute='no', default=x) | sum(start=[]) | length }}",
+    "{{ strftime_now('%c' * 10 ** 6) | length }}",
+    ROUNDS + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
+    ROUNDS + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+    ROUNDS + "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}{{ ns.x | length }}",
+    ROUNDS + "{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}{{ ns.x | length }}",
+    ROUNDS + "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}{{ ns.x | length }}",
+    ROUNDS + "{% set ns.x = ns.x | tojson | tojson %}{% endfor %}{{ ns.x | length }}",
+    ROUNDS + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y }}",
+    ROUNDS + "{% set ns.y = ns.y + [1] + ns.y %}{% endfor %}{{ ns.y | length }}",
+    ROUNDS + "{% set ns.z = dict(a=ns.z, b=ns.z) %}{% endfor %}{{ ns.z }}",
+    "{% macro f() %}{% set ns.y = varargs %}{% endmacro %}"
+    + ROUNDS + "{{ f(ns.y, ns.y) }}{% endfor %}{{ ns.y | string | length }}",
+    BIG + ROUNDS + "{% set ns.y = [ns.y, x[i:]] %}{% endfor %}",
+    BIG + "{% set ns = namespace(y=[]) %}{% for i in range(99) %}{{ x[i:] | length }}{% endfor %}",
+)  # fmt: skip
+"""Templates that fill the memory, each in its own way."""
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """400 MB more than now; Python raises MemoryError beyond. Only where there is /proc."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (held + 400_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("source", TOO_LARGE)
+def test_too_large_template(source: str) -> None:
+    """Each is refused before it has taken much memory."""
+    with pytest.raises(TemplateError, match=r"something forbidden: (a|values of) "):
+        ChatTemplate(source).render(USER)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +392,7 @@ def test_template_as_transformers(source: str) -> None:
         "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}",
         "{{ 1 / 0 }}",
+        "{{ lipsum(10 ** 10) | length }}",
         "{{ messages[7].content.x }}",
         "{{ 'x' + 1 }}",
         "{{ raise_exception('no') }}",
