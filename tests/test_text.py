@@ -27,6 +27,7 @@ from dbf2gguf.text import (
     MOST_PROMPT,
     SPAN,
     _by_turns,
+    _documents,
     _end_ids,
     _prompts,
     _tokens,
@@ -390,6 +391,26 @@ def test_prompts_are_cut_as_before() -> None:
     kinds = {"chat": [[1] * MAX_PROMPT, [1] * (MAX_PROMPT + 1)]}
     assert dbf2gguf.text._keep_fitting(kinds, 24)
     assert [len(prompt) for prompt in kinds["chat"]] == [MAX_PROMPT]
+
+
+@pytest.mark.parametrize("start", ["", "  ", "\n", "{% set a = 1 %}\n  {% set b = 2 %}\n"])
+def test_it_is_always_the_same_day(tmp_path: Path, start: str) -> None:
+    """In prompts and in given conversations, and nothing else of the text is changed."""
+    tokenizer = tiny_hf.tokenizer()
+    source = start + (
+        "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}"
+        "{% if strftime_now is defined %}{{ day() }}, {{ strftime_now('%B %-d, %F') }}{% endif %}"
+        ":\n{{ messages[0].content }}"
+    )
+    tokenizer.chat_template = source
+    (text,) = _documents(jsonl(tmp_path / "a.jsonl", {"messages": [USER]}), tokenizer, 0)
+    assert text.endswith("26 Jul 2024, July 26, 2024-07-26:\nHi there")
+    prompts = {tokenizer.decode(prompt) for prompt in _prompts(tokenizer)["chat"]}
+    assert all("26 Jul 2024, July 26, 2024-07-26:\n" in prompt for prompt in prompts)
+    for asked, told in (("%d %b %Y", "26 Jul 2024"), ("%B %-d, %F", "July 26, 2024-07-26")):
+        source = source.replace(f"strftime_now('{asked}')", f"'{told}'")
+    tokenizer.chat_template = source
+    assert text == tokenizer.apply_chat_template([USER], tokenize=False)
 
 
 def test_what_ends_a_text() -> None:
