@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,11 @@ TEXT = "".join(
 )
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As of Llama 2: a space goes before each text, words are not parted, unknown characters are bytes."""
+def sentencepiece_like(between: str) -> PreTrainedTokenizerFast:
+    """As of Llama 2: a space goes before each text, words are not parted, unknown characters are bytes.
+
+    between  of the texts that it is trained on, in TEXT; if they begin with spaces, two spaces are a token
+    """
     model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>")
     made = tokenizers.Tokenizer(model)
     normalizers = tokenizers.normalizers
@@ -222,13 +226,13 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
         vocab_size=600, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
         limit_alphabet=60, show_progress=False,
     )  # fmt: skip
-    made.train_from_iterator(TEXT.split(" "), trainer)
+    made.train_from_iterator(re.split(between, TEXT), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["bytes", " ", r"(?=\s)"])
 def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like()
+    tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like(kind)
     whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(whole) > 1500
     lengths: list[int] = []
