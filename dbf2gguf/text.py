@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ AROUND = 256  # characters on both sides of a cut that must have the same tokens
 WORD_END = re.compile(r"(?<=\S)\s")  # where it may be cut
 WAYS = ((0, 0), (0, 1), (1, 0))  # characters, and then tokens, of which the next piece is rid
 TRIES = 64  # places that are tried, before it is tried a PIECE further
+
+TODAY = date(2024, 7, 26)  # in chat templates, so that text does not change from day to day
+FORMATS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyY"} | {
+    "%-d": f"{TODAY.day}",
+    "%-m": f"{TODAY.month}",
+    "%e": f"{TODAY.day:2}",
+    "%F": f"{TODAY}",
+}
 
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
 TEMPERATURE = 1.0
@@ -186,9 +195,20 @@ def _chat(messages: Any, tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **_dated(tokenizer)))
     except (TemplateError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: the model's chat template refuses it: {error}") from None
+
+
+def _dated(tokenizer: Any) -> dict[str, str]:
+    """Arguments of `apply_chat_template` with which it is always TODAY. Templates ask a function for the date
+    that transformers lets nobody replace: a macro of its name hides it."""
+    source = str(tokenizer.get_chat_template())
+    if "strftime_now" not in source:
+        return {}
+    filters = "".join(f"|replace({key!r}, {value!r})" for key, value in FORMATS.items())
+    macro = f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n"
+    return {"chat_template": macro + source}
 
 
 def _is_turn(message: Any) -> bool:
@@ -355,10 +375,9 @@ def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
     """Kind of prompt -> prompts as tokens. A kind that the tokenizer has no form for is left out."""
     kinds = {"opening": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]}
     if tokenizer.chat_template:
+        how = {"add_generation_prompt": True, "return_dict": True, **_dated(tokenizer)}
         kinds["chat"] = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], **how)["input_ids"]
             for text in chat_questions()
         ]
     return kinds

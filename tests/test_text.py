@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dbf2gguf.text import (
     MOST_PROMPT,
     SPAN,
     _by_turns,
+    _documents,
     _end_ids,
     _prompts,
     _tokens,
@@ -211,8 +213,11 @@ TEXT = "".join(
 )
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As of Llama 2: a space goes before each text, words are not parted, unknown characters are bytes."""
+def sentencepiece_like(between: str) -> PreTrainedTokenizerFast:
+    """As of Llama 2: a space goes before each text, words are not parted, unknown characters are bytes.
+
+    between  of the texts that it is trained on, in TEXT; if they begin with spaces, two spaces are a token
+    """
     model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>")
     made = tokenizers.Tokenizer(model)
     normalizers = tokenizers.normalizers
@@ -221,13 +226,13 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
         vocab_size=600, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
         limit_alphabet=60, show_progress=False,
     )  # fmt: skip
-    made.train_from_iterator(TEXT.split(" "), trainer)
+    made.train_from_iterator(re.split(between, TEXT), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["bytes", " ", r"(?=\s)"])
 def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like()
+    tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like(kind)
     whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(whole) > 1500
     lengths: list[int] = []
@@ -390,6 +395,26 @@ def test_prompts_are_cut_as_before() -> None:
     kinds = {"chat": [[1] * MAX_PROMPT, [1] * (MAX_PROMPT + 1)]}
     assert dbf2gguf.text._keep_fitting(kinds, 24)
     assert [len(prompt) for prompt in kinds["chat"]] == [MAX_PROMPT]
+
+
+@pytest.mark.parametrize("start", ["", "  ", "\n", "{% set a = 1 %}\n  {% set b = 2 %}\n"])
+def test_it_is_always_the_same_day(tmp_path: Path, start: str) -> None:
+    """In prompts and in given conversations, and nothing else of the text is changed."""
+    tokenizer = tiny_hf.tokenizer()
+    source = start + (
+        "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}"
+        "{% if strftime_now is defined %}{{ day() }}, {{ strftime_now('%B %-d, %F') }}{% endif %}"
+        ":\n{{ messages[0].content }}"
+    )
+    tokenizer.chat_template = source
+    (text,) = _documents(jsonl(tmp_path / "a.jsonl", {"messages": [USER]}), tokenizer, 0)
+    assert text.endswith("26 Jul 2024, July 26, 2024-07-26:\nHi there")
+    prompts = {tokenizer.decode(prompt) for prompt in _prompts(tokenizer)["chat"]}
+    assert all("26 Jul 2024, July 26, 2024-07-26:\n" in prompt for prompt in prompts)
+    for asked, told in (("%d %b %Y", "26 Jul 2024"), ("%B %-d, %F", "July 26, 2024-07-26")):
+        source = source.replace(f"strftime_now('{asked}')", f"'{told}'")
+    tokenizer.chat_template = source
+    assert text == tokenizer.apply_chat_template([USER], tokenize=False)
 
 
 def test_what_ends_a_text() -> None:
