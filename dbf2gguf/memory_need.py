@@ -104,9 +104,10 @@ def find_need(
         kept + linears + 2 * ends + measuring,
     ]
     if options.device == "cpu" and (not options.calib or recipe.written_share):
-        cache = 2 * n_layers * f.n_kv_heads * head_dim(config) * FLOAT  # of one token
+        rounded = recipe.dtype == "bfloat16"
+        cache = 2 * n_layers * f.n_kv_heads * head_dim(config) * (2 if rounded else FLOAT)  # of one token
         one_core = BATCH_TOKENS * cache + 5 * BATCH_TOKENS // CONTEXT * vocabulary * FLOAT
-        stages.append(torch.get_num_threads() * one_core + 2 * _weights(skeleton))  # its copy in bfloat16
+        stages.append(torch.get_num_threads() * one_core + (weights // 2 if rounded else 0))  # a copy
     if recipe.allocation != "uniform":
         stages.append(2 * linears + 2 * latents)
     if recipe.distill_steps:
