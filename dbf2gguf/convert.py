@@ -214,13 +214,13 @@ def convert(
                 done = _run(source, skeleton, out, grid, options, means)
         except BaseException:
             if not work.parts():
-                work.remove()
+                work.clear()
             elif not quiet:
                 print(
                     f"note: {work.folder} keeps what is finished; the same command goes on", file=sys.stderr
                 )
             raise
-        work.remove()
+        work.clear()
         done = replace(done, command=command_line(arguments | {"threads": torch.get_num_threads()}))
         if report:
             done = write_page(done)
@@ -454,11 +454,10 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
 def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
     Those of SAME_TEXT decide what the model writes."""
-    weights = [source.gguf] if source.gguf else weight_files(source.path)
-    described = sorted({path for pattern in hub.FILES for path in source.path.glob(pattern)})
+    files = [source.gguf] if source.gguf else [*weight_files(source.path), *hub.described_by(source.path)]
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     return {
-        "model": digest_of(weights if source.gguf else [*weights, *described]),
+        "model": digest_of(files),
         "recipe": options.recipe.describe(),
         "calib": [_text_digest(file) for file in options.calib],
         "eval_text": _text_digest(options.eval_text) if options.eval_text else None,

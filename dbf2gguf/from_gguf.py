@@ -138,7 +138,7 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "num_hidden_layers": blocks,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": get("attention.key_length", width // heads),
@@ -185,9 +185,8 @@ def _config(file: GgufFile, arch: ArchSpec, dtype: torch.dtype) -> dict[str, Any
         }
     config["sliding_window"] = window
     if arch.windows:
-        n_layers = config["num_hidden_layers"]
-        config |= _layer_types(file, arch, n_layers) if window else {"layer_types": [FULL] * n_layers}
-    elif window and not all(_pattern(file, arch, config["num_hidden_layers"]) or ()):
+        config |= _layer_types(file, arch, blocks) if window else {"layer_types": [FULL] * blocks}
+    elif window and not all(_pattern(file, arch, blocks) or ()):
         raise UnsupportedModelError(
             f"{file.path}: {arch.gguf}.attention.sliding_window_pattern leaves layers out; supported in "
             f"{arch.model_type!r}: a sliding window of all layers"

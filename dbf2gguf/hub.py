@@ -17,6 +17,11 @@ NOT_NEEDED = ["*/*", "consolidated*", "training_args*", "optimizer*"]
 """Folders hold other formats; `consolidated` files the same weights once more."""
 
 
+def described_by(folder: Path) -> list[Path]:
+    """All that a model's folder holds but weights: config, tokenizer, templates."""
+    return sorted({path for pattern in FILES for path in folder.glob(pattern)})
+
+
 def split_id(model: str) -> tuple[str, str | None] | None:
     """Repository and revision of what is shaped like an id on the hub; None for what is not."""
     match = HUB_ID.fullmatch(model)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dbf2gguf.files import check_space, files_of_index
-from dbf2gguf.hub import FILES
+from dbf2gguf.hub import described_by
 from runtime.errors import BackendError, FormatError, first_line
 
 NAME, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -55,10 +55,9 @@ def bin_to_safetensors(folder: Path, out: Path) -> None:
     files = weight_files(folder)
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, sum(file.stat().st_size for file in files), "a copy of the weights")
-    for pattern in FILES:
-        for file in folder.glob(pattern):
-            if file.name != INDEX:
-                shutil.copyfile(file, out / file.name)
+    for file in described_by(folder):
+        if file.name != INDEX:
+            shutil.copyfile(file, out / file.name)
     places: dict[str, str] = {}
     for number, part in enumerate(_parts(_tensors(files))):
         name = f"model-{number:05}.safetensors"

@@ -236,9 +236,8 @@ def stream_model(source: Source, scratch: Scratch) -> nn.Module:
                 put_on_disk(layer.get_submodule(module), read, scratch)
             else:
                 setattr(layer.get_submodule(module), kind, nn.Parameter(read(), requires_grad=False))
-    ends = {arch.embed: model.get_input_embeddings()}
-    ends[arch.embed if config.tie_word_embeddings else arch.head] = model.get_output_embeddings()
-    for path, module in [(arch.embed, model.get_input_embeddings()), *ends.items()]:
+    head = arch.embed if config.tie_word_embeddings else arch.head
+    for path, module in (arch.embed, model.get_input_embeddings()), (head, model.get_output_embeddings()):
         if not isinstance(module, OnDisk):
             put_on_disk(module, partial(checkpoint.read, f"{path}.weight"), scratch)
     for name, parameter in list(model.named_parameters()):
@@ -264,8 +263,9 @@ class _Place:
     def float32(self) -> Tensor:
         """A copy. What is mapped stays in memory until it is let go, so it is a part at a time."""
         value = torch.empty(self.mapped().shape)
-        for rows in torch.arange(len(value)).split(max(1, MAPPED * len(value) // max(1, value.numel()))):
-            value[rows[0] : rows[-1] + 1] = self.mapped()[rows[0] : rows[-1] + 1]
+        rows = max(1, MAPPED * len(value) // max(1, value.numel()))
+        for start in range(0, len(value), rows):
+            value[start : start + rows] = self.mapped()[start : start + rows]
         return value
 
 

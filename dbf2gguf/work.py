@@ -95,12 +95,6 @@ class Work:
             if path.name == KEY or path.suffix in (".pt", ".sha256", ".tmp"):
                 path.unlink()
 
-    def remove(self) -> None:
-        """Forget everything, the folder, too, unless it holds more."""
-        self.clear()
-        if self.folder and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
 
 def digest_of(files: Iterable[Path]) -> str:
     """SHA-256 over the files' contents, in the given order."""

@@ -67,7 +67,7 @@ def test_another_conversion_starts_afresh(tmp_path: Path, capsys: pytest.Capture
     work = Work.open(tmp_path / "w", {"seed": 2, "model": "a"}, quiet=False)
     assert "of another conversion (seed changed); starting afresh" in capsys.readouterr().err
     assert work.load("a") is None
-    work.remove()
+    work.clear()
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["notes.txt"]
 
 
