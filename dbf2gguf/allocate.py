@@ -30,7 +30,7 @@ from dbf2gguf.distill import kl_and_gradient, with_linears
 from dbf2gguf.factorize import Factors, factorize, signs
 from dbf2gguf.parallel import map_on_cores
 from dbf2gguf.progress import Stage
-from dbf2gguf.recipe import ALLOCATIONS, CHANNELS_BELOW, Recipe
+from dbf2gguf.recipe import ALLOCATIONS, FEW_BITS, Recipe
 from dbf2gguf.source import Source, as_linear, decoder_layers
 from dbf2gguf.work import Work
 from dbf2gguf.write import dequantized, ggml_type, head_is_tied
@@ -46,7 +46,7 @@ LEAST_SHARE, MOST_SHARE = 0.4, 2.5
 """Bits per weight of a layer, relative to the model's: the second-order estimate is not believed beyond."""
 
 CLOSE_SHARES = 0.7, 1.75
-"""The same for channels from CHANNELS_BELOW bits on; farther from uniform did worse: docs/ABLATIONS.md."""
+"""The same for channels from FEW_BITS bits on; farther from uniform did worse: docs/ABLATIONS.md."""
 
 CHANNELS_MORE = 1.5
 """Bits per weight of the model whose channels are pruned, relative to those wanted."""
@@ -99,7 +99,7 @@ def allocate(
     sensitivity  plan_by_sensitivity by what each layer's error alone costs the original model
     attribution  plan_by_sensitivity by the shares of the KL in the model factorized with `plan`
     channels     plan_by_channels of the model factorized with CHANNELS_MORE times the bits; nearer to uniform
-                 from CHANNELS_BELOW bits per weight on
+                 from FEW_BITS bits per weight on
 
     The last two factorize the model once more, with PROBE_SHARE of the ADMM iterations. `stage` gets one step
     for each block, `work` the plan. Raises OptionError for another allocation; `Recipe.at` says what auto is.
@@ -128,7 +128,7 @@ def allocate(
             return plan_by_sensitivity(shapes, plan.target, found, strength=STRENGTH).ranks
         more = plan_uniform(shapes, min(CHANNELS_MORE * plan.target, MAX_BPW))
         scores = channel_scores(model, names, factorized(more), probe)
-        least, most = (LEAST_SHARE, MOST_SHARE) if plan.target < CHANNELS_BELOW else CLOSE_SHARES
+        least, most = (LEAST_SHARE, MOST_SHARE) if plan.target < FEW_BITS else CLOSE_SHARES
         return plan_by_channels(shapes, plan.target, scores, least=least, most=most).ranks
 
     if kind == "uniform":

@@ -12,11 +12,11 @@ from dbf2gguf.archs import ARCHS
 from dbf2gguf.recipe import (
     ALLOCATIONS,
     CARRIERS,
-    CHANNELS_BELOW,
     CHECKPOINTING,
     DEFAULT_PRESET,
     DTYPES,
     EMBED_TYPES,
+    FEW_BITS,
     PRESETS,
 )
 from dbf2gguf.search import COLLAPSED_KL
@@ -126,7 +126,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "--allocation",
         choices=ALLOCATIONS,
         help="how the bits are spread over the linear layers, always as many in all; auto: channels below "
-        f"{CHANNELS_BELOW:g} bits if distillation follows, else uniform (default: the preset's)",
+        f"{FEW_BITS:g} bits if distillation follows, else uniform (default: the preset's)",
     )
     add(
         "--dtype",

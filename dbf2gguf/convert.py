@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -458,7 +458,7 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     return {
         "model": digest_of(files),
-        "recipe": options.recipe.describe(),
+        "recipe": asdict(options.recipe),
         "calib": [_text_digest(file) for file in options.calib],
         "eval_text": _text_digest(options.eval_text) if options.eval_text else None,
         "seed": options.seed,

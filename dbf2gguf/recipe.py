@@ -19,9 +19,9 @@ SIGN_RATE_POWER = -1.5
 ALLOCATIONS = ("auto", "uniform", "sensitivity", "attribution", "channels")
 """How bits are spread over linear layers: see `allocate.allocate`, and for auto `Recipe.at`."""
 
-CHANNELS_BELOW = 1.6
+FEW_BITS = 1.6
 """Bits per weight up to which `channels` was measured to do better than `uniform`, before and after a short
-distillation: docs/ABLATIONS.md."""
+distillation, and `best` gains by more steps: docs/ABLATIONS.md."""
 
 
 CHECKPOINTING = ("auto", "on", "off")
@@ -47,6 +47,7 @@ class Recipe:
     admm_iterations: int = 25
     damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
     distill_steps: int = 18
+    few_bits_steps: int = 0  # instead of them below FEW_BITS bits per weight; 0: as many
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
     sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
@@ -57,17 +58,23 @@ class Recipe:
     allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
 
     def at(self, bpw: float) -> Recipe:
-        """The recipe for so many bits per weight: the more there are, the closer is the start of the
-        distillation, and the smaller the rate at which signs may turn; and the less does it matter where the
-        bits go. Without distillation, which holds all weights, auto asks for no more: uniform."""
+        """The recipe for so many bits per weight. The more there are, the closer is the start of the
+        distillation, the smaller the rate at which signs may turn, the sooner it is done, and the less does
+        it matter where the bits go. Without distillation, which holds all weights, auto asks for no more:
+        uniform."""
+        few = bpw < FEW_BITS
+        steps = self.few_bits_steps if few and self.few_bits_steps else self.distill_steps
         allocation = self.allocation
         if allocation == "auto":
-            allocation = "channels" if bpw < CHANNELS_BELOW and self.distill_steps else "uniform"
-        return replace(self, sign_rate=self.sign_rate * bpw**SIGN_RATE_POWER, allocation=allocation)
+            allocation = "channels" if few and steps else "uniform"
+        sign_rate = self.sign_rate * bpw**SIGN_RATE_POWER
+        return replace(
+            self, distill_steps=steps, few_bits_steps=0, sign_rate=sign_rate, allocation=allocation
+        )
 
     def describe(self) -> dict[str, Any]:
-        """All settings, for the receipt."""
-        return asdict(self)
+        """All settings that `at` leaves, for the receipt."""
+        return {name: value for name, value in asdict(self).items() if name != "few_bits_steps"}
 
 
 PRESETS = {
@@ -95,6 +102,7 @@ PRESETS = {
         eval_rows=40,
         admm_iterations=40,
         distill_steps=4500,
+        few_bits_steps=7000,
         distill_batch=32,
         scale_rate=1.5e-2,
         sign_rate=2.5e-2,
@@ -106,7 +114,11 @@ DEFAULT_PRESET = "balanced"
 
 
 def find_recipe(preset: str, **overrides: Any) -> Recipe:
-    """The preset's recipe, with every override that is not None in place. Raises OptionError."""
+    """The preset's recipe, with every override that is not None in place; distill_steps holds for any number
+    of bits then. Raises OptionError."""
     if preset not in PRESETS:
         raise OptionError(f"--preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-    return replace(PRESETS[preset], **{k: v for k, v in overrides.items() if v is not None})
+    given = {k: v for k, v in overrides.items() if v is not None}
+    if "distill_steps" in given:
+        given["few_bits_steps"] = 0
+    return replace(PRESETS[preset], **given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dbf2gguf.recipe import CHANNELS_BELOW, PRESETS, find_recipe
+from dbf2gguf.recipe import FEW_BITS, PRESETS, find_recipe
 from runtime.errors import OptionError
 
 
@@ -38,7 +38,17 @@ def test_signs_turn_less_where_bits_are_many() -> None:
 def test_where_bits_go_matters_where_they_are_few() -> None:
     recipe = find_recipe("balanced")
     assert recipe.at(1.0).allocation == "channels"
-    assert recipe.at(CHANNELS_BELOW).allocation == "uniform"
+    assert recipe.at(FEW_BITS).allocation == "uniform"
     assert find_recipe("balanced", distill_steps=0).at(1.0).allocation == "uniform"
     assert find_recipe("balanced", allocation="sensitivity").at(1.0).allocation == "sensitivity"
     assert find_recipe("best").at(1.0).allocation == "uniform", "long distillation makes up for it"
+
+
+def test_few_bits_take_more_steps() -> None:
+    recipe = find_recipe("best")
+    assert recipe.at(1.0).distill_steps > recipe.at(FEW_BITS).distill_steps == recipe.distill_steps
+    assert recipe.at(1.0).at(4.0).distill_steps == recipe.at(1.0).distill_steps, "decided once"
+    for bpw in (1.0, 4.0):
+        assert find_recipe("best", distill_steps=5).at(bpw).distill_steps == 5
+        assert find_recipe("best", distill_steps=0).at(bpw).distill_steps == 0
+        assert find_recipe("fast").at(bpw).distill_steps == find_recipe("fast").distill_steps
