@@ -16,7 +16,8 @@ TINY = 1e-30  # a layer whose outputs change nothing has no gradients
 TINY_INPUT = 1e-12
 GRADIENT_BATCH = 4  # rows that pass together for output_importance, at most
 HEAD_TOKENS = 512  # whose logits are held at a time, at most
-HEAD_BYTES = 2**27  # of these
+LEAST_HEAD_TOKENS = 32  # and at least: each time, the whole head is read
+HEAD_BYTES = 2**24  # of these: more miss the caches, and malloc takes them from the system every time
 
 
 def output_importance(
@@ -131,7 +132,7 @@ def finished(raw: Tensor, f: Features) -> Tensor:
 
 def head_tokens(vocabulary: int) -> int:
     """How many tokens' logits are held at a time."""
-    return max(1, min(HEAD_TOKENS, HEAD_BYTES // (4 * vocabulary)))
+    return max(LEAST_HEAD_TOKENS, min(HEAD_TOKENS, HEAD_BYTES // (4 * vocabulary)))
 
 
 def head_parts(tokens: int, vocabulary: int) -> Iterator[slice]:

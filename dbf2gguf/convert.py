@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +33,7 @@ from dbf2gguf.factorize import Factors, balance, relative_error
 from dbf2gguf.files import alone_in, check_output, check_space, replacing
 from dbf2gguf.follow import Load, Write, call_to_distil, follow
 from dbf2gguf.html_report import command_line, page_path, write_page
+from dbf2gguf.malloc import return_freed
 from dbf2gguf.memory_need import choose_streamed, find_need
 from dbf2gguf.options import Options, check_options, describe_device, find_device, parse_size
 from dbf2gguf.peak_memory import resident
@@ -71,8 +71,6 @@ from runtime.cli import peak_rss
 from runtime.errors import FormatError, OptionError, QualityError
 
 DEFAULT_BPW = 1.2
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-RETURNED_BYTES = 1 << 17  # glibc's own, until it learns of larger blocks
 SAME_TEXT = ("model", "device", "threads", "versions")
 
 
@@ -238,7 +236,7 @@ class _Stages(list[Stage]):
         self._quiet = quiet
 
     def __call__(self, name: str, total: int) -> Stage:
-        _return_freed_memory()
+        return_freed()
         self.append(Stage(name, total, self._quiet))
         return self[-1]
 
@@ -349,7 +347,7 @@ def _prepare(
     source: Source, skeleton: nn.Module, options: Options, stages: _Stages, means: _Means
 ) -> _Prepared:
     recipe, work, team, scratch = options.recipe, means.work, means.team, means.scratch
-    _return_freed_memory(from_now_on=scratch is not None)
+    return_freed(from_now_on=scratch is not None)
     torch.manual_seed(options.seed)
     with stages("load", 1):
         length = _row_tokens(skeleton, recipe)
@@ -472,18 +470,6 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
 def _text_digest(text: Path) -> str:
     """Of a text file; the name of a data set, which is not read for that."""
     return str(text) if dataset_of(text) else digest_of([text])
-
-
-def _return_freed_memory(from_now_on: bool = False) -> None:
-    """To the system: glibc keeps what threads have freed, gigabytes after some stages.
-
-    from_now_on  at once what has RETURNED_BYTES or more, until the process ends
-    """
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries
-        libc = ctypes.CDLL(None)
-        if from_now_on:
-            libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
-        libc.malloc_trim(0)
 
 
 def _text(

@@ -24,6 +24,7 @@ from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, head_tokens, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.graphs import Recorder
+from dbf2gguf.malloc import keeping_freed
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import decoder_layers
@@ -82,7 +83,8 @@ class FactorStack(nn.Module):
         s_out, s_mid, s_in = self._scales()
         self._weights = []
         for part in self._parts():
-            product = (signs(self.a[part]) * s_mid[part, None]).to(dtype) @ signs(self.b[part]).to(dtype)
+            left = signs(self.a[part]).to(dtype).mul_(s_mid[part, None].to(dtype))
+            product = left @ signs(self.b[part]).to(dtype)
             product *= s_out[part, :, None].to(dtype)
             product *= s_in[part, None].to(dtype)
             self._weights += [weight.requires_grad_() for weight in product.unbind()]
@@ -99,15 +101,16 @@ class FactorStack(nn.Module):
                 weight.grad = None
             dtype = gradient.dtype
             a, b = signs(self.a[part]), signs(self.b[part])
-            left = a * s_mid[part, None]
             from_left = ((gradient * s_in[part, None].to(dtype)) @ b.to(dtype).mT).to(a.dtype)
             gradient *= s_out[part, :, None].to(dtype)
-            from_right = (left.to(dtype).mT @ gradient).to(b.dtype)
-            gradients["s_out"][part] = (from_left * left).sum(2)
+            left = a.to(dtype) * s_mid[part, None].to(dtype)
+            from_right = (left.mT @ gradient).to(b.dtype)
+            at_signs = torch.mul(from_left, a, out=a)
+            gradients["s_mid"][part] = (s_out[part, None] @ at_signs)[:, 0]
+            gradients["s_out"][part] = at_signs.mul_(s_mid[part, None]).sum(2)
             from_left *= s_out[part, :, None]
-            gradients["s_mid"][part] = (from_left * a).sum(1)
             torch.mul(from_left, s_mid[part, None], out=gradients["a"][part])
-            gradients["s_in"][part] = (from_right * b).sum(1)
+            gradients["s_in"][part] = torch.mul(from_right, b, out=b).sum(1)
             torch.mul(from_right, s_in[part, None], out=gradients["b"][part])
         for name in SCALES:
             gradients[name] *= getattr(self, f"{name}_rms")
@@ -273,6 +276,8 @@ def distill(
         return kl
 
     with ExitStack() as modes:
+        if device.type == "cpu":
+            modes.enter_context(keeping_freed())
         if device.type == "cuda" and dtype == torch.bfloat16:
             modes.enter_context(in_bfloat16(_linears_of(teacher, student.model)))
         passes = _passes(student, tokens, trained, recipe.checkpointing, dtype)
@@ -374,8 +379,9 @@ def _gradients(
     number, unless they are a part of a batch; products are of `dtype`. Returns it, on the model's device."""
     f = features(teacher.config)
     count = count or tokens.numel()
-    head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
+    head = student.model.get_output_embeddings().weight
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
+    heads = [m.get_output_embeddings().weight.detach().to(dtype) for m in (student.model, teacher)]
     size = head_tokens(len(head))
     if tokens.is_cuda:
         size = min(GPU_HEAD_TOKENS, GPU_HEAD_LOGITS // len(head))
@@ -390,8 +396,8 @@ def _gradients(
             gradient = torch.empty_like(flat)
             for start in range(0, len(flat), size):
                 part = slice(start, start + size)
-                kl, error = kl_gradient(flat[part], wanted[part], head, wanted_head, f)
-                gradient[part] = error @ head
+                kl, error = kl_gradient(flat[part], wanted[part], *heads, f)
+                gradient[part] = error @ heads[0]
                 if head_gradient is not None:
                     head_gradient += error.mT @ flat[part]
                 total += kl
