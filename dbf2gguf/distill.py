@@ -379,9 +379,10 @@ def _gradients(
     number, unless they are a part of a batch; products are of `dtype`. Returns it, on the model's device."""
     f = features(teacher.config)
     count = count or tokens.numel()
-    head = student.model.get_output_embeddings().weight
+    head, wanted_head = (m.get_output_embeddings().weight for m in (student.model, teacher))
     head_gradient = torch.zeros_like(head) if head.requires_grad else None
-    heads = [m.get_output_embeddings().weight.detach().to(dtype) for m in (student.model, teacher)]
+    wanted_rounded = wanted_head.detach().to(dtype)
+    rounded = wanted_rounded if head is wanted_head else head.detach().to(dtype)
     size = head_tokens(len(head))
     if tokens.is_cuda:
         size = min(GPU_HEAD_TOKENS, GPU_HEAD_LOGITS // len(head))
@@ -396,8 +397,8 @@ def _gradients(
             gradient = torch.empty_like(flat)
             for start in range(0, len(flat), size):
                 part = slice(start, start + size)
-                kl, error = kl_gradient(flat[part], wanted[part], *heads, f)
-                gradient[part] = error @ heads[0]
+                kl, error = kl_gradient(flat[part], wanted[part], rounded, wanted_rounded, f)
+                gradient[part] = error @ rounded
                 if head_gradient is not None:
                     head_gradient += error.mT @ flat[part]
                 total += kl

@@ -18,26 +18,23 @@ def return_freed(from_now_on: bool = False) -> None:
 
     from_now_on  at once what has RETURNED_BYTES or more, until the process ends
     """
-    with suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        if from_now_on:
-            libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
-        libc.malloc_trim(0)
+    if from_now_on:
+        _call("mallopt", M_MMAP_THRESHOLD, RETURNED_BYTES)
+    _call("malloc_trim", 0)
 
 
 @contextmanager
 def keeping_freed() -> Iterator[None]:
     """Freed memory stays with the process while the context lasts: steps that make the same tensors again and
     again otherwise get pages from the system each time, which it fills with zeros first."""
-    _keep(KEPT_BYTES)
+    _call("mallopt", M_MMAP_THRESHOLD, LARGEST_BLOCK)
+    _call("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
     try:
         yield
     finally:
-        _keep(USUAL_KEPT_BYTES)
+        _call("mallopt", M_TRIM_THRESHOLD, USUAL_KEPT_BYTES)
 
 
-def _keep(size: int) -> None:
-    with suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-        libc.mallopt(M_TRIM_THRESHOLD, size)
+def _call(name: str, *values: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries
+        ctypes.CDLL(None)[name](*values)
