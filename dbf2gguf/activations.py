@@ -98,6 +98,15 @@ def row_bytes(config: Any, tokens: int) -> int:
     return 4 * tokens * (6 * config.hidden_size + 3 * d_ff + scores)
 
 
+def record_bytes(config: Any, tokens: int) -> int:
+    """Bytes that the correction of one block keeps of a row of so many tokens: what its layers read and are
+    added to, its outputs, and those of the factorized model before it and after it."""
+    f = features(config)
+    if f.n_experts:
+        return row_bytes(config, tokens) + 4 * tokens * 3 * config.hidden_size
+    return 4 * tokens * (7 * config.hidden_size + f.d_ff)
+
+
 def rows_together(config: Any, tokens: int, most: int, times: int = 1) -> int:
     """How many rows of text pass through a model together, at least one and at most `most`, without their
     activations taking more than PASS_BYTES.

@@ -410,7 +410,7 @@ def _try(made: _Prepared, plan: Plan, stages: _Stages) -> _Try:
             work,
             made.means.executor,
             errors=errors.factorized,
-            keep=list if scratch is None else scratch.keep,
+            keep=None if scratch is None else scratch.keep,
             result=found,
         )
     trained, history = model, []

@@ -24,13 +24,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dbf2gguf.activations import rows_together
+from dbf2gguf.activations import SLACK, record_bytes, rows_together
 from dbf2gguf.archs import EXPERT_GROUPS, EXPERT_LINEARS, INPUT, ArchSpec, Experts, Group, features
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import importance_of
 from dbf2gguf.distill import with_linears
 from dbf2gguf.executors import Executor, on_cores, one_by_one
 from dbf2gguf.factorize import Factors, factorize, relative_error
+from dbf2gguf.gpu_memory import OnHost, free_bytes
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, as_linear, decoder_layers
@@ -70,7 +71,7 @@ def factorize_model(
     executor: Executor = on_cores,
     errors: dict[str, float] | None = None,
     targets: dict[str, Tensor] | None = None,
-    keep: Keep[Any] = list,
+    keep: Keep[Any] | None = None,
     result: MutableMapping[str, Factors] | None = None,
 ) -> MutableMapping[str, Factors]:
     """Factorize all linear layers of `model`, which is left as it was.
@@ -82,9 +83,11 @@ def factorize_model(
     ->              GGUF name -> factors, batch 1
     `stage` gets one step for each block, `work` the factors of every layer; those that it has are not made
     again. `executor` factorizes the layers of a group, which are independent; on a GPU, that does. `keep`
-    keeps the rows' states, `result` the factors; it is returned.
+    keeps the rows' states: without it, they stay on the device, or, where a GPU has no room, in the host's
+    memory. `result` keeps the factors; it is returned.
     """
     result = {} if result is None else result
+    keep = _keep_for(model, plan, rows, stage) if keep is None else keep
     scale = features(model.config).residual_scale
     walk = _Walk(plan, importance_out, recipe, scale, executor, work, keep, result, errors, targets)
     layers = decoder_layers(model, source.arch)
@@ -130,6 +133,23 @@ def factorize_model(
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")
     return walk.result
+
+
+def _keep_for(model: nn.Module, plan: Plan, rows: Tensor, stage: Stage) -> Keep[Any]:
+    """`list`, unless the states of all rows leave a GPU no room for the factors."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return list
+    states = len(rows) * record_bytes(model.config, rows.shape[1])
+    factors = 4 * sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items())
+    free = free_bytes(device)
+    if states + factors <= SLACK * free:
+        return list
+    stage.say(
+        f"{states / 2**30:.1f} GiB of states wait in the host's memory: the GPU has {free / 2**30:.1f} free, "
+        f"and the factors take {factors / 2**30:.1f}; --correct-rows makes it less"
+    )
+    return partial(OnHost, device=device)
 
 
 @dataclass(frozen=True)

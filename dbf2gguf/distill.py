@@ -23,6 +23,7 @@ from dbf2gguf.activations import SLACK, Passes, checkpointed, in_bfloat16, plan_
 from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, head_tokens, hidden_states
 from dbf2gguf.factorize import Factors, signs
+from dbf2gguf.gpu_memory import free_bytes
 from dbf2gguf.graphs import Recorder
 from dbf2gguf.malloc import keeping_freed
 from dbf2gguf.progress import Stage
@@ -357,12 +358,11 @@ def _passes(
     later += 2 * dtype.itemsize * weights  # with gradients
     later += 4 * sum(p.numel() for p in trained if id(p) not in signs_of)  # the others' gradients
     later += 5 * 4 * GPU_HEAD_LOGITS
-    free = torch.cuda.mem_get_info(batch.device)[0]
-    free += torch.cuda.memory_reserved(batch.device) - torch.cuda.memory_allocated(batch.device)
     config = student.model.config
     plain, kept = tokens * token_bytes(config, dtype), 4 * tokens * config.hidden_size
     layers = config.num_hidden_layers
-    return plan_passes(rows, tokens, layers, plain, kept, SLACK * free - later, checkpointing)
+    free = SLACK * free_bytes(batch.device) - later
+    return plan_passes(rows, tokens, layers, plain, kept, free, checkpointing)
 
 
 def _gradients(

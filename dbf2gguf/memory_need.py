@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dbf2gguf import correct, evaluate
-from dbf2gguf.activations import BACKWARD, row_bytes, rows_together
+from dbf2gguf.activations import BACKWARD, record_bytes, row_bytes, rows_together
 from dbf2gguf.archs import EXPERT_GROUPS, features, head_dim
 from dbf2gguf.budget import Plan
 from dbf2gguf.calibrate import GRADIENT_BATCH, head_tokens
@@ -93,10 +93,8 @@ def find_need(
     weights = _weights(skeleton) * FLOAT
     latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
     linears = plan.weights * FLOAT
-    records = rows * (7 * state + row_tokens * f.d_ff * FLOAT)  # of one block, for its correction
-    waiting = 3 * largest  # targets, what factors give
-    if f.n_experts:
-        records, waiting = rows * (row + 3 * state), 2 * max(layers) * FLOAT
+    records = rows * record_bytes(config, row_tokens)  # of one block, for its correction
+    waiting = 2 * max(layers) * FLOAT if f.n_experts else 3 * largest  # targets, what factors give
     kept = latents if recipe.distill_steps else 0  # otherwise they are in files
     stages = [
         n_layers * backward // 2 + backward + logits,  # about half of it waits for the pass back
