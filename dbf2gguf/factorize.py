@@ -8,7 +8,6 @@ sign times the best rank-1 approximation of the magnitudes, from OneBit, arXiv:2
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -137,9 +136,8 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> No
     diagonal += RIDGE * diagonal.mean(1, keepdim=True) + TINY
     target = other @ weight
     del other
-    free = torch.sub(factor.x, factor.dual).mul_(rho).add_(target)
-    free = _one_by_one(torch.cholesky_solve, free, _cholesky(gram, rho))
-    inverse = _one_by_one(torch.cholesky_inverse, _cholesky(gram, 1.0))
+    free = _inverse(gram, rho) @ torch.sub(factor.x, factor.dual).mul_(rho).add_(target)
+    inverse = _inverse(gram, 1.0)
     del gram
     for _ in range(INNER_STEPS - 1):
         factor.project(free.add_(factor.dual))
@@ -147,19 +145,15 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> No
     factor.project(free.add_(factor.dual))
 
 
-def _cholesky(gram: Tensor, rho: float) -> Tensor:
-    """The lower Cholesky factor of gram + rho I. What is not finite is found by `_refit`'s, which asks."""
+def _inverse(gram: Tensor, rho: float) -> Tensor:
+    """(gram + rho I)^-1, one matrix after the other: on GPUs, a batch of two takes several times as long as
+    two. What is not finite is found by `_refit`, which asks."""
     shifted = gram.clone()
     shifted.diagonal(dim1=1, dim2=2).add_(rho)
-    return _one_by_one(lambda matrix: torch.linalg.cholesky_ex(matrix).L, shifted)
-
-
-def _one_by_one(function: Callable[..., Tensor], batch: Tensor, *others: Tensor) -> Tensor:
-    """function of every matrix and what belongs to it, in place: on GPUs, a batch of two takes several times
-    as long as two matrices."""
-    for matrix, *rest in zip(batch, *others, strict=True):
-        matrix.copy_(function(matrix, *rest))
-    return batch
+    for matrix in shifted:
+        lower = torch.linalg.cholesky_ex(matrix).L
+        matrix.copy_(torch.cholesky_inverse(lower).mT)  # the same, transposed as it lies: no strides to cross
+    return shifted
 
 
 def _rank_one(x: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
