@@ -592,6 +592,28 @@ def test_plot(folder: Path, tmp_path: Path, suffix: str) -> None:
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
 
 
+def test_a_line_for_each_preset() -> None:
+    """`best` first; what names no preset is a line of its own."""
+    ours = [
+        ("best-2", 2.0, "preset best"),
+        ("best-1", 1.0, "preset best"),
+        ("mid", 1.5, "preset balanced"),
+        ("x", 1.2, ""),
+    ]
+    rows = [
+        row(),
+        *(row(OURS, name, bpw=bpw, made_with=f"dbf2gguf: {how}, text a.txt") for name, bpw, how in ours),
+    ]
+    found = plot.curves(rows)
+    assert [(label, [r.name for r in points]) for label, _, points in found] == [
+        ("dbf2gguf, best", ["best-1", "best-2"]),
+        ("dbf2gguf", ["x"]),
+        ("dbf2gguf, balanced", ["mid"]),
+        ("llama.cpp", ["Q2_K"]),
+    ]
+    assert [style["linestyle"] for _, style, _ in found] == ["-", "--", ":", ""]
+
+
 def test_plot_through_the_program(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     args = [

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dbf2gguf.compare.rows import LLAMA_CPP, ONECOMP, ORIGINAL, OURS, PUBLISHED, Row
 from runtime.errors import BackendError, OptionError
 
 FORMATS = (".png", ".svg", ".pdf")
 STYLES = {
-    OURS: {"color": "#c03028", "marker": "o", "linestyle": "-", "linewidth": 2},
+    OURS: {"color": "#c03028", "marker": "o", "linewidth": 2},
     LLAMA_CPP: {"color": "#305090", "marker": "s", "linestyle": ""},
     PUBLISHED: {"color": "#707070", "marker": "^", "linestyle": ""},
     ONECOMP: {"color": "#308050", "marker": "D", "linestyle": ""},
 }
+
+LINES = ("-", "--", ":", "-.")
 
 
 def check(path: Path) -> None:
@@ -29,8 +34,27 @@ def check(path: Path) -> None:
         ) from error
 
 
+def curves(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
+    """Label, style and points by rising bits: of each peer, and of each preset of ours."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.bpw, row.ppl)):
+        preset = re.search(r"\bpreset (\w+)", row.made_with) if row.series == OURS else None
+        found.setdefault((row.series, preset[1] if preset else ""), []).append(row)
+    lines = itertools.cycle(LINES)
+    return [
+        (
+            f"{series}, {preset}" if preset else series,
+            STYLES[series] | ({"linestyle": next(lines)} if series == OURS else {}),
+            found[series, preset],
+        )
+        for series, preset in sorted(
+            found, key=lambda key: (list(STYLES).index(key[0]), key[1] != "best", key[1])
+        )
+    ]
+
+
 def plot(path: Path, rows: Sequence[Row], form: str) -> None:
-    """Draw rows to `path`, of the format `form` (png, svg, pdf): a line of ours, points of the peers."""
+    """Draw rows to `path`, of the format `form`, png, svg or pdf: lines of our presets, points of the peers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,16 +64,15 @@ def plot(path: Path, rows: Sequence[Row], form: str) -> None:
 
     shown = [row for row in rows if row.series != ORIGINAL and row.bpw < 8]
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    for series, style in STYLES.items():
-        points = sorted((row.bpw, row.ppl, row.name) for row in shown if row.series == series)
-        if not points:
-            continue
-        axes.plot([p[0] for p in points], [p[1] for p in points], label=series, **style)
-        for bpw, ppl, name in points:
-            text, offset = (f"{bpw:.2f}", (0, -14)) if series in (OURS, PUBLISHED) else (name, (6, 4))
+    for label, style, points in curves(shown):
+        axes.plot([row.bpw for row in points], [row.ppl for row in points], label=label, **style)
+        below = (0, 7) if style["linestyle"] in LINES[1:] else (0, -14)  # or above, between two lines
+        for row in points:
+            by_bits = row.series in (OURS, PUBLISHED)
+            text, offset = (f"{row.bpw:.2f}", below) if by_bits else (row.name, (6, 4))
             axes.annotate(
-                text, (bpw, ppl), xytext=offset, textcoords="offset points", fontsize=8, color=style["color"],
-                ha="left" if offset[0] else "center",
+                text, (row.bpw, row.ppl), xytext=offset, textcoords="offset points", fontsize=8,
+                color=style["color"], ha="left" if offset[0] else "center",
             )  # fmt: skip
     originals = [row.ppl for row in rows if row.series == ORIGINAL]
     if originals:
