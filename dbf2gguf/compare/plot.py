@@ -54,7 +54,7 @@ def curves(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
 
 
 def plot(path: Path, rows: Sequence[Row], form: str) -> None:
-    """Draw rows to `path`, of the format `form`, png, svg or pdf: lines of our presets, points of the peers."""
+    """Draw rows to `path`, of format `form` (png, svg, pdf): lines of our presets, points of the peers."""
     import matplotlib
 
     matplotlib.use("Agg")
