@@ -141,7 +141,7 @@ def _keep_for(model: nn.Module, plan: Plan, rows: Tensor, stage: Stage) -> Keep[
     if device.type != "cuda":
         return list
     states = len(rows) * record_bytes(model.config, rows.shape[1])
-    factors = 4 * sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items())
+    factors = 4 * plan.sign_bits  # latents, float32
     free = free_bytes(device)
     if states + factors <= SLACK * free:
         return list

@@ -40,6 +40,6 @@ def _moved(part: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
         return known[id(part)]
     if isinstance(part, (list, tuple)):
         return type(part)(_moved(each, device, known) for each in part)
-    if is_dataclass(part) and not isinstance(part, type):
+    if is_dataclass(part):
         return replace(part, **{f.name: _moved(getattr(part, f.name), device, known) for f in fields(part)})
     return part

@@ -91,7 +91,7 @@ def find_need(
     streamed = always + max(gradients, correction, measuring)
 
     weights = _weights(skeleton) * FLOAT
-    latents = sum(rank * sum(plan.shapes[name]) for name, rank in plan.ranks.items()) * FLOAT
+    latents = plan.sign_bits * FLOAT
     linears = plan.weights * FLOAT
     records = rows * record_bytes(config, row_tokens)  # of one block, for its correction
     waiting = 2 * max(layers) * FLOAT if f.n_experts else 3 * largest  # targets, what factors give

@@ -61,6 +61,5 @@ def test_distillation_with_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         return setup.train(setup.student())
 
     recorded, plain = train(1), train(10**6)
-    assert recorded[:10] == pytest.approx(plain[:10], rel=0.05)
-    assert sum(recorded[-10:]) == pytest.approx(sum(plain[-10:]), rel=0.05)
+    assert recorded == pytest.approx(plain, rel=0.05)
     assert recorded[-1] < recorded[0]

@@ -41,16 +41,14 @@ def curves(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
         preset = re.search(r"\bpreset (\w+)", row.made_with) if row.series == OURS else None
         found.setdefault((row.series, preset[1] if preset else ""), []).append(row)
     lines = itertools.cycle(LINES)
-    return [
-        (
-            f"{series}, {preset}" if preset else series,
-            STYLES[series] | ({"linestyle": next(lines)} if series == OURS else {}),
-            found[series, preset],
-        )
-        for series, preset in sorted(
-            found, key=lambda key: (list(STYLES).index(key[0]), key[1] != "best", key[1])
-        )
-    ]
+    drawn = []
+    for series, style in STYLES.items():
+        presets = [preset for some, preset in found if some == series]
+        for preset in sorted(presets, key=lambda preset: (preset != "best", preset)):
+            label = f"{series}, {preset}" if preset else series
+            look = style | {"linestyle": next(lines)} if series == OURS else style
+            drawn.append((label, look, found[series, preset]))
+    return drawn
 
 
 def plot(path: Path, rows: Sequence[Row], form: str) -> None:
@@ -66,10 +64,10 @@ def plot(path: Path, rows: Sequence[Row], form: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
     for label, style, points in curves(shown):
         axes.plot([row.bpw for row in points], [row.ppl for row in points], label=label, **style)
-        below = (0, 7) if style["linestyle"] in LINES[1:] else (0, -14)  # or above, between two lines
+        side = (0, 7) if style["linestyle"] in LINES[1:] else (0, -14)  # above all lines but the first
         for row in points:
             by_bits = row.series in (OURS, PUBLISHED)
-            text, offset = (f"{row.bpw:.2f}", below) if by_bits else (row.name, (6, 4))
+            text, offset = (f"{row.bpw:.2f}", side) if by_bits else (row.name, (6, 4))
             axes.annotate(
                 text, (row.bpw, row.ppl), xytext=offset, textcoords="offset points", fontsize=8,
                 color=style["color"], ha="left" if offset[0] else "center",
