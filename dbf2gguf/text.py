@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ CHAT_KEYS = (("prompt", "response"), ("question", "answer"), ("instruction", "ou
 COLUMNS = {"text", "messages", "instances", "input", *itertools.chain.from_iterable(CHAT_KEYS)}
 """What an entry of calibration text may hold."""
 
-PIECE = 2**18  # characters that are tokenized at a time
+PIECE = 2**16  # characters of a text that are tokenized as one
+TOGETHER = 2**18  # characters that are tokenized at a time
 AROUND = 256  # characters on both sides of a cut that must have the same tokens without it
 WORD_END = re.compile(r"(?<=\S)\s")  # where it may be cut
 WAYS = ((0, 0), (0, 1), (1, 0))  # characters, and then tokens, of which the next piece is rid
@@ -74,9 +76,8 @@ def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens
     generator = torch.Generator().manual_seed(seed)
     pools = []
     for file in files:
-        most = None if is_read_whole(file) else rows * row_tokens
-        tokens = itertools.islice(_file_tokens(file, tokenizer, seed), most)
-        ids = torch.from_numpy(np.fromiter(tokens, np.int64))
+        most = sys.maxsize if is_read_whole(file) else rows * row_tokens
+        ids = torch.from_numpy(np.fromiter(_file_tokens(file, tokenizer, seed, most), np.int64))
         count = len(ids) // row_tokens
         cut = ids[: count * row_tokens].view(count, row_tokens)
         pools.append(cut[torch.randperm(count, generator=generator)])
@@ -98,7 +99,7 @@ def first_rows(file: Path, tokenizer: Any, rows: int, row_tokens: int, seed: int
     Raises FormatError for a file that cannot be read.
     """
     begin = tokenizer.bos_token_id if adds_begin(tokenizer) else None
-    own = _file_tokens(file, tokenizer, seed, spread=False)
+    own = _file_tokens(file, tokenizer, seed, rows * row_tokens, spread=False)
     tokens = itertools.chain([] if begin is None else [begin], own)
     ids = list(itertools.islice(tokens, rows * row_tokens))
     if len(ids) < row_tokens:
@@ -112,28 +113,58 @@ def adds_begin(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def _file_tokens(file: Path, tokenizer: Any, seed: int, spread: bool = True) -> Iterator[int]:
+def _file_tokens(
+    file: Path, tokenizer: Any, seed: int, most: int = sys.maxsize, spread: bool = True
+) -> Iterator[int]:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for document in _documents(file, tokenizer, seed, spread):
-        yield from _tokens(document, tokenizer)
-        yield from end
+    return _tokens(_documents(file, tokenizer, seed, spread), end, tokenizer, most)
 
 
-def _tokens(text: str, tokenizer: Any) -> Iterator[int]:
-    """The tokens of a text, found piece by piece, for a tokenizer takes hundreds of bytes a token. It is cut
-    where that changes none."""
+def _tokens(texts: Iterable[str], end: list[int], tokenizer: Any, most: int = sys.maxsize) -> Iterator[int]:
+    """The tokens of texts, `end` after each, up to `most`. Pieces of many texts are tokenized together, which
+    a tokenizer does side by side if it can; no more texts are taken than `most` tokens, of a character at
+    least, may want."""
 
-    def encode(some: str) -> list[int]:
-        return list(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
+    def encode(some: list[str]) -> list[list[int]]:
+        found = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [list(ids) for ids in found["input_ids"]]
 
+    pieces = itertools.chain.from_iterable(_pieces(text, encode) for text in texts)
+    while most > 0 and (some := _together(pieces, min(TOGETHER, most))):
+        for piece, ids in zip(some, encode([piece.text for piece in some]), strict=True):
+            own = ids[piece.extra :] + (end if piece.last else [])
+            yield from own[:most]
+            most = max(most - len(own), 0)
+
+
+class _Piece(NamedTuple):
+    """A part of a text, which has the tokens that it has there but for some too many."""
+
+    text: str
+    extra: int  # tokens too many at its start
+    last: bool  # whether the text ends with it
+
+
+def _together(pieces: Iterator[_Piece], characters: int) -> list[_Piece]:
+    """The next pieces, until they hold so many characters, each one's end among them."""
+    some: list[_Piece] = []
+    while characters > 0 and (piece := next(pieces, None)):
+        some.append(piece)
+        characters -= len(piece.text) + 1
+    return some
+
+
+def _pieces(text: str, encode: Callable[[list[str]], list[list[int]]]) -> Iterator[_Piece]:
+    """A text piece by piece, for a tokenizer takes hundreds of bytes a token. It is cut where that changes
+    none."""
     begin = extra = 0
     for end, following, following_extra in _cuts(text, encode):
-        yield from encode(text[begin:end])[extra:]
+        yield _Piece(text[begin:end], extra, last=False)
         begin, extra = following, following_extra
-    yield from encode(text[begin:])[extra:]
+    yield _Piece(text[begin:], extra, last=True)
 
 
-def _cuts(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[int, int, int]]:
+def _cuts(text: str, encode: Callable[[list[str]], list[list[int]]]) -> Iterator[tuple[int, int, int]]:
     """Places where a text can be cut: the end of a piece, the start of the next, and how many tokens too many
     that begins with. A tokenizer may put a space before each text: then the next piece leaves out its own, or
     begins with a token too many."""
@@ -142,9 +173,10 @@ def _cuts(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[int, 
         for found in itertools.islice(WORD_END.finditer(text, start, start + PIECE), TRIES):
             place = found.start()
             before, after = text[max(place - AROUND, 0) : place], text[place : place + AROUND]
-            whole, first = encode(before + after), encode(before)
-            ways = ((skip, extra) for skip, extra in WAYS if first + encode(after[skip:])[extra:] == whole)
-            if way := next(ways, None):
+            starts = [after[skip:] for skip, _ in WAYS]
+            whole, first, *others = encode([before + after, before, *starts])
+            tried = zip(WAYS, others, strict=True)
+            if way := next((way for way, ids in tried if first + ids[way[1] :] == whole), None):
                 yield place, place + way[0], way[1]
                 start = place
                 break

@@ -234,31 +234,38 @@ def sentencepiece_like(between: str) -> PreTrainedTokenizerFast:
 def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = TOKENIZER if kind == "bytes" else sentencepiece_like(kind)
     whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    cat = tokenizer("cat", add_special_tokens=False)["input_ids"]
     assert len(whole) > 1500
     lengths: list[int] = []
 
-    def counted(text: str, **how: Any) -> Any:
-        lengths.append(len(text))
-        return tokenizer(text, **how)
+    def counted(texts: list[str], **how: Any) -> Any:
+        lengths.extend(map(len, texts))
+        together.append(sum(map(len, texts)))
+        return tokenizer(texts, **how)
 
+    together: list[int] = []
+    texts, wanted = [TEXT, "", "cat", TEXT], [*whole, END, END, *cat, END, *whole, END]
     for piece in (100, 101, 333, 1024):
         monkeypatch.setattr(dbf2gguf.text, "PIECE", piece)
+        monkeypatch.setattr(dbf2gguf.text, "TOGETHER", 500)
         monkeypatch.setattr(dbf2gguf.text, "AROUND", 40)
-        assert list(_tokens(TEXT, counted)) == whole
+        assert list(_tokens(texts, [END], counted)) == wanted
         assert max(lengths) < max(80, piece + 80)
+        assert 490 <= max(together) < 500 + piece + 80
         lengths.clear()
+        together.clear()
 
 
 def test_a_text_that_cannot_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Because it has no spaces, or tokens reach over all of them: it stays whole."""
     monkeypatch.setattr(dbf2gguf.text, "PIECE", 50)
-    assert list(_tokens("cat" * 100, TOKENIZER)) == ids("cat" * 100)
+    assert list(_tokens(["cat" * 100], [], TOKENIZER)) == ids("cat" * 100)
 
-    def odd(text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [len(text)]}
+    def odd(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[len(text)] for text in texts]}
 
-    assert list(_tokens("cat " * 100, odd)) == [400]
-    assert list(_tokens("", TOKENIZER)) == []
+    assert list(_tokens(["cat " * 100], [], odd)) == [400]
+    assert list(_tokens([], [], TOKENIZER)) == []
 
 
 def test_too_short(tmp_path: Path) -> None:
