@@ -48,8 +48,7 @@ class Recorder:
                         result = function()
                 except RuntimeError as error:
                     graph, self.fails = None, True
-                    first = error.__context__ or error  # the end of a recording that has failed fails, too
-                    print(f"note: no CUDA graph of this model: {first_line(first)}", file=sys.stderr)
+                    print(f"note: no CUDA graph of this model: {reason(error)}", file=sys.stderr)
             if graph is not None:
                 graph.replay()
                 return result
@@ -60,3 +59,10 @@ class Recorder:
             return result
 
         return run
+
+
+def reason(error: RuntimeError) -> str:
+    """What went wrong first: the end of a recording that has failed fails, too, and torch.compile wraps what
+    it meets in an error of its own."""
+    first = error.__context__ or error
+    return first_line(getattr(first, "inner_exception", first))
