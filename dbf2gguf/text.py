@@ -50,7 +50,6 @@ FORMATS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBcdHIjmM
 }
 
 CONTEXT = 256  # tokens that the model writes before it starts over: bounds the KV cache
-TEMPERATURE = 1.0
 MAX_PROMPT = 96  # tokens of a prompt that are taken, at least
 MOST_PROMPT = 0.75  # share of a text that a chat prompt may take, if it is longer
 SPAN = (8, 33)  # tokens of a prompt that is cut from a given text: at least, and less than
@@ -379,7 +378,7 @@ class _Writer:
             return
         self.cache.crop(position)
         logits = self.model(self.ids[:, None], **self.cached, use_cache=True).logits[:, -1]
-        free = _sample(logits.float() / TEMPERATURE, self.uniform[position])
+        free = _sample(logits.float(), self.uniform[position])
         in_prompt = self.place < self.pool_lengths[self.prompt]
         forced = self.pool[self.prompt, self.place.clamp(max=self.pool.shape[1] - 1)]
         self.ids.copy_(torch.where(in_prompt, forced, free))
