@@ -494,6 +494,7 @@ class Runner:
         self.path, self.quantizer = model_config, quantizer
 
     def run(self):
+        print("what it says")
         zeros = torch.zeros
         for name in "ab":
             self.quantizer.results[name] = DBFResult(dbf_mid=zeros(8), dbf_Da=zeros(32), dbf_Db=zeros(64))
@@ -510,7 +511,10 @@ def test_onecomp(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "onecomp.py").write_text(ONECOMP, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     args = [*arguments(folder), *calibrated(folder), "--peers", "onecomp", "--onecomp", "mdbf:1,dbf:1.5"]
+    steps: list[str] = []
+    monkeypatch.setattr(Stage, "step", lambda stage, note="", n=1: steps.append(stage.name))
     assert main([*args, "--onecomp-iterations", "7", "-o", "json"]) == 0
+    assert steps.count("quantize DBF 1.5") == 2
     out, err = capsys.readouterr()
     assert err == "skipped onecomp MDBF 1: onecomp ends with code 1: RuntimeError: something in MDBF\n"
     found = by_name(out)["DBF 1.5"]

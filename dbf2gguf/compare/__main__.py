@@ -254,7 +254,8 @@ def _onecomp(run: Comparison) -> Iterator[Row]:
         try:
             if not (folder / "bits.json").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-                with Stage(f"onecomp {one.name}", 1, args.quiet):
+                layers = len(linear_names(run.model, run.source.arch))
+                with Stage(f"quantize {one.name}", layers, args.quiet) as stage:
                     onecomp.quantize(
                         args.onecomp_python,
                         run.source.path,
@@ -264,6 +265,7 @@ def _onecomp(run: Comparison) -> Iterator[Row]:
                         args.onecomp_iterations,
                         rows,
                         length,
+                        stage,
                     )
             about = onecomp.read_bits(folder)
             model = load_model(open_source(folder, run.scratch))

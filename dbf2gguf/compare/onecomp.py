@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dbf2gguf.compare import onecomp_child
 from dbf2gguf.compare.llama_cpp import MissingPeerError
+from dbf2gguf.progress import Stage
 from runtime.errors import BackendError, OptionError
 
 METHODS = ("dbf", "mdbf")
@@ -73,22 +75,34 @@ def quantize(
     iterations: int,
     rows: int,
     row_tokens: int,
+    stage: Stage,
 ) -> None:
     """Write the quantized model, weights multiplied out, and bits.json to the folder `out`, which is made.
 
     iterations  0: onecomp's default (600 for DBF, 260 for MDBF)
+    stage       gets a step for each layer
 
     Raises BackendError with onecomp's last words if it fails.
     """
     words = [wanted.method, wanted.bits, iterations, rows, row_tokens]
     # -P: this folder, which holds a module onecomp, stays out of sys.path
     command = [python, "-P", onecomp_child.__file__, model, text, out, *words]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it does not say why"]
-        raise BackendError(f"onecomp ends with code {done.returncode}: {lines[-1]}")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        with subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, encoding="utf-8",
+            errors="replace",
+        ) as child:  # fmt: skip
+            try:
+                for line in child.stdout or ():
+                    if line.strip() == onecomp_child.DONE:
+                        stage.step()
+            except BaseException:
+                child.kill()
+                raise
+        errors.seek(0)
+        lines = [line.strip() for line in errors if line.strip()] or ["it does not say why"]
+    if child.returncode:
+        raise BackendError(f"onecomp ends with code {child.returncode}: {lines[-1]}")
 
 
 def read_bits(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 
 quantizes MODEL with METHOD (dbf or mdbf), writes a Hugging Face folder OUT with the weights multiplied out,
 and OUT/bits.json: {"bits", "weights", "iterations", "device", "version"}. ITERATIONS 0: onecomp's default.
+A line DONE on stdout says that a layer is done.
 """
 
 from __future__ import annotations
@@ -14,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 SCALE_BITS = 16  # onecomp keeps scales as float16
+DONE = "layer done"
+
+
+class Results(dict[str, Any]):
+    """Of a quantizer, who tells when there is one more."""
+
+    def __setitem__(self, name: str, result: Any) -> None:
+        super().__setitem__(name, result)
+        print(DONE, flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -24,6 +34,7 @@ def main(argv: list[str]) -> None:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     kind, option = {"dbf": (DBF, "iters"), "mdbf": (MDBF, "admm_outer_iters")}[method]
     quantizer = kind(target_bits=float(bits), **({option: int(iterations)} if int(iterations) else {}))
+    quantizer.results = Results()
     calibration = CalibrationConfig(
         calibration_dataset=text,
         max_length=int(row_tokens),
