@@ -31,6 +31,7 @@ from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import decoder_layers
 from dbf2gguf.team import ALONE, Team
 from dbf2gguf.work import Work
+from runtime.errors import QualityError
 
 SCALES = ("s_out", "s_mid", "s_in")
 PART_WEIGHTS = 2**22  # that are multiplied out at a time on a CPU
@@ -251,7 +252,10 @@ def distill(
         for p, value in zip(trained, saved["parameters"], strict=True):
             p.data.copy_(value)
         if len(history) < steps:
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizer"])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate  # where a recorded step reads it: what was saved lies on the CPU
         stage.step(n=len(history))
     size = min(recipe.distill_batch, len(rows))
     part = team.part(size)
@@ -299,6 +303,11 @@ def distill(
                 rate = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
                 group["lr"] = group["lr"].fill_(rate) if compiled else rate
             history.append(float(train()))
+            if not math.isfinite(history[-1]):
+                raise QualityError(
+                    f"distillation: the KL of step {step + 1} of {steps} is {history[-1]}; try another "
+                    "--seed, or --dtype float32"
+                )
             recent = history[-8:]
             stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
             done = step + 1 == steps
@@ -318,11 +327,11 @@ def dtype_on(device: torch.device, kind: str) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 take less time than those of float32: on GPUs, and on CPUs that have
-    instructions for them (AVX512-BF16, AMX)."""
-    return (
-        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    """Whether products of bfloat16 take less time than those of float32: on GPUs from Ampere on, and on CPUs
+    that have instructions for them (AVX512-BF16, AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @contextmanager

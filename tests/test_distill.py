@@ -28,6 +28,7 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import DTYPES, Recipe
 from dbf2gguf.source import decoder_layers, linear_names, split_fused
 from dbf2gguf.work import Work
+from runtime.errors import QualityError
 
 RECIPE = Recipe(
     row_tokens=32, distill_steps=30, distill_batch=4, warmup_steps=3, scale_rate=1.5e-2, sign_rate=5e-2
@@ -87,6 +88,14 @@ def test_kl_falls(setup: Setup) -> None:
     assert history[0] == pytest.approx(before, rel=0.2)  # a batch of the rows, before any step
     assert setup.kl(student) < 0.7 * before
     assert sum(history[-5:]) < 0.8 * sum(history[:5])
+
+
+def test_a_loss_that_is_none(setup: Setup) -> None:
+    """It ends at the step where the KL is no number, not after all of them."""
+    student = setup.student()
+    student.stacks[0].s_mid.data.fill_(torch.nan)
+    with pytest.raises(QualityError, match="the KL of step 1 of 30 is nan; try another --seed"):
+        setup.train(student)
 
 
 class ExpertSetup(Setup):

@@ -9,21 +9,33 @@ from pathlib import Path
 import pytest
 import tiny_hf
 import torch
+from stops import FragileWork, Stop
+from test_distill import RECIPE, Setup
 
 import dbf2gguf.distill
 import dbf2gguf.text
 from dbf2gguf.attention import CAUSAL
+from dbf2gguf.distill import distill
 from dbf2gguf.factorize import Factors
 from dbf2gguf.graphs import Recorder, reason
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import load_model, open_source
 from dbf2gguf.text import self_written_rows
+from dbf2gguf.work import Work
 
 NO_GRAPH = "note: no CUDA graph"
 
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
+def setup_on_gpu() -> Setup:
+    setup = Setup()
+    setup.model.cuda().set_attn_implementation(CAUSAL)  # as load_model has it on a GPU
+    for name, f in setup.factors.items():
+        setup.factors[name] = Factors(*(getattr(f, part.name).cuda() for part in fields(f)))
+    return setup
 
 
 def test_the_reason() -> None:
@@ -76,14 +88,10 @@ def test_distillation_with_a_graph(
 ) -> None:
     """The KL falls as it does without. Compiled layers round in another way, and which kernels the compiler
     finds fastest differs from run to run: after some ten steps the KLs part, by 4 to 7 %."""
-    from test_distill import Setup
 
     def train(steps_that_pay: int) -> list[float]:
         monkeypatch.setattr(dbf2gguf.distill, "COMPILED_STEPS", steps_that_pay)
-        setup = Setup()
-        setup.model.cuda().set_attn_implementation(CAUSAL)  # as load_model has it on a GPU
-        for name, f in setup.factors.items():
-            setup.factors[name] = Factors(*(getattr(f, part.name).cuda() for part in fields(f)))
+        setup = setup_on_gpu()
         return setup.train(setup.student())
 
     recorded, plain = train(1), train(10**6)
@@ -91,3 +99,21 @@ def test_distillation_with_a_graph(
     assert recorded[:10] == pytest.approx(plain[:10], rel=0.03)
     assert sum(recorded) == pytest.approx(sum(plain), rel=0.03)
     assert recorded[-1] < 0.7 * recorded[0]
+
+
+@on_gpu
+def test_a_graph_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates fall as they would have: the recorded step reads them where they are written."""
+    monkeypatch.setattr(dbf2gguf.distill, "COMPILED_STEPS", 1)
+    monkeypatch.setattr(dbf2gguf.distill, "SAVE_SECONDS", 0.0)
+
+    def train(work: Work) -> list[float]:
+        setup = setup_on_gpu()
+        stage = Stage("distil", RECIPE.distill_steps, quiet=True)
+        return distill(setup.model, setup.student(), setup.rows, RECIPE, 0, stage, work)
+
+    FragileWork(monkeypatch).left = 12
+    with pytest.raises(Stop):
+        train(Work(tmp_path))
+    resumed, straight = train(Work(tmp_path)), train(Work(None))
+    assert resumed == pytest.approx(straight, rel=0.02)
