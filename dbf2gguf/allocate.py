@@ -135,7 +135,9 @@ def allocate(
         return plan
     if kind not in ALLOCATIONS[1:]:
         raise OptionError(f"allocation {kind!r} is unknown; there are {', '.join(ALLOCATIONS[1:])}")
-    return Plan(shapes, work.keep("ranks", ranks), plan.target)
+    found = work.keep("ranks", ranks)
+    work.within("probe-").forget()
+    return Plan(shapes, found, plan.target)
 
 
 def plan_by_sensitivity(

@@ -59,7 +59,7 @@ from dbf2gguf.stream import output_importance as streamed_importance
 from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import ALONE, Team, joined
 from dbf2gguf.text import first_rows, rows_from_files, self_written_rows
-from dbf2gguf.work import Work, digest_of
+from dbf2gguf.work import Work, digest_of, digest_of_code
 from dbf2gguf.write import (
     dequantized,
     ggml_type,
@@ -72,6 +72,7 @@ from runtime.errors import FormatError, OptionError, QualityError
 
 DEFAULT_BPW = 1.2
 SAME_TEXT = ("model", "device", "threads", "versions")
+TEXT_MODULES = ("text", "prompts", "kvcache", "attention")
 
 
 def convert(
@@ -451,7 +452,7 @@ def _write(path: Path, made: _Prepared, tried: _Try) -> None:
 
 def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
     """What decides the bytes of what is kept, for Work.open; the bits per weight are in the parts' names.
-    Those of SAME_TEXT decide what the model writes."""
+    Those of SAME_TEXT decide what the model writes, with the code of TEXT_MODULES."""
     files = [source.gguf] if source.gguf else [*weight_files(source.path), *hub.described_by(source.path)]
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     return {
@@ -464,6 +465,7 @@ def _key(source: Source, options: Options, team: Team) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "processes": team.size,
         "versions": {name: _version(name) for name in ("dbf2gguf", "torch", "transformers", "tokenizers")},
+        "code": digest_of_code(),
     }
 
 
@@ -512,7 +514,9 @@ def _text(
             return self_written_rows(model, tokenizer, *how, stage, starts, team)
 
         own, known_already = cached_text(
-            {name: key[name] for name in SAME_TEXT} | {"how": how, "starts": _tokens_digest(starts)}, write
+            {name: key[name] for name in SAME_TEXT}
+            | {"how": how, "starts": _tokens_digest(starts), "code": digest_of_code(*TEXT_MODULES)},
+            write,
         )
         if known_already:
             stage.step(n=own.numel(), note="written before")

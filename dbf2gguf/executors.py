@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from dbf2gguf.parallel import map_on_cores
+from dbf2gguf.work import digest_of_code
 from runtime.errors import BackendError
 
 CONNECT_SECONDS = 5  # for a scheduler to answer
@@ -197,4 +198,4 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # on the path without being installed
             found[package] = "unknown"
-    return found
+    return found | {"code": digest_of_code()[:12]}

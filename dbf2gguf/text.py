@@ -309,6 +309,8 @@ def self_written_rows(
         own = map_on_cores(lambda n: write(_Writer(model, ends, shape, width), n), mine)
     for number, block in zip(mine, own, strict=True):
         written[number] = block
+    if device.type == "cuda":
+        writer.recorded.clear()  # what they refer to refers to them: nothing else would free its memory soon
     team.sum([written])
     stage.step(n=(blocks - len(mine)) * size * row_tokens)  # the others'
     return written.flatten(0, 1)[:rows]

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,6 +90,12 @@ class Work:
         """How many parts are kept."""
         return 0 if self.folder is None else sum(path.suffix == ".sha256" for path in self.folder.iterdir())
 
+    def forget(self) -> None:
+        """Remove the parts whose names begin with the prefix."""
+        for path in list(self.folder.iterdir()) if self.folder else []:
+            if path.name.startswith(self.prefix) and path.suffix in (".pt", ".sha256"):
+                path.unlink()
+
     def clear(self) -> None:
         """Forget everything. Only what Work has made, or what has a temporary name, is removed."""
         for path in list(self.folder.iterdir()) if self.folder else []:
@@ -102,6 +109,13 @@ def digest_of(files: Iterable[Path]) -> str:
     for file in files:
         total.update(bytes.fromhex(_sha256(file)))
     return total.hexdigest()
+
+
+@cache
+def digest_of_code(*modules: str) -> str:
+    """SHA-256 over this package's modules, or over those named: other code may make other parts."""
+    folder = Path(__file__).parent
+    return digest_of([folder / f"{name}.py" for name in modules] or sorted(folder.glob("*.py")))
 
 
 def _sha256(file: Path) -> str:

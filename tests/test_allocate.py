@@ -312,9 +312,9 @@ def test_allocate(setup: Setup, kind: str, tmp_path: Path) -> None:
     assert 0.97 * setup.plan.bpw <= plan.bpw <= setup.plan.target
     assert plan.ranks != setup.plan.ranks
     assert list(plan.ranks) == list(setup.plan.ranks)
-    parts = work.parts()
+    assert work.parts() == 1  # what the model was factorized into for that is gone
     assert setup.allocated(kind, work) == plan
-    assert work.parts() == parts
+    assert work.parts() == 1
 
 
 def test_channels_stay_near_uniform_where_bits_are_many(setup: Setup) -> None:

@@ -79,3 +79,6 @@ def test_other_bits_take_the_same_text(cache: Path, tmp_path: Path, monkeypatch:
     convert(folder, tmp_path / "c.gguf", **tiny_hf.QUICK | {"bpw": 5.0})
     with pytest.raises(pytest.fail.Exception, match="written again"):
         convert(folder, tmp_path / "d.gguf", **tiny_hf.QUICK, seed=1)
+    monkeypatch.setattr(dbf2gguf.convert, "digest_of_code", lambda *modules: f"other {modules}")
+    with pytest.raises(pytest.fail.Exception, match="written again"):
+        convert(folder, tmp_path / "e.gguf", **tiny_hf.QUICK)

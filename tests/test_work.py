@@ -189,11 +189,11 @@ def test_a_refused_file_needs_no_second_conversion(tmp_path: Path, monkeypatch: 
     assert out.is_file()
 
 
-@pytest.mark.parametrize("changed", ["weights", "chat_template.jinja", "merges.txt"])
+@pytest.mark.parametrize("changed", ["weights", "chat_template.jinja", "merges.txt", "code"])
 def test_another_model_starts_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: str
 ) -> None:
-    """Other weights, another tokenizer or template, under the same name."""
+    """Other weights, another tokenizer or template, under the same name; or other code of this package."""
     model, out, work = (
         tiny_hf.write_folder(tmp_path / "model"),
         tmp_path / "out.gguf",
@@ -205,11 +205,14 @@ def test_another_model_starts_afresh(
     if changed == "weights":
         tiny_hf.write_folder(tmp_path / "other", seed=1)
         (model / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    elif changed == "code":
+        monkeypatch.setattr(dbf2gguf.convert, "digest_of_code", lambda *_: "another")
     else:
         (model / changed).write_text("{{ messages[0].content }}")
     work.left = sys.maxsize
     convert(model, out, **tiny_hf.QUICK | {"quiet": False})
-    assert "of another conversion (model changed); starting afresh" in capsys.readouterr().err
+    what = "code" if changed == "code" else "model"
+    assert f"of another conversion ({what} changed); starting afresh" in capsys.readouterr().err
 
 
 def test_two_at_a_time(tmp_path: Path) -> None:
