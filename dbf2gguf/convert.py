@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from dbf2gguf.files import alone_in, check_output, check_space, replacing
 from dbf2gguf.follow import Load, Write, call_to_distil, follow
 from dbf2gguf.html_report import command_line, page_path, write_page
 from dbf2gguf.malloc import return_freed
-from dbf2gguf.memory_need import choose_streamed, find_need
+from dbf2gguf.memory_need import Need, choose_streamed, find_need
 from dbf2gguf.options import Options, check_options, describe_device, find_device, parse_size
 from dbf2gguf.peak_memory import resident
 from dbf2gguf.progress import Stage
@@ -182,15 +182,21 @@ def convert(
         size = _file_size(plan, skeleton, options.embed_type)
         if max_kl is None and not quiet:
             print(describe_plan(plan, size), file=sys.stderr)
-        held = resident() or peak_rss()
-        need = find_need(
-            source,
-            skeleton,
-            make_plan(source, skeleton, grid[-1]),
-            options,
-            _row_tokens(skeleton, options.recipe),
-            held,
-        ).at_least(held + reading_bytes(source))
+        held, length = resident() or peak_rss(), _row_tokens(skeleton, options.recipe)
+
+        def need_of(plan: Plan) -> Need:
+            need = find_need(source, skeleton, plan, options, length, held)
+            return need.at_least(held + reading_bytes(source))
+
+        def check(plan: Plan) -> None:
+            """Of a further try, whose latents in distillation may want more room than those before."""
+            need, size = need_of(plan), _file_size(plan, skeleton, options.embed_type)
+            kept = need.on_disk(choose_streamed(need, source, options))
+            check_space(out, size + kept, f"a try with {plan.target:g} bits per weight")
+
+        # without distillation all tries want about the same, and whether the model is streamed is one choice
+        first = _start(grid) if options.recipe.distill_steps else grid[-1]
+        need = need_of(make_plan(source, skeleton, first))
         streamed = choose_streamed(need, source, options)
         if device == "cpu" and not quiet:
             print(need.describe(streamed), file=sys.stderr)
@@ -210,7 +216,7 @@ def convert(
         try:
             with Scratch(folder / "states") as states:
                 means = _Means(work, key, executor, team, states if streamed else None)
-                done = _run(source, skeleton, out, grid, options, means)
+                done = _run(source, skeleton, out, grid, options, means, check)
         except BaseException:
             if not work.parts():
                 work.clear()
@@ -296,10 +302,23 @@ class _Try:
     errors: Errors
 
 
+def _start(grid: Sequence[float]) -> float:
+    """The bits per weight that are tried first."""
+    return min(max(DEFAULT_BPW, grid[0]), grid[-1])
+
+
 def _run(
-    source: Source, skeleton: nn.Module, out: Path, grid: list[float], options: Options, means: _Means
+    source: Source,
+    skeleton: nn.Module,
+    out: Path,
+    grid: list[float],
+    options: Options,
+    means: _Means,
+    check: Callable[[Plan], None],
 ) -> Report:
     """Prepare once, then write the file of the least bits per weight in `grid` that are good enough.
+
+    check  raises an error if there is no room for a try
 
     Raises QualityError if none are; a single one may be forced.
     """
@@ -314,7 +333,8 @@ def _run(
             """The mean KL with so many bits; if it is good enough, the file for now."""
             nonlocal best
             plan = make_plan(source, skeleton, bpw)
-            check_space(out, _file_size(plan, skeleton, options.embed_type))
+            if tries:
+                check(plan)
             tried = _try(made, plan, stages)
             kl = tried.quality.kl_mean
             tries.append((bpw, kl))
@@ -326,7 +346,7 @@ def _run(
                 best = tried.plan, tried.quality, tried.errors
             return kl
 
-        smallest(attempt, grid, limit, DEFAULT_BPW)
+        smallest(attempt, grid, limit, _start(grid))
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
     weights = _count_weights(skeleton)

@@ -198,6 +198,17 @@ def test_no_kl_at_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "the model has collapsed" in describe_report(report)
 
 
+def test_room_is_that_of_each_try(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the disk, for what distillation keeps; not that of the most bits there are."""
+    asked: dict[str, int] = {}
+    monkeypatch.setattr(convert, "check_space", lambda out, size, what: asked.setdefault(what, size))
+    report = convert.convert(folder, tmp_path / "out.gguf", max_kl=0.75, **QUICK)
+    first, *others = report.tries
+    assert list(asked) == ["the conversion", *(f"a try with {bpw:g} bits per weight" for bpw, _ in others)]
+    for (bpw, _), size in zip(report.tries, asked.values(), strict=True):
+        assert (size > asked["the conversion"]) == (bpw > first[0])
+
+
 def test_at_the_limit_is_no_collapse(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = Quality(1, 20.0, 19.0, kl_mean=COLLAPSED_KL, kl_p99=0.1, same_top1=0.9)
     monkeypatch.setattr(convert, "measure", lambda *args: quality)
