@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,6 +450,30 @@ def test_missing_peers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert lines[1].endswith("V/bin/pip install onecomp; then give --onecomp-python V/bin/python")
     assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| original", "| DBF as published"]
+
+
+def test_a_peer_that_fails_late(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured before is printed all the same."""
+    args = [*arguments(folder), *calibrated(folder), "--peers", "published", "--published", "99"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("skipped published: ")
+    assert "99" in err
+    assert "| original " in out
+
+
+def test_the_size_of_the_original(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what it was read from: weights of its type, or a GGUF file."""
+    file = tiny_hf.write_standard_gguf(tmp_path / "m.gguf", folder / "tiny")
+    for model, size in ((folder / "tiny", (folder / "tiny/model.safetensors").stat().st_size), (file, None)):
+        assert main([str(model), *arguments(folder)[1:], "--peers", "none", "-o", "json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["file_mib"] == pytest.approx((size or file.stat().st_size) / 2**20, rel=0.05)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
+    assert main([*arguments(folder), "--peers", "none"]) == 1
+    assert "the original's logits, in $TMPDIR, needs" in capsys.readouterr().err
 
 
 def test_one_tool_is_missing(tmp_path: Path, llama_bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:

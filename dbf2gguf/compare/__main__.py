@@ -43,10 +43,11 @@ from dbf2gguf.convert import as_stored, make_plan
 from dbf2gguf.files import check_output, replacing
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import linear_names, load_model, open_source
+from dbf2gguf.work import digest_of_code
 from dbf2gguf.write import write_dense, write_gguf
 from runtime import cli
 from runtime.bench.report import Table
-from runtime.errors import BackendError, DbfError, OptionError, UnsupportedModelError
+from runtime.errors import DbfError, OptionError
 
 PEERS = ("llama.cpp", "published", "onecomp")
 GRADIENT_ROWS = 16
@@ -161,14 +162,15 @@ def _measurements(
     for peer in peers:
         try:
             yield from makers[peer](run)
-        except (MissingPeerError, BackendError, UnsupportedModelError) as error:
+        except (MissingPeerError, DbfError) as error:
             print(f"skipped {peer}: {error}", file=sys.stderr)
 
 
 def _original(run: Comparison) -> Row:
     stored = str(run.source.config.get("dtype") or run.source.config.get("torch_dtype") or "float32")
     bits = torch.finfo(getattr(torch, stored.removeprefix("torch."))).bits
-    size = sum(file.stat().st_size for file in run.source.path.glob("*.safetensors"))
+    weights = sum(p.numel() for p in run.model.parameters())
+    size = run.source.gguf.stat().st_size if run.source.gguf else weights * bits // 8
     return run.row(
         ORIGINAL, stored, bits, 1, size, run.judge.original, f"transformers {version('transformers')}"
     )
@@ -227,7 +229,7 @@ def _published(run: Comparison) -> Iterator[Row]:
         outputs = output_importance(model, names, rows[:GRADIENT_ROWS], GRADIENT_BATCH, stage)
     for bpw in args.published:
         plan = make_plan(source, model, bpw)
-        file = run.folder / f"published-{bpw:g}-{iterations}.gguf"
+        file = run.folder / f"published-{bpw:g}-{iterations}-{digest_of_code()[:8]}.gguf"
 
         def make(out: Path, plan: Any = plan) -> None:
             with Stage(f"factorize {plan.bpw:.2f}", len(names), args.quiet) as stage:

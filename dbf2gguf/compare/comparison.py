@@ -15,8 +15,9 @@ from dbf2gguf.archs import plain_length
 from dbf2gguf.compare.padding import unpadded
 from dbf2gguf.compare.rows import Protocol, Row, linear_bits
 from dbf2gguf.compare.score import Judge, Logits, logits_of
+from dbf2gguf.files import check_space
 from dbf2gguf.source import Source, load_model, load_tokenizer, open_source
-from dbf2gguf.text import rows_from_files
+from dbf2gguf.text import adds_begin, rows_from_files
 from runtime import cli, perplexity
 from runtime.bench.report import FORMATS
 from runtime.errors import OptionError
@@ -50,9 +51,7 @@ class Comparison:
         text = Path(args.text).read_bytes()
         self.text = text.decode("utf-8", "replace")
         exact = Tokenizer(self.tokenizer.backend_tokenizer.to_str())  # takes control tokens' names as text
-        bos = self.tokenizer.bos_token_id
-        adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-        self.bos = bos if adds_bos else None
+        self.bos = self.tokenizer.bos_token_id if adds_begin(self.tokenizer) else None
         self.pieces = perplexity.chunks(exact.encode(self.text), args.ctx, args.chunks, self.bos)
         self.protocol = Protocol(
             self.source.name,
@@ -75,6 +74,9 @@ class Comparison:
 
     @cached_property
     def judge(self) -> Judge:
+        scored = sum(len(ids) - len(ids) // 2 for ids in self.pieces)
+        size = 4 * scored * self.model.config.vocab_size
+        check_space(self.scratch / "original", size, "the original's logits, in $TMPDIR,")
         return Judge(logits_of(self.model), self.pieces, self.scratch, self.args.quiet)
 
     @cached_property
