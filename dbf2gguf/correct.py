@@ -36,6 +36,7 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, as_linear, decoder_layers
 from dbf2gguf.work import Work
+from runtime.errors import QualityError
 
 BATCH_ROWS = 8  # that pass together, at most
 PRODUCT_ROWS = 1024  # of a weight that are multiplied out at a time
@@ -181,7 +182,8 @@ def _factorize_group(
     """Correct and factorize the layers of one group and put them in place of the originals."""
     modules = {prefix + name: layer.get_submodule(arch.linears[name]) for name in group.linears}
     weights = (module.weight for module in modules.values())
-    corrected, importance_in = _corrected(weights, wanted, inputs, walk.recipe.damping, walk.scale)
+    found = _corrected(next(iter(modules)), weights, wanted, inputs, walk.recipe.damping, walk.scale)
+    corrected, importance_in = found
     targets = walk.keep((weight, importance_in) for weight in corrected)
     large = max(prod(walk.plan.shapes[name]) for name in modules) >= LARGE
     executor = one_by_one if large else walk.executor
@@ -330,6 +332,7 @@ def _factorize_experts(
         if branch.corrected:
             then, now = (original.get_submodule(paths[end]), branch.module) if down else (None, None)
             corrected, importance = _corrected(
+                f"{prefix}{name}{end}",
                 (module.weight for module in [linear]),  # read when it is needed
                 seen(branch, wanted, then),
                 seen(branch, inputs, now),
@@ -398,6 +401,7 @@ def _branches(
 
 
 def _corrected(
+    name: str,
     weights: Iterable[Tensor],
     wanted: Iterable[tuple[Tensor, Tensor | None]],
     inputs: Iterable[tuple[Tensor, Tensor | None]],
@@ -405,9 +409,19 @@ def _corrected(
     scale: float,
 ) -> tuple[Iterator[Tensor], Tensor]:
     """The W' of the module's head for each W, and the root of H's diagonal, mean square 1. Each W' is solved
-    when it is asked for; if anything is lacking, there is one."""
+    when it is asked for; if anything is lacking, there is one.
+
+    name  of the first, for messages
+
+    Raises QualityError for inputs that are not finite.
+    """
     gram, cross, missing = _moments(wanted, inputs, scale)
     diagonal = gram.diagonal()
+    if not diagonal.isfinite().all():
+        raise QualityError(
+            f"{name}: what the model computes for it is too large or no number; do its answers make sense in "
+            "transformers, in float32?"
+        )
     importance = importance_of(diagonal)
     ridge = damping * diagonal.mean() + 1e-12
     diagonal += ridge

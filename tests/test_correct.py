@@ -25,6 +25,7 @@ from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
 from dbf2gguf.source import Source, decoder_layers, linear_names, load_model, open_source, split_fused
 from dbf2gguf.work import Work
+from runtime.errors import QualityError
 
 RECIPE = Recipe(row_tokens=32, correct_rows=48, admm_iterations=12, damping=0.1)
 
@@ -93,7 +94,7 @@ def test_the_equations(monkeypatch: pytest.MonkeyPatch, scale: float | None) -> 
     weights = [torch.randn(9, 20, generator=generator) for _ in range(2 if scale is None else 1)]
     lacks = [None] * 3 if scale is None else stream, [None] * 3 if scale is None else stream_now
     pairs = [zip(a, b, strict=True) for a, b in zip((x, x_now), lacks, strict=True)]
-    found, importance = _corrected(weights, *pairs, 0.1, scale or 1.0)
+    found, importance = _corrected("blk.0.attn_q", weights, *pairs, 0.1, scale or 1.0)
     a, b, r = (t.double().flatten(0, 2) for t in (x, x_now, stream - stream_now))
     h, c = b.T @ b, a.T @ b
     assert torch.allclose(importance, (h.diagonal() / h.diagonal().mean()).sqrt().float(), rtol=1e-4)
@@ -102,6 +103,12 @@ def test_the_equations(monkeypatch: pytest.MonkeyPatch, scale: float | None) -> 
     for weight, got in zip(weights, found, strict=True):
         wanted = (weight.double() @ (c + ridge) + lacking) @ torch.linalg.inv(h + ridge)
         assert torch.allclose(got.double(), wanted, atol=1e-4)
+
+
+def test_inputs_that_are_no_numbers() -> None:
+    x = torch.tensor([[[1.0, torch.inf]]])
+    with pytest.raises(QualityError, match=r"blk\.1\.ffn_up: what the model computes for it is too large"):
+        _corrected("blk.1.ffn_up", [torch.ones(3, 2)], [(x, None)], [(x, None)], 0.1, 1.0)
 
 
 def test_one_block_is_recorded_at_a_time(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
