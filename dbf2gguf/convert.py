@@ -526,7 +526,7 @@ def _text(
     if written:
         known = order[: recipe.text_rows]  # none is held out
         starts = given[known[known < len(given)]]
-        rounded = dtype_on(next(model.parameters()).device, recipe.dtype) == torch.bfloat16
+        rounded = recipe.dtype == "bfloat16"
         how = written, length, recipe.chat_share, seed, rounded
 
         def write() -> Tensor:
@@ -629,10 +629,8 @@ def _skeleton(source: Source) -> nn.Module:
 
 def _settled(options: Options, skeleton: nn.Module) -> Options:
     """The options with what depends on the model and the machine decided, so that the file says it."""
-    recipe = options.recipe
-    if recipe.distill_steps:
-        kind = str(dtype_on(torch.device(options.device), recipe.dtype)).removeprefix("torch.")
-        recipe = replace(recipe, dtype=kind)
+    kind = str(dtype_on(torch.device(options.device), options.recipe.dtype)).removeprefix("torch.")
+    recipe = replace(options.recipe, dtype=kind)
     return replace(options, recipe=recipe, embed_type=_fit_embed_type(skeleton, options.embed_type))
 
 

@@ -18,6 +18,7 @@ from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.parallel import AHEAD
 from dbf2gguf.source import Source, decoder_layers
+from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import torchrun_size
 from dbf2gguf.text import BATCH_TOKENS, CONTEXT
 from runtime.cli import machine_memory
@@ -26,6 +27,9 @@ from runtime.errors import OptionError
 FLOAT = 4
 LINEAR = 24 << 10
 """Bytes that a linear layer takes beside weights and vectors: modules, names, what the file says of it."""
+
+TOKEN_BYTES = 6
+"""Bytes of a text file that certainly hold a token, about."""
 
 BESIDES = 2**26
 """Bytes of what comes with the work and is not counted: buffers of libraries, pages of files."""
@@ -101,7 +105,7 @@ def find_need(
         kept + records + waiting + correction,
         kept + linears + 2 * ends + measuring,
     ]
-    if options.device == "cpu" and (not options.calib or recipe.written_share):
+    if options.device == "cpu" and _may_write(options, row_tokens):
         rounded = recipe.dtype == "bfloat16"
         cache = 2 * n_layers * f.n_kv_heads * head_dim(config) * (2 if rounded else FLOAT)  # of one token
         one_core = BATCH_TOKENS * cache + 5 * BATCH_TOKENS // CONTEXT * vocabulary * FLOAT
@@ -117,6 +121,17 @@ def find_need(
     # factors, and those in training with Adam's moments, twice while one file takes the place of another
     finished = 7 * latents if recipe.distill_steps else latents // 32
     return Need(base, whole, streamed, block, disk + 2 * max(layers) * FLOAT + 2 * ends, finished)
+
+
+def _may_write(options: Options, row_tokens: int) -> bool:
+    """Whether the model is to write text, or the files are so small that it may have to."""
+    recipe = options.recipe
+    if not options.calib or recipe.written_share:
+        return True
+    if any(map(dataset_of, options.calib)):
+        return False
+    wanted = (recipe.text_rows + recipe.eval_rows) * row_tokens
+    return sum(file.stat().st_size for file in options.calib if file.is_file()) < TOKEN_BYTES * wanted
 
 
 def _weights(module: nn.Module) -> int:

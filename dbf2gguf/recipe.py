@@ -20,7 +20,7 @@ ALLOCATIONS = ("auto", "uniform", "sensitivity", "attribution", "channels")
 """How bits are spread over linear layers: see `allocate.allocate`, and for auto `Recipe.at`."""
 
 FEW_BITS = 1.6
-"""Bits per weight up to which `channels` was measured to do better than `uniform`, before and after a short
+"""Bits per weight below which `channels` was measured to do better than `uniform`, before and after a short
 distillation, and `best` gains by more steps: docs/ABLATIONS.md."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 COLLAPSED_KL = 3.0  # nats a token: beyond it a model says nothing sensible
 STEP = 20  # tries are 1/20 bit per weight apart
-FALL = 0.5  # of log KL with a bit per weight, until two tries tell; docs/ABLATIONS.md has 0.3 of long runs
+FALL = 0.5  # of log KL with a bit per weight, until two tries tell; docs/RECIPE.md has 0.5 to 0.75
 REACH = 1.0  # bits per weight, at least, that one goes beyond what was tried
 MOST_KL = 20.0  # what does not count as more: a KL that is not finite, for one
 

@@ -23,7 +23,7 @@ from dbf2gguf.graphs import Recorder
 from dbf2gguf.kvcache import GrowingCache, cache_argument
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
-from dbf2gguf.prompts import chat_questions, openings
+from dbf2gguf.prompts import chat_questions, foreign_openings, openings
 from dbf2gguf.tables import entries, is_read_whole, is_table, plain_texts
 from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
@@ -260,7 +260,8 @@ def self_written_rows(
     team: Team = ALONE,
 ) -> Tensor:
     """Text that the model writes at temperature 1 from many short prompts: openings of texts of many kinds,
-    a few words out of given texts, and chat questions, where the tokenizer has a chat template.
+    in all languages that the tokenizer was made for, a few words out of given texts, and chat questions,
+    where the tokenizer has a chat template.
 
     chat_share  chat questions among the prompts, 0 to 1; none, and `stage` says so, if the chat template
                 leaves no room in a text for an answer
@@ -406,7 +407,13 @@ def _spans(given: Tensor, generator: torch.Generator) -> list[list[int]]:
 
 def _prompts(tokenizer: Any) -> dict[str, list[list[int]]]:
     """Kind of prompt -> prompts as tokens. A kind that the tokenizer has no form for is left out."""
-    kinds = {"opening": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in openings()]}
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=True)["input_ids"])
+
+    kinds = {"opening": [ids(text) for text in openings()]}
+    if foreign := foreign_openings(lambda text: len(ids(text))):
+        kinds["foreign"] = [ids(text) for text in foreign]
     if tokenizer.chat_template:
         how = {"add_generation_prompt": True, "return_dict": True, **_dated(tokenizer)}
         kinds["chat"] = [
@@ -429,11 +436,12 @@ def _keep_fitting(kinds: dict[str, list[list[int]]], length: int) -> bool:
 def _by_turns(
     prompts: dict[str, list[list[int]]], chat_share: float, generator: torch.Generator
 ) -> Iterator[list[int]]:
-    """Prompts without end: chat questions spread evenly among the other kinds, which take turns; each kind in
-    random order."""
+    """Prompts without end: chat questions spread evenly among the other kinds, which take turns, foreign
+    openings one in every two rounds; each kind in random order."""
     streams = {kind: _shuffled(some, generator) for kind, some in prompts.items()}
-    chat = streams.pop("chat", None)
-    others = itertools.cycle([stream for kind, stream in streams.items() for _ in range(TURNS[kind])])
+    chat, foreign = streams.pop("chat", None), streams.pop("foreign", None)
+    turns = [stream for kind, stream in streams.items() for _ in range(TURNS[kind])]
+    others = itertools.cycle([*turns, *turns, foreign] if foreign else turns)
     for turn in itertools.count():
         is_chat = int((turn + 1) * chat_share) > int(turn * chat_share)
         yield next(chat if chat and is_chat else next(others))

@@ -445,6 +445,21 @@ def test_streamed_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not choose_streamed(need, source, free)
 
 
+def test_files_that_may_not_suffice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Then the need is that of a model that writes the rest itself."""
+    needs = []
+    monkeypatch.setattr(dbf2gguf.convert, "choose_streamed", lambda need, *_: needs.append(need))
+    monkeypatch.setattr(dbf2gguf.convert, "resident", lambda: 1 << 20)
+    folder = tiny_hf.write_folder(tmp_path / "model")
+    for words in (1, 10000):
+        (tmp_path / "text.txt").write_text("the cat sat on the mat " * words)
+        options = OPTIONS | {"calib": [tmp_path / "text.txt"], "dry_run": True}
+        convert(folder, tmp_path / "out.gguf", **options)
+        convert(folder, tmp_path / "out.gguf", **options | {"written_share": 0.5})
+    short, short_written, enough, enough_written = (need.whole for need in needs)
+    assert short == short_written == enough_written > enough
+
+
 # Memory ---------------------------------------------------------------------------------------------------
 
 PEAK = """

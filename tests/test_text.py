@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import dbf2gguf.text
 from dbf2gguf.kvcache import GrowingCache
 from dbf2gguf.progress import Stage
+from dbf2gguf.prompts import ENGLISH, LANGUAGES, foreign_openings
 from dbf2gguf.text import (
     CONTEXT,
     MAX_PROMPT,
@@ -348,7 +349,7 @@ def test_self_written_is_the_models_text() -> None:
 
 def test_prompts_are_text_of_the_tokenizer() -> None:
     prompts = _prompts(TOKENIZER)
-    assert set(prompts) == {"opening", "chat"}
+    assert set(prompts) == {"opening", "foreign", "chat"}
     for prompt in itertools.islice(_by_turns(prompts, 0.5, torch.Generator().manual_seed(0)), 20):
         assert prompt
         assert all(isinstance(i, int) and 0 <= i < tiny_hf.N_VOCAB for i in prompt)
@@ -390,11 +391,23 @@ def test_long_chat_prompts_are_whole() -> None:
 def test_no_room_for_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
     """Then there are other texts, and a note."""
     tokenizer = long_template(CONTEXT)
-    openings = {tuple(prompt) for prompt in _prompts(tokenizer)["opening"]}
+    kinds = _prompts(tokenizer)
+    openings = {tuple(prompt) for prompt in kinds["opening"] + kinds["foreign"]}
     with Stage("text", 8 * 40) as stage:
         rows = write_chats(tokenizer, 40, stage).tolist()
     assert all(any(tuple(row[: len(o)]) == o[:40] for o in openings) for row in rows)
     assert "text: note: no chat questions: the model's chat template" in capsys.readouterr().err
+
+
+def test_languages() -> None:
+    """Those in which a text takes hardly more tokens than in English; one in three openings is foreign."""
+    assert foreign_openings(lambda text: 10) == [text for _, some in LANGUAGES.values() for text in some]
+    assert foreign_openings(lambda text: 10 if text == ENGLISH else 18) == []
+    spanish, openings = LANGUAGES["Spanish"]
+    found = foreign_openings(lambda text: {ENGLISH: 10, spanish: 16}.get(text, 17))
+    assert found == list(openings)
+    stream = _by_turns({"opening": [[1]], "given": [[2]], "foreign": [[3]]}, 0, torch.Generator())
+    assert list(itertools.islice(stream, 14)) == [[1], [2], [2], [1], [2], [2], [3]] * 2
 
 
 def test_prompts_are_cut_as_before() -> None:
@@ -472,9 +485,10 @@ def test_prompts_follow_where_a_text_ends() -> None:
     for row in rows.tolist():
         ends = [i for i, token in enumerate(row) if token == END]
         texts += [tuple(row[a + 1 : b]) for a, b in itertools.pairwise([-1, *ends])]
-    known = {tuple(prompt) for prompt in _prompts(TOKENIZER)["opening"]}
+    kinds = _prompts(TOKENIZER)
+    known = {tuple(prompt[:MAX_PROMPT]) for prompt in kinds["opening"] + kinds["foreign"]}
     spans = [text for text in texts if set(text) == {55}]
     assert {len(text) for text in spans} <= set(range(*SPAN))
     assert len(set(map(len, spans))) > 3
     assert all(text in known for text in texts if text not in spans)
-    assert len(spans) == pytest.approx(2 / 3 * len(texts), abs=len(texts) / 5)
+    assert len(spans) == pytest.approx(4 / 7 * len(texts), abs=len(texts) / 5)
