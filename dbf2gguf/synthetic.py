@@ -104,20 +104,24 @@ def _byte_tokenizer() -> Any:
     return tokenizer
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
     parser = make_parser("python -m dbf2gguf.synthetic", "Write a checkpoint of random weights.")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write; it is made")
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny", help="whose shape it has")
     parser.add_argument("--layers", type=int, help="blocks, if not those of the shape")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
 
     def work(args: argparse.Namespace) -> int:
         changes = {} if args.layers is None else {"num_hidden_layers": args.layers}
         write_checkpoint(args.folder, args.shape, seed=args.seed, **changes)
         return 0
 
-    return run(work, parser.parse_args(argv))
+    return run(work, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

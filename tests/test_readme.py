@@ -1,4 +1,4 @@
-"""The README's commands exist as it names them."""
+"""The commands and files that the README and docs/ name exist as they name them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import importlib
 import re
 from pathlib import Path
 
+import pytest
+
 from dbf2gguf import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README_FILE = ROOT / "README.md"
+README = README_FILE.read_text(encoding="utf-8")
+PAGES = [README_FILE, *sorted((ROOT / "docs").glob("**/*.md"))]
+OPTION = re.compile(r"--[a-z][a-z0-9-]*[a-z0-9]")
+OTHERS = {"--index-url", "--nnodes", "--rdzv-endpoint"}
+"""Options of pip and torchrun."""
 
 
 def help_texts() -> str:
@@ -22,17 +29,19 @@ def help_texts() -> str:
             "runtime.zeroshot",
             "runtime.bench.__main__",
             "dbf2gguf.compare.__main__",
+            "dbf2gguf.synthetic",
         )
     ]
     return "\n".join(parser.format_help() for parser in parsers)
 
 
-def test_options() -> None:
-    """Every --option in backquotes that the README names is in some program's help."""
-    options = {o for code in re.findall(r"`([^`]+)`", README) for o in re.findall(r"--[a-z][a-z-]+", code)}
-    options -= {"--index-url"}  # pip's
-    assert options
-    assert not {o for o in options if o not in help_texts()}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options(page: Path) -> None:
+    """Every --option in backquotes is one of some program's."""
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    options = {option for code in spans for option in OPTION.findall(code)}
+    assert options or page != README_FILE
+    assert options <= set(OPTION.findall(help_texts())) | OTHERS
 
 
 def test_make_targets() -> None:
@@ -42,8 +51,9 @@ def test_make_targets() -> None:
     assert not {t for t in targets if not re.search(rf"^{t}:", makefile, re.M)}
 
 
-def test_files() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files(page: Path) -> None:
     """Every relative link leads somewhere."""
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert links or page != README_FILE
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
