@@ -264,6 +264,9 @@ PREMIUM = 1.7
 """Tokens for a token of English, below which a tokenizer was made for a language (the measure is that of
 arXiv:2305.15425). SmolLM2, trained on English, has 1.8 to 6; Gemma 3 1.0 to 1.5."""
 
+WORDLIKE = 3
+"""Characters of a token of English, at least: these two have 5."""
+
 
 def _subjects() -> list[str]:
     return [subject for subject in SUBJECTS if subject]
@@ -281,6 +284,8 @@ def chat_questions() -> list[str]:
 
 
 def foreign_openings(count_tokens: Callable[[str], int]) -> list[str]:
-    """Of texts in the languages that a tokenizer was made for, beside English."""
-    most = PREMIUM * count_tokens(ENGLISH)
+    """Of texts in the languages that a tokenizer was made for, beside English. One that takes English apart
+    into letters, too, was made for none."""
+    english = count_tokens(ENGLISH)
+    most = PREMIUM * english if len(ENGLISH) >= WORDLIKE * english else 0
     return [text for same, some in LANGUAGES.values() if count_tokens(same) < most for text in some]
