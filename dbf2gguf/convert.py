@@ -44,6 +44,7 @@ from dbf2gguf.search import COLLAPSED_KL, bpw_grid, smallest
 from dbf2gguf.source import (
     Source,
     as_linear,
+    count_weights,
     find_source,
     linear_names,
     load_model,
@@ -201,7 +202,7 @@ def convert(
         if device == "cpu" and not quiet:
             print(need.describe(streamed), file=sys.stderr)
         if dry_run:
-            planned = Report(plan, None, size, _count_weights(skeleton), None, {}, peak_rss())
+            planned = Report(plan, None, size, count_weights(skeleton), None, {}, peak_rss())
             team.share(planned)
             return planned
         check_space(out, size + need.on_disk(streamed), "the conversion")
@@ -349,7 +350,7 @@ def _run(
         smallest(attempt, grid, limit, _start(grid))
         if best is None:
             raise QualityError(describe_refusal(out, tries, options))
-    weights = _count_weights(skeleton)
+    weights = count_weights(skeleton)
     return Report(
         plan=best[0],
         file=out,
@@ -659,14 +660,10 @@ def _block(embed_type: str) -> tuple[int, int]:
 # Figures
 
 
-def _count_weights(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def _file_size(plan: Plan, skeleton: nn.Module, embed_type: str) -> int:
     """Bytes of tensor data, close to the file's size but for metadata."""
     factored = plan.weights
-    dense = _count_weights(skeleton) - factored
+    dense = count_weights(skeleton) - factored
     block, nbytes = _block(embed_type)
     return plan.bits // 8 + dense * nbytes // block
 

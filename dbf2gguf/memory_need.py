@@ -17,7 +17,7 @@ from dbf2gguf.calibrate import GRADIENT_BATCH, head_tokens
 from dbf2gguf.distill import PASS_TOKENS
 from dbf2gguf.options import Options
 from dbf2gguf.parallel import AHEAD
-from dbf2gguf.source import Source, decoder_layers
+from dbf2gguf.source import Source, count_weights, decoder_layers
 from dbf2gguf.tables import dataset_of
 from dbf2gguf.team import torchrun_size
 from dbf2gguf.text import BATCH_TOKENS, CONTEXT
@@ -74,7 +74,7 @@ def find_need(
     base += BESIDES
     recipe, f, config = options.recipe.at(plan.target), features(skeleton.config), skeleton.config
     width, vocabulary, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    layers = [_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
+    layers = [count_weights(layer) for layer in decoder_layers(skeleton, source.arch)]
     ends = vocabulary * width * FLOAT
     block = max(*layers, ends // FLOAT) * FLOAT
     together = head_tokens(vocabulary) * vocabulary * FLOAT
@@ -94,7 +94,7 @@ def find_need(
     always = base + len(plan.shapes) * LINEAR + vectors
     streamed = always + max(gradients, correction, measuring)
 
-    weights = _weights(skeleton) * FLOAT
+    weights = count_weights(skeleton) * FLOAT
     latents = plan.sign_bits * FLOAT
     linears = plan.weights * FLOAT
     records = rows * record_bytes(config, row_tokens)  # of one block, for its correction
@@ -132,10 +132,6 @@ def _may_write(options: Options, row_tokens: int) -> bool:
         return False
     wanted = (recipe.text_rows + recipe.eval_rows) * row_tokens
     return sum(file.stat().st_size for file in options.calib if file.is_file()) < TOKEN_BYTES * wanted
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,11 @@ def _text_tensors(source: Source) -> dict[str, Tensor] | None:
     return found
 
 
+def count_weights(module: nn.Module) -> int:
+    """Of all its parameters, what is shared once."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def attention_of(config: Any) -> str:
     """The attention that transformers is to take for a model of this config: its SDPA knows no soft caps."""
     return "eager" if features(config).attn_softcap else "sdpa"

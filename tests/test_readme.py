@@ -38,7 +38,7 @@ def help_texts() -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options(page: Path) -> None:
     """Every --option in backquotes is one of some program's."""
-    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    spans = re.findall(r"`([^`]+)`", page.read_text(encoding="utf-8"))
     options = {option for code in spans for option in OPTION.findall(code)}
     assert options or page != README_FILE
     assert options <= set(OPTION.findall(help_texts())) | OTHERS

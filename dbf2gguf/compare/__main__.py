@@ -42,7 +42,7 @@ from dbf2gguf.compare.score import logits_of
 from dbf2gguf.convert import as_stored, make_plan
 from dbf2gguf.files import check_output, replacing
 from dbf2gguf.progress import Stage
-from dbf2gguf.source import linear_names, load_model, open_source
+from dbf2gguf.source import count_weights, linear_names, load_model, open_source
 from dbf2gguf.work import digest_of_code
 from dbf2gguf.write import write_dense, write_gguf
 from runtime import cli
@@ -169,8 +169,7 @@ def _measurements(
 def _original(run: Comparison) -> Row:
     stored = str(run.source.config.get("dtype") or run.source.config.get("torch_dtype") or "float32")
     bits = torch.finfo(getattr(torch, stored.removeprefix("torch."))).bits
-    weights = sum(p.numel() for p in run.model.parameters())
-    size = run.source.gguf.stat().st_size if run.source.gguf else weights * bits // 8
+    size = run.source.gguf.stat().st_size if run.source.gguf else count_weights(run.model) * bits // 8
     return run.row(
         ORIGINAL, stored, bits, 1, size, run.judge.original, f"transformers {version('transformers')}"
     )
