@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -128,7 +129,7 @@ def convert(
     Under torchrun every process calls this with the same arguments; all share the distillation, the first
     does the rest, and all get its report.
     """
-    arguments = locals() | overrides
+    arguments, began = locals() | overrides, time.monotonic()
     device = find_device(device)
     options = Options(
         preset=preset,
@@ -227,7 +228,8 @@ def convert(
                 )
             raise
         work.clear()
-        done = replace(done, command=command_line(arguments | {"threads": torch.get_num_threads()}))
+        command = command_line(arguments | {"threads": torch.get_num_threads()})
+        done = replace(done, elapsed=time.monotonic() - began, command=command)
         if report:
             done = write_page(done)
         if not quiet:

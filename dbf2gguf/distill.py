@@ -11,8 +11,9 @@ import copy
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, head_tokens, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.gpu_memory import free_bytes
-from dbf2gguf.graphs import Recorder
+from dbf2gguf.graphs import Later, Recorder, compiled
 from dbf2gguf.malloc import keeping_freed
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
@@ -43,7 +44,7 @@ FINAL_RATE = 0.02  # of the peak learning rate, at the end of the cosine
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-10
 COMPILED_STEPS = 100  # on a GPU: so many steps pay for the half minute that compiling takes
-WARM_UP_CALLS = 3  # before a step is recorded
+WARM_UP_STEPS = 3  # before one is recorded
 SAVE_SECONDS = 300  # between two states of the training that are kept
 
 
@@ -241,10 +242,10 @@ def distill(
             rms = float(p.detach().square().mean().sqrt())
             groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
     routed = features(teacher.config).n_experts > 0  # what an expert sees has another size in every step
-    compiled = device.type == "cuda" and steps >= COMPILED_STEPS and not routed
+    compiles = device.type == "cuda" and steps >= COMPILED_STEPS and not routed
     for group in groups:
-        group["lr"] = torch.zeros((), device=device) if compiled else 0.0
-    optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiled)
+        group["lr"] = torch.zeros((), device=device) if compiles else 0.0
+    optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiles)
     trained = [p for group in groups for p in group["params"]]
     history: list[float] = []
     if saved := team.share(work.load("distilled")):
@@ -261,7 +262,7 @@ def distill(
     part = team.part(size)
     tokens = torch.empty(part.stop - part.start, rows.shape[1], dtype=rows.dtype, device=device)
     batches = itertools.islice(_batches(rows, size, seed), len(history), steps)
-    kl_gradient = torch.compile(kl_and_gradient) if compiled else kl_and_gradient
+    kl_gradient = torch.compile(kl_and_gradient) if compiles else kl_and_gradient
 
     def find_gradients() -> Tensor:
         """Those that `tokens` have in the whole batch's; the KL likewise."""
@@ -286,32 +287,38 @@ def distill(
         if device.type == "cuda" and dtype == torch.bfloat16:
             modes.enter_context(in_bfloat16(_linears_of(teacher, student.model)))
         passes = _passes(student, tokens, trained, recipe.checkpointing, dtype)
-        if compiled:
-            modes.enter_context(_compiled(teacher, student.model))
+        if compiles:
+            modes.enter_context(compiled([*_layers_of(teacher), *_layers_of(student.model)]))
         if passes.checkpointed:
-            layers = decoder_layers(student.model, ARCHS[student.model.config.model_type])
-            modes.enter_context(checkpointed(list(layers)))
-        if compiled and team.size == 1:
-            train = Recorder(WARM_UP_CALLS)(train)
-        elif compiled:  # the sum over processes stays outside
-            record = Recorder(WARM_UP_CALLS, others=True)
+            modes.enter_context(checkpointed(_layers_of(student.model)))
+        if compiles and team.size == 1:
+            train = Recorder(WARM_UP_STEPS)(train)
+        elif compiles:  # the sum over processes stays outside
+            record = Recorder(2 * WARM_UP_STEPS, others=True)
             find_gradients, update = record(find_gradients), record(update)
         last_saved = time.monotonic()
+        running: deque[Later] = deque()  # the KL of steps that the GPU may still be working on
         for step, batch in enumerate(batches, len(history)):
-            tokens.copy_(batch[part])
+            own = batch[part]
+            if device.type == "cuda":
+                own = own.pin_memory()  # else copying it waits for the step before
+            tokens.copy_(own, non_blocking=True)
             for group in optimizer.param_groups:
                 rate = group["peak"] * _schedule(step, steps, recipe.warmup_steps)
-                group["lr"] = group["lr"].fill_(rate) if compiled else rate
-            history.append(float(train()))
-            if not math.isfinite(history[-1]):
-                raise QualityError(
-                    f"distillation: the KL of step {step + 1} of {steps} is {history[-1]}; try another "
-                    "--seed, or --dtype float32"
-                )
-            recent = history[-8:]
-            stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
+                group["lr"] = group["lr"].fill_(rate) if compiles else rate
+            running.append(Later(train()))
             done = step + 1 == steps
-            if done or time.monotonic() - last_saved >= SAVE_SECONDS:
+            saves = done or time.monotonic() - last_saved >= SAVE_SECONDS
+            while len(running) > (0 if saves or device.type == "cpu" else 1):
+                history.append(float(running.popleft()))
+                if not math.isfinite(history[-1]):
+                    raise QualityError(
+                        f"distillation: the KL of step {len(history)} of {steps} is {history[-1]}; try "
+                        "another --seed, or --dtype float32"
+                    )
+                recent = history[-8:]
+                stage.step(note=f"KL {sum(recent) / len(recent):.3f}")
+            if saves:
                 state = {} if done else optimizer.state_dict()
                 parameters = [p.detach() for p in trained]
                 work.save("distilled", {"history": history, "parameters": parameters, "optimizer": state})
@@ -334,18 +341,8 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-@contextmanager
-def _compiled(*models: nn.Module) -> Iterator[None]:
-    """The models' layers, compiled while the context lasts: one compilation serves all layers of a model."""
-    arch = ARCHS[models[0].config.model_type]
-    layers = [layer for model in models for layer in decoder_layers(model, arch)]
-    for layer in layers:
-        layer.compile()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    return list(decoder_layers(model, ARCHS[model.config.model_type]))
 
 
 def _linears_of(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:

@@ -9,14 +9,18 @@ sign times the best rank-1 approximation of the magnitudes, from OneBit, arXiv:2
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from dbf2gguf.graphs import Recorder, side_by_side
 
 INNER_STEPS = 3  # ADMM steps on one factor before the other's turn
 RIDGE = 6e-2  # of the Gram matrix' mean diagonal
 POWER_ITERATIONS = 3
 TINY = 1e-12
+RECORDED_ITERATIONS = 10  # on a GPU: so many pay for recording one
 
 
 @dataclass
@@ -90,11 +94,12 @@ class _Factor:
 
     def project(self, point: Tensor) -> None:
         """x = SVID(point): its signs times the best rank-1 approximation of its magnitudes; dual = the rest.
-        No matrix is made: `point` becomes dual, and x is overwritten."""
+        All in its place, as a recorded iteration wants it; no matrix is made."""
         magnitudes = torch.abs(point, out=self.x.as_strided(point.shape, point.stride()))
-        rows, self.cols = _rank_one(magnitudes, self.cols, 1)
-        torch.mul(rows[:, :, None], self.cols[:, None, :], out=self.x).copysign_(point)
-        self.dual = point.sub_(self.x)
+        rows, cols = _rank_one(magnitudes, self.cols, 1)
+        torch.mul(rows[:, :, None], cols[:, None, :], out=self.x).copysign_(point)
+        torch.sub(point, self.x, out=self.dual)
+        self.cols.copy_(cols)
 
 
 def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
@@ -108,23 +113,34 @@ def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
 
     # A is held transposed, (batch, rank, rows), so that both sides are the same problem.
     a, b = random_factor(rows), random_factor(cols)
+    rho = torch.zeros((), device=weight.device)
+
+    def iterate() -> None:
+        _half_step(b.x / _norms(b.x), weight.mT, a, rho)
+        _half_step(a.x / _norms(a.x), weight, b, rho)
+
+    if weight.is_cuda and iterations >= RECORDED_ITERATIONS:
+        iterate = Recorder(warm_up=1, others=True)(iterate)
     for step in range(iterations):
-        rho = min(1.0, step / max(1, iterations - 3)) ** 3
-        _half_step(b.x / b.x.norm(dim=2, keepdim=True).clamp(min=TINY), weight.mT, a, rho)
-        norm = a.x.norm(dim=2, keepdim=True).clamp(min=TINY)
-        _half_step(a.x / norm, weight, b, rho)
+        rho.fill_(min(1.0, step / max(1, iterations - 3)) ** 3)
+        iterate()
     a_cols, a_rows = _rank_one(a.x.abs(), a.cols, POWER_ITERATIONS)
     b_rows, b_cols = _rank_one(b.x.abs(), b.cols, POWER_ITERATIONS)
     return Factors(
         a=_unit_latent(a.x + a.dual, a_cols, a_rows).mT.contiguous(),
         b=_unit_latent(b.x + b.dual, b_rows, b_cols),
         s_out=a_rows,
-        s_mid=a_cols * b_rows / norm[:, :, 0],
+        s_mid=a_cols * b_rows / _norms(a.x)[:, :, 0],
         s_in=b_cols,
     )
 
 
-def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> None:
+def _norms(x: Tensor) -> Tensor:
+    """Of the rows of x (batch, rank, width), (batch, rank, 1)."""
+    return x.norm(dim=2, keepdim=True).clamp(min=TINY)
+
+
+def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: Tensor) -> None:
     """ADMM steps for min ||weight - other^T x||^2 subject to x = signs * rank-1 magnitudes.
 
     other   (batch, rank, rows)  the other factor, rows normalized
@@ -136,24 +152,27 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: float) -> No
     diagonal += RIDGE * diagonal.mean(1, keepdim=True) + TINY
     target = other @ weight
     del other
-    free = _inverse(gram, rho) @ torch.sub(factor.x, factor.dual).mul_(rho).add_(target)
-    inverse = _inverse(gram, 1.0)
-    del gram
+    first = gram.clone()
+    first.diagonal(dim1=1, dim2=2).add_(rho)
+    diagonal += 1.0
+    _invert([*first, *gram])
+    free = first @ torch.sub(factor.x, factor.dual).mul_(rho).add_(target)
+    del first
     for _ in range(INNER_STEPS - 1):
         factor.project(free.add_(factor.dual))
-        free = inverse @ torch.sub(factor.x, factor.dual).add_(target)
+        free = gram @ torch.sub(factor.x, factor.dual, out=free).add_(target)
     factor.project(free.add_(factor.dual))
 
 
-def _inverse(gram: Tensor, rho: float) -> Tensor:
-    """(gram + rho I)^-1, one matrix after the other: on GPUs, a batch of two takes several times as long as
-    two. What is not finite is found by `_refit`, which asks."""
-    shifted = gram.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(rho)
-    for matrix in shifted:
+def _invert(matrices: list[Tensor]) -> None:
+    """Positive definite matrices in their place, one by one: on GPUs, a batch of two takes several times as
+    long as two, and each leaves room for others. What is not finite is found by `_refit`, which asks."""
+
+    def invert(matrix: Tensor) -> None:
         lower = torch.linalg.cholesky_ex(matrix).L
         matrix.copy_(torch.cholesky_inverse(lower).mT)  # the same, transposed as it lies: no strides to cross
-    return shifted
+
+    side_by_side([partial(invert, matrix) for matrix in matrices], matrices[0].device)
 
 
 def _rank_one(x: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

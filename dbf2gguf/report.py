@@ -35,11 +35,12 @@ class Report:
     file_bytes: int
     model_weights: int  # all parameters, embedding and norms included, tied ones once
     quality: Quality | None
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # of each stage
     peak_rss: int
     tries: tuple[tuple[float, float], ...] = ()  # bits per weight asked for and mean KL, one after the other
     memory: dict[str, int] = field(default_factory=dict)  # stage -> most resident memory
     errors: Errors = field(default_factory=Errors)
+    elapsed: float = 0.0  # from the start of the conversion to its end
     command: str = ""  # that gives the same file
     page: Path | None = None  # the report as HTML
 
@@ -57,6 +58,7 @@ class Report:
             "file_bytes": self.file_bytes,
             "quality": self.quality.describe() if self.quality else None,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "elapsed_seconds": round(self.elapsed, 2),
             "peak_rss_bytes": self.peak_rss,
             "tries": [list(one) for one in self.tries],
         }
@@ -106,7 +108,6 @@ def describe_refusal(out: Path, tries: list[tuple[float, float]], options: Optio
 
 def describe_report(report: Report) -> str:
     """The summary at the end."""
-    total = sum(report.seconds.values())
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
     lines = [
         f"{report.file}: {report.file_bytes / 2**20:.1f} MiB, {report.plan.bpw:.4f} bpw in the linear "
@@ -122,5 +123,5 @@ def describe_report(report: Report) -> str:
             lines.append(f"warning: KL above {COLLAPSED_KL:g}, written with --force: the model has collapsed")
     if report.page is not None:
         lines.append(f"report: {report.page}")
-    lines.append(f"{total:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
+    lines.append(f"{report.elapsed:.0f} s in all: {times}; peak memory {report.peak_rss / 2**20:.0f} MiB")
     return "\n".join(lines)

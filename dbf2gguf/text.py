@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
-from dbf2gguf.archs import features, head_dim
+from dbf2gguf.archs import ARCHS, features, head_dim
 from dbf2gguf.attention import CAUSAL, suits
-from dbf2gguf.graphs import Recorder
+from dbf2gguf.graphs import Recorder, compiled
 from dbf2gguf.kvcache import GrowingCache, cache_argument
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
 from dbf2gguf.prompts import chat_questions, foreign_openings, openings
+from dbf2gguf.source import decoder_layers
 from dbf2gguf.tables import entries, is_read_whole, is_table, plain_texts
 from dbf2gguf.team import ALONE, Team
 from runtime.errors import FormatError
@@ -57,6 +59,8 @@ TURNS = {"opening": 1, "given": 2}  # how often each kind of prompt but chat com
 POOL = 8  # prompts drawn for each text of a block; further ones are these again
 BATCH_TOKENS = 32768  # tokens of KV cache that one core fills at a time
 GPU_BATCH_TOKENS = 32 * BATCH_TOKENS
+WARM_UP_STEPS = 2  # on a GPU: tokens that are written before steps are recorded
+COMPILED_STEPS = 4096  # so many pay for compiling
 
 
 def rows_from_files(files: Sequence[Path], tokenizer: Any, rows: int, row_tokens: int, seed: int) -> Tensor:
@@ -304,14 +308,16 @@ def self_written_rows(
         if suits(model.config, shape[1]):
             model.set_attn_implementation(CAUSAL)
     if device.type == "cuda":
-        writer = _Writer(model, ends.to(device), shape, width)
-        own = (write(writer, number) for number in mine)
+        compiles = len(mine) * shape[1] >= COMPILED_STEPS and not features(model.config).n_experts
+        with compiled(_without_cache(model)) if compiles else nullcontext():
+            writer = _Writer(model, ends.to(device), shape, width, compiles)
+            for number in mine:
+                written[number] = write(writer, number)
+        writer.recorded.clear()  # what they refer to refers to them: nothing else would free its memory soon
     else:
         own = map_on_cores(lambda n: write(_Writer(model, ends, shape, width), n), mine)
-    for number, block in zip(mine, own, strict=True):
-        written[number] = block
-    if device.type == "cuda":
-        writer.recorded.clear()  # what they refer to refers to them: nothing else would free its memory soon
+        for number, block in zip(mine, own, strict=True):
+            written[number] = block
     team.sum([written])
     stage.step(n=(blocks - len(mine)) * size * row_tokens)  # the others'
     return written.flatten(0, 1)[:rows]
@@ -327,16 +333,27 @@ def _batch_tokens(config: Any, device: torch.device, rounded: bool) -> int:
     return int(min(GPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // 2 // token))
 
 
+def _without_cache(model: nn.Module) -> Iterator[nn.Module]:
+    """Of every layer all but the attention, whose shapes are others at every position."""
+    arch = ARCHS[model.config.model_type]
+    attention = arch.linears[arch.groups[0].linears[0]].partition(".")[0]
+    for layer in decoder_layers(model, arch):
+        yield from (module for name, module in layer.named_children() if name != attention)
+
+
 class _Writer:
     """Writes blocks of texts, those of a block side by side, token by token. All that a token needs is on the
     model's device: on a GPU the step of each position is recorded with one block and played for others."""
 
-    def __init__(self, model: nn.Module, ends: Tensor, shape: tuple[int, int], width: int) -> None:
+    def __init__(
+        self, model: nn.Module, ends: Tensor, shape: tuple[int, int], width: int, compiles: bool = False
+    ) -> None:
         """
-        model  the model that writes
-        ends   (n_vocab,) bool, tokens that end a text
-        shape  texts of a block, tokens of a text
-        width  tokens of a prompt that are taken
+        model     the model that writes
+        ends      (n_vocab,) bool, tokens that end a text
+        shape     texts of a block, tokens of a text
+        width     tokens of a prompt that are taken
+        compiles  whether sampling is compiled
         """
         self.model, self.ends = model, ends
         self.count, self.length = shape
@@ -349,9 +366,10 @@ class _Writer:
         self.prompt, self.place, self.ids = torch.zeros(3, self.count, dtype=torch.int64, device=device)
         self.taken = torch.zeros((), dtype=torch.int64, device=device)  # prompts of the pool, so far
         self.out = torch.zeros(self.count, self.length, dtype=torch.int64, device=device)
+        self.sample = torch.compile(_sample) if compiles else _sample
         self.recorded: list[Callable[[], None]] = []  # steps; a circle of references to this
         if device.type == "cuda":
-            record = Recorder(warm_up=1)
+            record = Recorder(WARM_UP_STEPS)
             self.recorded = [record(partial(self._step, position)) for position in range(self.length)]
 
     def write(self, prompts: Iterator[list[int]], generator: torch.Generator, stage: Stage) -> Tensor:
@@ -381,7 +399,7 @@ class _Writer:
             return
         self.cache.crop(position)
         logits = self.model(self.ids[:, None], **self.cached, use_cache=True).logits[:, -1]
-        free = _sample(logits.float(), self.uniform[position])
+        free = self.sample(logits, self.uniform[position])
         in_prompt = self.place < self.pool_lengths[self.prompt]
         forced = self.pool[self.prompt, self.place.clamp(max=self.pool.shape[1] - 1)]
         self.ids.copy_(torch.where(in_prompt, forced, free))
@@ -394,7 +412,7 @@ class _Writer:
 
 def _sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row from softmax(logits), by inverting the cumulative sum at uniform (rows, 1)."""
-    reached = torch.softmax(logits, -1).cumsum(-1)
+    reached = torch.softmax(logits.float(), -1).cumsum(-1)
     return torch.searchsorted(reached, uniform * reached[:, -1:]).clamp_(max=logits.shape[1] - 1)[:, 0]
 
 

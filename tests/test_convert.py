@@ -36,7 +36,7 @@ from dbf2gguf.from_gguf import gguf_to_hf
 from dbf2gguf.options import Options
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import find_recipe
-from dbf2gguf.report import Report
+from dbf2gguf.report import Report, describe_report
 from dbf2gguf.source import load_model, load_tokenizer, open_source
 from dbf2gguf.text import first_rows, rows_from_files
 from dbf2gguf.write import verify, write_dense
@@ -811,6 +811,9 @@ def test_report(make: Callable[[str], Case]) -> None:
     assert described["bpw"] <= 4.0
     assert described["file_bpw"] == pytest.approx(report.file_bytes * 8 / report.model_weights)
     assert set(report.seconds) == {"load", "text", "gradients", "factorize", "distil", "measure", "write"}
+    assert described["elapsed_seconds"] == round(report.elapsed, 2)
+    assert report.elapsed > sum(report.seconds.values())  # what lies between stages counts
+    assert f"{report.elapsed:.0f} s in all: load " in describe_report(report)
 
 
 # Reading back ---------------------------------------------------------------------------------------------

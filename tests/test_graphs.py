@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from stops import FragileWork, Stop
 from test_distill import RECIPE, Setup
 
 import dbf2gguf.distill
+import dbf2gguf.factorize
 import dbf2gguf.text
 from dbf2gguf.attention import CAUSAL
 from dbf2gguf.distill import distill
-from dbf2gguf.factorize import Factors
-from dbf2gguf.graphs import Recorder, reason
+from dbf2gguf.factorize import Factors, factorize
+from dbf2gguf.graphs import Later, Recorder, reason, side_by_side
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import load_model, open_source
 from dbf2gguf.text import self_written_rows
@@ -26,8 +28,11 @@ from dbf2gguf.work import Work
 NO_GRAPH = "note: no CUDA graph"
 
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+    return GPU[0](GPU[1](test))
 
 
 def setup_on_gpu() -> Setup:
@@ -56,6 +61,53 @@ def test_recorded_calls() -> None:
 
 
 @on_gpu
+def test_calls_that_warm_up_are_those_of_all_functions() -> None:
+    x = torch.zeros(3, device="cuda")
+    record = Recorder(warm_up=1)
+    called = []
+    first, second = (record(lambda n=n: (called.append(n), x.add_(n))[1].clone()) for n in (1, 10))
+    assert [step()[0].item() for step in (first, second, second, first, first)] == [1, 11, 21, 22, 23]
+    assert called == [1, 10, 1]  # the first to warm up, then each to be recorded
+
+
+def test_numbers_that_are_asked_for_later() -> None:
+    assert float(Later(torch.tensor(1.5))) == 1.5
+
+
+@on_gpu
+def test_numbers_of_a_gpu_that_are_asked_for_later() -> None:
+    """What is written in the same place afterwards does not change them."""
+    x = torch.ones((), device="cuda")
+    numbers = [Later(x.mul_(2)) for _ in range(3)]
+    assert [float(number) for number in numbers] == [2, 4, 8]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_side_by_side(device: str) -> None:
+    """More of them than there are streams; what follows has all they did."""
+    parts = list(torch.zeros(20, 1000, device=device))
+    side_by_side([partial(part.add_, n) for n, part in enumerate(parts)], parts[0].device)
+    assert torch.stack(parts).sum(1).tolist() == [1000 * n for n in range(20)]
+
+
+@on_gpu
+def test_factors_of_a_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit those without."""
+    weight = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def made() -> Factors:
+        ones = [torch.ones(2, n, device="cuda") for n in (64, 96)]
+        return factorize(weight, 48, *ones, iterations=20, seed=0)
+
+    recorded = made()
+    assert NO_GRAPH not in capsys.readouterr().err
+    monkeypatch.setattr(dbf2gguf.factorize, "RECORDED_ITERATIONS", 1000)
+    plain = made()
+    for field in fields(Factors):
+        assert torch.equal(getattr(recorded, field.name), getattr(plain, field.name)), field.name
+
+
+@on_gpu
 def test_what_cannot_be_recorded_runs(capsys: pytest.CaptureFixture[str]) -> None:
     x = torch.zeros(3, device="cuda")
     add = Recorder(warm_up=1)(lambda: x.add_(1)[0].item())  # waits for the GPU
@@ -78,8 +130,14 @@ def test_text_of_graphs(
 
     recorded = write()
     assert NO_GRAPH not in capsys.readouterr().err
-    monkeypatch.setattr(dbf2gguf.text, "Recorder", lambda warm_up: lambda function: function)
-    assert torch.equal(recorded, write())
+    with monkeypatch.context() as patch:
+        patch.setattr(dbf2gguf.text, "Recorder", lambda warm_up: lambda function: function)
+        assert torch.equal(recorded, write())
+    monkeypatch.setattr(dbf2gguf.text, "COMPILED_STEPS", 1)
+    compiled = write()  # rounds in another way, so that a text may take another turn
+    assert NO_GRAPH not in capsys.readouterr().err
+    assert torch.equal(compiled[:, 0], recorded[:, 0])
+    assert (compiled == recorded).float().mean() > 0.5
 
 
 @on_gpu
