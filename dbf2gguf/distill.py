@@ -25,7 +25,7 @@ from dbf2gguf.archs import ARCHS, Features, features
 from dbf2gguf.calibrate import finished, head_tokens, hidden_states
 from dbf2gguf.factorize import Factors, signs
 from dbf2gguf.gpu_memory import free_bytes
-from dbf2gguf.graphs import Later, Recorder, compiled
+from dbf2gguf.graphs import Later, Recorder, can_compile, compiled
 from dbf2gguf.malloc import keeping_freed
 from dbf2gguf.progress import Stage
 from dbf2gguf.recipe import Recipe
@@ -242,7 +242,7 @@ def distill(
             rms = float(p.detach().square().mean().sqrt())
             groups.append({"params": [p.requires_grad_(True)], "peak": recipe.dense_rate * rms})
     routed = features(teacher.config).n_experts > 0  # what an expert sees has another size in every step
-    compiles = device.type == "cuda" and steps >= COMPILED_STEPS and not routed
+    compiles = device.type == "cuda" and steps >= COMPILED_STEPS and not routed and can_compile(device)
     for group in groups:
         group["lr"] = torch.zeros((), device=device) if compiles else 0.0
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True, capturable=compiles)

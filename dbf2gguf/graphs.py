@@ -108,6 +108,20 @@ class Later:
         return float(self._value)
 
 
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works for a device: it wants a C compiler and, for GPUs, Triton. If not, a note
+    on stderr says why."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds, none of them documented
+        print(
+            f"note: torch.compile does not work here, which costs time: {first_line(error)}", file=sys.stderr
+        )
+        return False
+    return True
+
+
 @contextmanager
 def compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Modules compiled while the context lasts: one compilation serves all that are alike."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dbf2gguf.archs import ARCHS, features, head_dim
 from dbf2gguf.attention import CAUSAL, suits
-from dbf2gguf.graphs import Recorder, compiled
+from dbf2gguf.graphs import Recorder, can_compile, compiled
 from dbf2gguf.kvcache import GrowingCache, cache_argument
 from dbf2gguf.parallel import map_on_cores, stop_if_unwanted
 from dbf2gguf.progress import Stage
@@ -308,7 +308,8 @@ def self_written_rows(
         if suits(model.config, shape[1]):
             model.set_attn_implementation(CAUSAL)
     if device.type == "cuda":
-        compiles = len(mine) * shape[1] >= COMPILED_STEPS and not features(model.config).n_experts
+        pays = len(mine) * shape[1] >= COMPILED_STEPS and not features(model.config).n_experts
+        compiles = pays and can_compile(device)
         with compiled(_without_cache(model)) if compiles else nullcontext():
             writer = _Writer(model, ends.to(device), shape, width, compiles)
             for number in mine:

@@ -19,7 +19,7 @@ import dbf2gguf.text
 from dbf2gguf.attention import CAUSAL
 from dbf2gguf.distill import distill
 from dbf2gguf.factorize import Factors, factorize
-from dbf2gguf.graphs import Later, Recorder, reason, side_by_side
+from dbf2gguf.graphs import Later, Recorder, can_compile, reason, side_by_side
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import load_model, open_source
 from dbf2gguf.text import self_written_rows
@@ -51,6 +51,20 @@ def test_the_reason() -> None:
     assert reason(last) == "waits for the GPU"
     first.inner_exception = ValueError("no such kernel")  # type: ignore[attr-defined]
     assert reason(last) == "no such kernel"
+
+
+def test_whether_torch_can_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_in_vain(_function: object) -> None:
+        raise RuntimeError("no C compiler\nat line 3")
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert can_compile.__wrapped__(torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch, "compile", compile_in_vain)
+    assert not can_compile.__wrapped__(torch.device("cpu"))
+    assert capsys.readouterr().err.endswith("which costs time: no C compiler\n")
 
 
 @on_gpu
