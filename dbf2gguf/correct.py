@@ -133,6 +133,7 @@ def factorize_model(
         lost = sum(float((a - b).square().sum()) for a, b in zip(states, student_states, strict=True))
         total = sum(float(a.square().sum()) for a in states)
         stage.step(note=f"relative error {lost / total:.3f}")
+        torch.cuda.empty_cache()  # on a GPU: what recorded iterations took, which nothing else can use
     return walk.result
 
 
