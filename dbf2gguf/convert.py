@@ -74,7 +74,7 @@ from runtime.errors import FormatError, OptionError, QualityError
 
 DEFAULT_BPW = 1.2
 SAME_TEXT = ("model", "device", "threads", "versions")
-TEXT_MODULES = ("text", "prompts", "kvcache", "attention")
+TEXT_MODULES = ("text", "prompts", "kvcache", "attention", "graphs")
 
 
 def convert(

@@ -292,9 +292,9 @@ def distill(
         if passes.checkpointed:
             modes.enter_context(checkpointed(_layers_of(student.model)))
         if compiles and team.size == 1:
-            train = Recorder(WARM_UP_STEPS)(train)
+            train = Recorder("the distillation", WARM_UP_STEPS)(train)
         elif compiles:  # the sum over processes stays outside
-            record = Recorder(2 * WARM_UP_STEPS, others=True)
+            record = Recorder("the distillation", 2 * WARM_UP_STEPS, others=True)
             find_gradients, update = record(find_gradients), record(update)
         last_saved = time.monotonic()
         running: deque[Later] = deque()  # the KL of steps that the GPU may still be working on

@@ -9,12 +9,11 @@ sign times the best rank-1 approximation of the magnitudes, from OneBit, arXiv:2
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from dbf2gguf.graphs import Recorder, side_by_side
+from dbf2gguf.graphs import Recorder
 
 INNER_STEPS = 3  # ADMM steps on one factor before the other's turn
 RIDGE = 6e-2  # of the Gram matrix' mean diagonal
@@ -95,8 +94,7 @@ class _Factor:
     def project(self, point: Tensor) -> None:
         """x = SVID(point): its signs times the best rank-1 approximation of its magnitudes; dual = the rest.
         All in its place, as a recorded iteration wants it; no matrix is made."""
-        magnitudes = torch.abs(point, out=self.x.as_strided(point.shape, point.stride()))
-        rows, cols = _rank_one(magnitudes, self.cols, 1)
+        rows, cols = _rank_one(torch.abs(point, out=self.x), self.cols, 1)
         torch.mul(rows[:, :, None], cols[:, None, :], out=self.x).copysign_(point)
         torch.sub(point, self.x, out=self.dual)
         self.cols.copy_(cols)
@@ -119,8 +117,9 @@ def _admm(weight: Tensor, rank: int, iterations: int, seed: int) -> Factors:
         _half_step(b.x / _norms(b.x), weight.mT, a, rho)
         _half_step(a.x / _norms(a.x), weight, b, rho)
 
-    if weight.is_cuda and iterations >= RECORDED_ITERATIONS:
-        iterate = Recorder(warm_up=1, others=True)(iterate)
+    here = weight.is_cuda and weight.device.index == torch.cuda.current_device()
+    if here and iterations >= RECORDED_ITERATIONS:
+        iterate = Recorder("the factorization", warm_up=1, others=True)(iterate)
     for step in range(iterations):
         rho.fill_(min(1.0, step / max(1, iterations - 3)) ** 3)
         iterate()
@@ -165,14 +164,11 @@ def _half_step(other: Tensor, weight: Tensor, factor: _Factor, rho: Tensor) -> N
 
 
 def _invert(matrices: list[Tensor]) -> None:
-    """Positive definite matrices in their place, one by one: on GPUs, a batch of two takes several times as
-    long as two, and each leaves room for others. What is not finite is found by `_refit`, which asks."""
-
-    def invert(matrix: Tensor) -> None:
+    """Positive definite matrices in their place, one after the other: on GPUs, a batch of two takes several
+    times as long as two. What is not finite is found by `_refit`, which asks."""
+    for matrix in matrices:
         lower = torch.linalg.cholesky_ex(matrix).L
         matrix.copy_(torch.cholesky_inverse(lower).mT)  # the same, transposed as it lies: no strides to cross
-
-    side_by_side([partial(invert, matrix) for matrix in matrices], matrices[0].device)
 
 
 def _rank_one(x: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -311,7 +311,7 @@ def self_written_rows(
         pays = len(mine) * shape[1] >= COMPILED_STEPS and not features(model.config).n_experts
         compiles = pays and can_compile(device)
         with compiled(_without_cache(model)) if compiles else nullcontext():
-            writer = _Writer(model, ends.to(device), shape, width, compiles)
+            writer = _Writer(model, ends.to(device), shape, width, records=len(mine) > 1, compiles=compiles)
             for number in mine:
                 written[number] = write(writer, number)
         writer.recorded.clear()  # what they refer to refers to them: nothing else would free its memory soon
@@ -344,16 +344,23 @@ def _without_cache(model: nn.Module) -> Iterator[nn.Module]:
 
 class _Writer:
     """Writes blocks of texts, those of a block side by side, token by token. All that a token needs is on the
-    model's device: on a GPU the step of each position is recorded with one block and played for others."""
+    model's device."""
 
     def __init__(
-        self, model: nn.Module, ends: Tensor, shape: tuple[int, int], width: int, compiles: bool = False
+        self,
+        model: nn.Module,
+        ends: Tensor,
+        shape: tuple[int, int],
+        width: int,
+        records: bool = False,
+        compiles: bool = False,
     ) -> None:
         """
         model     the model that writes
         ends      (n_vocab,) bool, tokens that end a text
         shape     texts of a block, tokens of a text
         width     tokens of a prompt that are taken
+        records   whether steps are recorded, on a GPU, for further blocks
         compiles  whether sampling is compiled
         """
         self.model, self.ends = model, ends
@@ -369,8 +376,8 @@ class _Writer:
         self.out = torch.zeros(self.count, self.length, dtype=torch.int64, device=device)
         self.sample = torch.compile(_sample) if compiles else _sample
         self.recorded: list[Callable[[], None]] = []  # steps; a circle of references to this
-        if device.type == "cuda":
-            record = Recorder(WARM_UP_STEPS)
+        if records:
+            record = Recorder("writing text", WARM_UP_STEPS)
             self.recorded = [record(partial(self._step, position)) for position in range(self.length)]
 
     def write(self, prompts: Iterator[list[int]], generator: torch.Generator, stage: Stage) -> Tensor:

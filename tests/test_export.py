@@ -401,6 +401,7 @@ def compare(
         assert (np.sort(margin)[: n_greedy * 3 // 4 if ties else None] < 2 * most * wanted.std()).all()
         generated = list(model.engine.generate(ids, Sampler(temperature=0), n_greedy, frozenset()))
     tie = next((i for i, distance in enumerate(margin) if distance > 0), n_greedy)
+    assert ties or tie > 0
     assert generated[:tie] == tokens[:tie]
     return generated, tokens
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_hf
@@ -19,7 +19,7 @@ import dbf2gguf.text
 from dbf2gguf.attention import CAUSAL
 from dbf2gguf.distill import distill
 from dbf2gguf.factorize import Factors, factorize
-from dbf2gguf.graphs import Later, Recorder, can_compile, reason, side_by_side
+from dbf2gguf.graphs import Later, Recorder, can_compile, reason
 from dbf2gguf.progress import Stage
 from dbf2gguf.source import load_model, open_source
 from dbf2gguf.text import self_written_rows
@@ -57,7 +57,9 @@ def test_whether_torch_can_compile(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def compile_in_vain(_function: object) -> None:
-        raise RuntimeError("no C compiler\nat line 3")
+        error = RuntimeError("the compiler raised")
+        error.inner_exception = ValueError("no C compiler\nat line 3")  # type: ignore[attr-defined]
+        raise error
 
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert can_compile.__wrapped__(torch.device("cpu"))
@@ -70,14 +72,14 @@ def test_whether_torch_can_compile(
 @on_gpu
 def test_recorded_calls() -> None:
     x = torch.zeros(3, device="cuda")
-    add = Recorder(warm_up=1)(lambda: x.add_(1).clone())
+    add = Recorder("a test", warm_up=1)(lambda: x.add_(1).clone())
     assert [add()[0].item() for _ in range(4)] == [1, 2, 3, 4]
 
 
 @on_gpu
 def test_calls_that_warm_up_are_those_of_all_functions() -> None:
     x = torch.zeros(3, device="cuda")
-    record = Recorder(warm_up=1)
+    record = Recorder("a test", warm_up=1)
     called = []
     first, second = (record(lambda n=n: (called.append(n), x.add_(n))[1].clone()) for n in (1, 10))
     assert [step()[0].item() for step in (first, second, second, first, first)] == [1, 11, 21, 22, 23]
@@ -96,14 +98,6 @@ def test_numbers_of_a_gpu_that_are_asked_for_later() -> None:
     assert [float(number) for number in numbers] == [2, 4, 8]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_side_by_side(device: str) -> None:
-    """More of them than there are streams; what follows has all they did."""
-    parts = list(torch.zeros(20, 1000, device=device))
-    side_by_side([partial(part.add_, n) for n, part in enumerate(parts)], parts[0].device)
-    assert torch.stack(parts).sum(1).tolist() == [1000 * n for n in range(20)]
-
-
 @on_gpu
 def test_factors_of_a_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit for bit those without."""
@@ -113,10 +107,19 @@ def test_factors_of_a_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ones = [torch.ones(2, n, device="cuda") for n in (64, 96)]
         return factorize(weight, 48, *ones, iterations=20, seed=0)
 
+    recorders: list[Recorder] = []
+
+    def recorder(*args: Any, **options: Any) -> Recorder:
+        recorders.append(Recorder(*args, **options))
+        return recorders[-1]
+
+    monkeypatch.setattr(dbf2gguf.factorize, "Recorder", recorder)
     recorded = made()
+    assert len(recorders) == 1
     assert NO_GRAPH not in capsys.readouterr().err
     monkeypatch.setattr(dbf2gguf.factorize, "RECORDED_ITERATIONS", 1000)
     plain = made()
+    assert len(recorders) == 1
     for field in fields(Factors):
         assert torch.equal(getattr(recorded, field.name), getattr(plain, field.name)), field.name
 
@@ -124,17 +127,20 @@ def test_factors_of_a_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @on_gpu
 def test_what_cannot_be_recorded_runs(capsys: pytest.CaptureFixture[str]) -> None:
     x = torch.zeros(3, device="cuda")
-    add = Recorder(warm_up=1)(lambda: x.add_(1)[0].item())  # waits for the GPU
-    assert add() == 1
-    assert [add() for _ in range(2)] == [2, 3]
-    assert NO_GRAPH in capsys.readouterr().err
+    here = torch.cuda.current_stream()
+    for start in (0, 3):
+        add = Recorder("what waits", warm_up=1)(lambda: x.add_(1)[0].item())
+        assert [add() for _ in range(3)] == [start + 1, start + 2, start + 3]
+        assert torch.cuda.current_stream() == here
+    assert capsys.readouterr().err.count(f"{NO_GRAPH} of what waits: ") == 1  # it is not tried again
 
 
 @on_gpu
 def test_text_of_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three blocks: one that warms up, one that records, one that plays; then without graphs."""
+    """Three blocks: one that warms up and records, one that records what warmed up, one that plays; then
+    without graphs, and compiled."""
     monkeypatch.setattr(dbf2gguf.text, "GPU_BATCH_TOKENS", 4 * 40)
     model = load_model(open_source(tiny_hf.write_folder(tmp_path / "model"), tmp_path), "cuda")
 
@@ -145,10 +151,12 @@ def test_text_of_graphs(
     recorded = write()
     assert NO_GRAPH not in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(dbf2gguf.text, "Recorder", lambda warm_up: lambda function: function)
+        patch.setattr(dbf2gguf.text, "Recorder", lambda what, warm_up: lambda function: function)
         assert torch.equal(recorded, write())
     monkeypatch.setattr(dbf2gguf.text, "COMPILED_STEPS", 1)
+    torch._dynamo.utils.counters.clear()
     compiled = write()  # rounds in another way, so that a text may take another turn
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # norms, MLPs, sampling
     assert NO_GRAPH not in capsys.readouterr().err
     assert torch.equal(compiled[:, 0], recorded[:, 0])
     assert (compiled == recorded).float().mean() > 0.5
