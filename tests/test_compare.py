@@ -603,6 +603,24 @@ def test_rows_are_reused_saved_and_drawn(
     assert out.splitlines()[3].startswith("dbf2gguf,ours.gguf,")
     assert main([*arguments(folder), "--with", str(saved), "-o", "csv"]) == 0  # nothing to measure
     assert capsys.readouterr().out == out
+    older, both = tmp_path / "older.csv", tmp_path / "both.csv"
+    older.write_text(
+        "\n".join([*peers[:2], peers[2].replace("published,4,", "published,3,")]), encoding="utf-8"
+    )
+    from_two = [
+        *arguments(folder),
+        "--with",
+        str(older),
+        "--with",
+        str(saved),
+        "--save",
+        str(both),
+        "-o",
+        "csv",
+    ]
+    assert main(from_two) == 0
+    assert capsys.readouterr().out == both.read_text(encoding="utf-8")
+    assert len(both.read_text(encoding="utf-8").splitlines()) == len(out.splitlines()) + 1
     assert main([*arguments(folder), "--with", str(saved), "--chunks", "2"]) == 1
     assert "row 1 was measured with" in capsys.readouterr().err
 

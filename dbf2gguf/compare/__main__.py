@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="rows of an earlier run to reuse; repeatable",
     )
-    add("--save", metavar="ROWS.csv", help="also write all rows there, after each file")
+    add("--save", metavar="ROWS.csv", help="also write all rows there, after each file and at the end")
     add("--plot", metavar="FILE", help="also draw perplexity against bits: .png, .svg or .pdf")
     add("--keep", metavar="DIR", help="keep the peers' files there, and use those that are there")
     add("--seed", type=int, default=0, help="of the draw of calibration rows and of factorization")
@@ -118,13 +118,12 @@ def compare(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     with _folder(args.keep) as folder, tempfile.TemporaryDirectory(prefix="dbf-compare-") as scratch:
         run = Comparison(args, folder, Path(scratch))
-        rows = [row for path in args.others for row in read_rows(Path(path), run.protocol)]
+        rows = merged(row for path in args.others for row in read_rows(Path(path), run.protocol))
         for made in _measurements(run, args, peers, rows):
             rows = merged([*rows, made])
             _note(args, f"{made.series} {made.name}: {made.bpw:.2f} bpw, perplexity {made.ppl:.2f}")
-            if args.save:
-                with replacing(Path(args.save).resolve()) as temporary:
-                    write_rows(temporary, rows)
+            _save(rows, args.save)
+        _save(rows, args.save)  # those of --with, should nothing have been measured
     if args.plot and rows:
         with replacing(Path(args.plot).resolve()) as temporary:
             plot.plot(temporary, rows, Path(args.plot).suffix[1:])
@@ -133,6 +132,12 @@ def compare(args: argparse.Namespace) -> int:
         table.add(row.cells())
     table.close()
     return 0
+
+
+def _save(rows: Sequence[Row], path: str | None) -> None:
+    if path:
+        with replacing(Path(path).resolve()) as temporary:
+            write_rows(temporary, rows)
 
 
 # --------------------------------------------------------------------------------------------------
