@@ -28,11 +28,8 @@ from dbf2gguf.work import Work
 NO_GRAPH = "note: no CUDA graph"
 
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return GPU[0](GPU[1](test))
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 def setup_on_gpu() -> Setup:
