@@ -858,7 +858,7 @@ def test_stories260k(tmp_path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     out = tmp_path / "out.gguf"
-    convert(STORIES, out, **{**tiny_hf.QUICK, "bpw": 3.0})
+    convert(STORIES, out, **tiny_hf.QUICK)
     twin = tiny_hf.dense_twin(out, STORIES, "q8_0", tmp_path / "scratch")
     pieces = SentencePieceProcessor(model_file=str(STORIES / "tokenizer.model"))
     text = "Once upon a time, there was a little girl. Zoë had 3 cats.\n"

@@ -269,7 +269,7 @@ def folder_of(kind: str, base: Path) -> Path:
 def test_against_transformers(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Original and converted file: both scorers, and both programs, against the plain way in float64."""
     folder, out = folder_of(kind, tmp_path), tmp_path / "out.gguf"
-    convert(folder, out, embed_type="f16", **{**tiny_hf.QUICK, "bpw": 3.0})
+    convert(folder, out, embed_type="f16", **tiny_hf.QUICK)
     source = open_source(folder, tmp_path)
     theirs = load_tokenizer(source)
 
