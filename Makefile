@@ -11,6 +11,7 @@ MODEL := demo/SmolLM2-135M-Instruct
 GGUF := demo/smollm2-135m.gguf
 QUICK := build/quick.gguf
 QUESTION := What is the capital of France?
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Of Debian: a compiler for 64-bit ARM, its libc, and an emulator that runs the result.
 ARM_CC := aarch64-linux-gnu-gcc
 ARM_RUN := qemu-aarch64
@@ -41,16 +42,16 @@ lint: $(INSTALLED)
 # The C core alone: warnings are errors, AddressSanitizer and UBSan watch its self-test.
 ctest:
 	cmake -S cext -B build/ctest -DDBF_WERROR=ON -DDBF_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
-	cmake --build build/ctest
-	ctest --test-dir build/ctest --output-on-failure
+	cmake --build build/ctest --parallel $(CORES)
+	ctest --test-dir build/ctest --output-on-failure --parallel $(CORES)
 
 # The same on 64-bit ARM (NEON), cross-compiled, static and emulated; without the sanitizers.
 ctest-arm: arm-tools
 	cmake -S cext -B build/ctest-arm -DDBF_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=$(ARM_CC) \
 		-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM_RUN)
-	cmake --build build/ctest-arm
-	ctest --test-dir build/ctest-arm --output-on-failure
+	cmake --build build/ctest-arm --parallel $(CORES)
+	ctest --test-dir build/ctest-arm --output-on-failure --parallel $(CORES)
 
 arm-tools:
 	@command -v $(ARM_CC) >/dev/null && command -v $(ARM_RUN) >/dev/null \
