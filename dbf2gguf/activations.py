@@ -27,7 +27,7 @@ layer at a time needs.
 
 The gradients of the latents, a quarter of the first line, come when activations and half of the third line
 are gone. So on 80 GB the first model trains without checkpointing, and the second with it at 1.26 bits; at
-2.07 it wants 141 GB.
+2.07 it wants 141 GB. docs/MEMORY.md has what 3.0 B took on an H100.
 """
 
 from __future__ import annotations

@@ -36,6 +36,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
         "vocab_size": 32000,
     },
+    "3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 16,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "llama-2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -44,7 +53,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 32000,
     },
 }
-"""Llama's; what is left out has transformers' default."""
+"""Llama's, 3b near those of its 3.2; what is left out has transformers' default."""
 
 END = "<|endoftext|>"
 
