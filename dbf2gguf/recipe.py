@@ -38,21 +38,21 @@ class Recipe:
     """Sizes and rates of every stage. Rows are sequences of `row_tokens` tokens."""
 
     row_tokens: int = 512
-    text_rows: int = 72  # distinct rows of calibration text; distillation runs over them in turn
+    text_rows: int = 64  # distinct rows of calibration text; distillation runs over them in turn
     written_share: float = 0.0  # of the rows that the model writes, however many the files hold
     chat_share: float = 0.5  # of the prompts that the model writes from, as far as it knows chat
     correct_rows: int = 64  # rows that the sequential correction sees
     gradient_rows: int = 8  # rows for the output importances
     eval_rows: int = 8  # held-out rows of the receipt; no other stage sees them
-    admm_iterations: int = 25
+    admm_iterations: int = 22
     damping: float = 0.1  # of the second moments' mean diagonal, in the sequential correction
-    distill_steps: int = 18
+    distill_steps: int = 16
     few_bits_steps: int = 0  # instead of them below FEW_BITS bits per weight; 0: as many
     distill_batch: int = 4  # rows a step
     scale_rate: float = 7e-3  # Adam's peak learning rate for scales of unit rms
     sign_rate: float = 4.2e-2  # and for the latents of mean magnitude 1, at 1 bit per weight: see `at`
     dense_rate: float = 0.0  # and for norms, embedding and head, relative to their rms; 0 leaves them alone
-    warmup_steps: int = 6
+    warmup_steps: int = 5
     dtype: str = "auto"  # of products in the model's own text and the distillation, one of DTYPES
     checkpointing: str = "auto"  # whether layers run twice to save memory, one of CHECKPOINTING
     allocation: str = "uniform"  # of the bits over the linear layers, one of ALLOCATIONS
